@@ -90,11 +90,14 @@ def require_signature(directory: Path, signed: Signed | None) -> None:
         signed.require(directory / CHECKSUMS, (directory / CHECKSUMS).read_bytes())
 
 
-def check_checksums(directory: Path, *, expected: bool = False) -> Iterator[Check]:
+def check_checksums(
+    directory: Path, *, expected: bool = False, known: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Check]:
     """Yield every file of a directory, against its digest.
 
     Args:
         expected: whether the list of digests must be there; directories of older versions have none.
+        known: digests that were just taken, by the file's name.
     """
     if not has_checksums(directory) and not expected:
         yield Check(
@@ -107,32 +110,44 @@ def check_checksums(directory: Path, *, expected: bool = False) -> Iterator[Chec
         yield damaged(CHECKSUMS, error)
         return
     for name, digest in digests.items():
-        yield from check_digest(directory, name, digest)
+        yield from [Check("sha256", name)] if known.get(name) == digest else check_digest(directory, name, digest)
     for name in sorted(set(_files(directory)) - digests.keys()):
         yield Check("sha256", name, "unchecked", found=f"{CHECKSUMS} has no digest of it")
 
 
-def altered(directory: Path, *, expected: bool = False, but: Collection[str] = ()) -> list[str]:
+def altered(
+    directory: Path,
+    *,
+    expected: bool = False,
+    but: Collection[str] = (),
+    known: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
     """Return the files of a directory that are not as they were written, each as a phrase.
 
     Args:
-        expected: as of :func:`check_checksums`.
+        expected, known: as of :func:`check_checksums`.
         but: names of files that may be.
     """
-    wrong = [check for check in check_checksums(directory, expected=expected) if check.state == "differs"]
+    wrong = [one for one in check_checksums(directory, expected=expected, known=known) if one.state == "differs"]
     return [f"{check.file} is not as it was written" for check in wrong if check.file not in but]
 
 
-def require_checksums(directory: Path, *, expected: bool = False, but: Collection[str] = ()) -> None:
+def require_checksums(
+    directory: Path,
+    *,
+    expected: bool = False,
+    but: Collection[str] = (),
+    known: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Check that all files of a directory are as they were written; of an older version's there is nothing to check.
 
     Args:
-        expected, but: as of :func:`altered`.
+        expected, but, known: as of :func:`altered`.
 
     Raises:
         DamagedFileError: naming those that are not.
     """
-    if wrong := altered(directory, expected=expected, but=but):
+    if wrong := altered(directory, expected=expected, but=but, known=known):
         raise DamagedFileError(directory, "; ".join(wrong), _REMEDY)
 
 

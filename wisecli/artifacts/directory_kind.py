@@ -58,13 +58,16 @@ def written_form(path: Path) -> Literal["merged", "stock", "gguf"] | None:
     return told if told in ("stock", "gguf") else "merged"
 
 
-def find_base(memory: Path, model: str | None) -> tuple[Path, Manifest]:
+def find_base(memory: Path, model: str | None, *, check: bool = True) -> tuple[Path, Manifest]:
     """Return the base model's directory and the manifest of a memory, or of an exported directory.
+
+    Args:
+        check: whether the digest of the memory's tensors is checked, if that was not just done.
 
     Raises:
         WiseError: either cannot be read, or they do not belong together.
     """
-    manifest, exported = read_consistently(memory, lambda: (read_memory(memory), is_exported(memory)))
+    manifest, exported = read_consistently(memory, lambda: (read_memory(memory, check=check), is_exported(memory)))
     directory = (
         memory if exported and model is None else find_model(model or manifest.model, revision=manifest.revision)
     )

@@ -21,8 +21,8 @@ _DEPTH = 64
 # Beyond it a whole number is no count, no shape and no seed.
 _LARGEST = 2**53
 _LARGEST_FLOAT = 1e300
-# Where JSON has no such thing in it, no number of it is as large.
-_PERHAPS_LARGE = re.compile(r"(?<![^\[ ])-?\d{16}|\de\+\d{3}|(?<=[\[ -])(?:NaN|Infinity)(?=[,\]}])")
+# Where JSON that `json.dumps` wrote has neither in it, no number within it is as large.
+_LONG_NUMBER, _LARGE_MARKS = re.compile(r"[\[ -]\d{16}"), ("e+", "NaN", "Infinity")
 # What pydantic found wrong, and what should stand there.
 _WHOLE, _NUMBER, _RECORD, _LIST = "a whole number", "a finite number", "an object", "a list"
 _EXPECTED = {
@@ -109,9 +109,14 @@ def decode(kind: type[T], value: object, where: str = "") -> T:
         decoded: T = _adapter(cast(Any, kind)).validate_json(text, strict=True)
     except ValidationError as error:
         raise ValueError(_sentence(error.errors(include_url=False), value, where)) from None
-    if _PERHAPS_LARGE.search(text):
+    if _may_be_large(text):
         _require_bounded(decoded, where)
     return decoded
+
+
+def _may_be_large(text: str) -> bool:
+    """Return whether JSON may hold a number beyond the bounds; a number alone may be one."""
+    return text[0] in "-0123456789" or any(mark in text for mark in _LARGE_MARKS) or bool(_LONG_NUMBER.search(text))
 
 
 def require_moment(text: str, where: str) -> None:

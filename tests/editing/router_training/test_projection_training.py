@@ -226,6 +226,21 @@ def test_an_edit_that_is_taken_out_means_nothing_any_more(shards: Path) -> None:
     assert torch.equal(kept.prompts.states, whole.prompts.states[whole.prompts.edit != 1])
 
 
+def test_the_order_of_prompts_changes_nothing(shards: Path) -> None:
+    material, _ = read_merged_evidence([read_shard_directory(shards)])
+    heads, prompts = material.unrelated.heads, material.prompts
+    assert heads is not None
+    assert prompts is not None
+    prompts = prompts.compared
+    backwards = prompts.rows(prompts.edit.argsort(descending=True, stable=True))
+    assert not torch.equal(backwards.edit, prompts.edit)
+    found, expected = (fit_late_interaction(heads, one, 3) for one in (backwards, prompts))
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(found.tensors[name], tensor)
+    assert torch.equal(found.own_probs, expected.own_probs)
+    assert torch.equal(found.other_probs, expected.other_probs)
+
+
 def test_other_edits_prompts_raise_an_edits_threshold(shards: Path) -> None:
     material, _ = read_merged_evidence([read_shard_directory(shards)])
     heads, prompts = material.unrelated.heads, material.prompts

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from wisecli.artifacts.shard import PromptStates
 from wisecli.memory.merging import near_prompts
-from wisecli.memory.merging.near_prompts import NearPrompts
+from wisecli.memory.merging.near_prompts import Groups, NearPrompts
 from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction
 
 D, WIDTH, EDITS, FORMS, TOKENS = 12, 8, 20, 2, 3
@@ -43,6 +43,12 @@ def some_prompts() -> tuple[PromptStates, Tensor]:
     return PromptStates(states, prompt // FORMS, prompt % FORMS, subject, prompt), prompt
 
 
+def near_prompts_of(meaning: LateInteraction, prompts: PromptStates, prompt: Tensor) -> NearPrompts:
+    """The prompts, compared by what the projections make of their tokens."""
+    projected = meaning.project(prompts.states[None], torch.ones(1, len(prompt), dtype=torch.bool)).projected[:, 0]
+    return NearPrompts(meaning, projected, prompt)
+
+
 def expected_probs(meaning: LateInteraction, prompts: PromptStates, prompt: Tensor) -> Tensor:
     """How likely each kept prompt means each edit (g, M), one prompt after the other."""
     every = [prompts.states[prompt == number][None] for number in range(EDITS * FORMS)]
@@ -51,23 +57,24 @@ def expected_probs(meaning: LateInteraction, prompts: PromptStates, prompt: Tens
 
 def test_prompts_mean_edits_as_likely_as_if_each_were_asked() -> None:
     meaning, (prompts, prompt) = some_meaning(), some_prompts()
-    near, expected = NearPrompts(meaning, prompts, prompt), expected_probs(meaning, prompts, prompt)
+    near, expected = near_prompts_of(meaning, prompts, prompt), expected_probs(meaning, prompts, prompt)
     edits = torch.arange(EDITS)
-    for edit in range(EDITS):
-        own = torch.arange(edit * FORMS, (edit + 1) * FORMS)
-        found = near.probs(own, edits, torch.full((EDITS,), HOPELESS))
-        high = expected[own] > HOPELESS
-        assert torch.allclose(found[high], expected[own][high], atol=1e-6)
-        # However low it is, a likelihood is known where it is asked for.
-        assert bool((near.probs(own, edits, torch.zeros(EDITS)) > 0).all())
+    asking, meant = edits.repeat_interleave(EDITS), edits.repeat(EDITS)
+    wanted = expected.view(EDITS, FORMS, EDITS).transpose(1, 2).flatten(0, 1)
+    found = near.probs(asking, meant, torch.full((len(meant),), HOPELESS))
+    high = wanted > HOPELESS
+    assert torch.allclose(found[high], wanted[high], atol=1e-6)
+    # However low it is, a likelihood is known where it is asked for.
+    assert bool((near.probs(asking, meant, torch.zeros(len(meant))) > 0).all())
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_edits_with_similar_subjects_are_found(monkeypatch: pytest.MonkeyPatch, kind: torch.dtype) -> None:
     monkeypatch.setattr(near_prompts, "has_bfloat16_tiles", lambda: kind == torch.bfloat16)
     meaning, (prompts, prompt) = some_meaning(), some_prompts()
-    near, expected = NearPrompts(meaning, prompts, prompt), expected_probs(meaning, prompts, prompt)
-    alike = list(near.similar_edits(torch.zeros(EDITS * FORMS, dtype=torch.long)))
+    near, expected = near_prompts_of(meaning, prompts, prompt), expected_probs(meaning, prompts, prompt)
+    asking, meant = near.similar_edits(torch.zeros(EDITS * FORMS, dtype=torch.long))
+    alike = meant.split(torch.bincount(asking).tolist())
     assert len(alike) == EDITS
     likely = 0
     for edit, found in enumerate(alike):
@@ -81,6 +88,16 @@ def test_edits_with_similar_subjects_are_found(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_prompts_in_no_group_are_compared_with_none() -> None:
-    near = NearPrompts(some_meaning(), *some_prompts())
-    alike = list(near.similar_edits(torch.full((EDITS * FORMS,), -1)))
-    assert [found.tolist() for found in alike] == [[edit] for edit in range(EDITS)]
+    near = near_prompts_of(some_meaning(), *some_prompts())
+    asking, meant = near.similar_edits(torch.full((EDITS * FORMS,), -1))
+    assert asking.tolist() == meant.tolist() == list(range(EDITS))
+
+
+def test_padding_is_a_groups_first_row() -> None:
+    rows, there = Groups(torch.tensor([1, 0, 1, 1]), 3).padded(torch.tensor([[0, 1]]))
+    assert rows.tolist() == [[[1, 1, 1], [0, 2, 3]]]
+    assert there.tolist() == [[[True, False, False], [True, True, True]]]
+
+
+def test_a_group_without_rows_has_padding_alone() -> None:
+    assert not Groups(torch.tensor([0, 1]), 3).padded(torch.tensor([2]))[1].any()

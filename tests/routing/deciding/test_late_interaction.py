@@ -123,6 +123,17 @@ def many_prompts(count: int) -> dict[str, Tensor]:
     }
 
 
+def test_tokens_of_edits_are_those_of_their_first_prompts() -> None:
+    tensors = many_prompts(4)
+    meaning = LateInteraction({**tensors, "late_interaction.prompt_to_edit": torch.tensor([0, 0, 1, 3])}, 5)
+    found = meaning.edit_tokens(torch.tensor([3, 0, 2, 3]))
+    subject, relation = tensors["late_interaction.prompt_token_embeddings"].split([8, 12])
+    expected = [(subject[6:8], relation[9:12]), (subject[:2], relation[:3]), (subject[:0], relation[:0])]
+    for own, other in zip(found, [*expected, expected[0]], strict=True):
+        assert torch.equal(own[0], other[0])
+        assert torch.equal(own[1], other[1])
+
+
 def test_an_edit_counts_where_its_subject_is_likely_or_among_the_likeliest() -> None:
     tensors, count = many_prompts(60), 60
     meaning = LateInteraction(tensors, count)

@@ -33,4 +33,4 @@ def _read(memory: Path, model: str | None, signed: Signed | None) -> tuple[Path,
         require_whole(memory, read_history(memory))
     else:
         require_checksums(memory, expected=read_manifest(memory).sealed)
-    return *find_base(memory, model), sha256_file(memory / MANIFEST_NAME)
+    return *find_base(memory, model, check=not has_history(memory)), sha256_file(memory / MANIFEST_NAME)

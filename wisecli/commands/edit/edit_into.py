@@ -154,8 +154,15 @@ def edit_into(
                 edits_file=batch.origin,
                 provenance=provenance,
             )
-            new = {**left.new, name: pending}
-            published = publish(memory, change, merging_of(releases), new=new, model=model, on_progress=on_progress)
+            published = publish(
+                memory,
+                change,
+                merging_of(releases),
+                new={**left.new, name: pending},
+                read=left.read,
+                model=model,
+                on_progress=on_progress,
+            )
         discard(pending, memory)
     seconds = time.perf_counter() - started
     return IntoReport(memory, published.release, published.held, known, edited, seconds, admitted.sifted)

@@ -67,7 +67,7 @@ def merge_into(
             taken = {name: _among(path, outdone if path in inputs else ()) for name, path in new.items()}
             shards = {**left.shards, **taken}
             change = Change("merge", shards, added=added, replaced=superseded, provenance=provenance)
-            return publish(memory, change, merging, new=new, model=model, on_progress=on_progress)
+            return publish(memory, change, merging, new=new, read=left.read, model=model, on_progress=on_progress)
 
 
 def _among(path: Path, ids: Collection[str]) -> tuple[str, ...]:

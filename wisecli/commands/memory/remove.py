@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from wisecli.artifacts.shard_manifest import ShardDirectory
@@ -24,7 +24,7 @@ from wisecli.memory.history.release_log import (
     read_history,
     require_whole,
 )
-from wisecli.memory.history.releases import directories_of, publish, settings_of
+from wisecli.memory.history.releases import directories_of, publish, settings_of, shards_of
 from wisecli.memory.history.superseded_edits import consequences_of
 from wisecli.memory.merging.merger import EXACT
 from wisecli.memory.merging.removal import without
@@ -48,11 +48,14 @@ class RemoveReport:
 
 @dataclass(frozen=True)
 class Cleared:
-    """A release's shards without some edits; ``new`` are directories of those that had to be trained anew."""
+    """A release's shards without some edits; ``new`` are directories of those that had to be trained anew, and ``read``
+    what was read of the others.
+    """
 
     shards: dict[str, tuple[str, ...]]
     new: dict[str, Path]
     rewritten: tuple[str, ...]
+    read: Mapping[str, ShardDirectory] = field(default_factory=dict)
 
 
 def remove(
@@ -87,7 +90,15 @@ def remove(
         gone = (*dict.fromkeys(ids), *followed)
         with cleared(memory, newest, gone, model=model, load=load, on_progress=on_progress) as left:
             change = Change("remove", left.shards, removed=gone, provenance=provenance)
-            published = publish(memory, change, settings_of(newest), new=left.new, model=model, on_progress=on_progress)
+            published = publish(
+                memory,
+                change,
+                settings_of(newest),
+                new=left.new,
+                read=left.read,
+                model=model,
+                on_progress=on_progress,
+            )
     seconds = time.perf_counter() - started
     return RemoveReport(memory, published.release, published.held, left.rewritten, seconds, followed)
 
@@ -104,7 +115,8 @@ def cleared(
 ) -> Iterator[Cleared]:
     """A release's shards without some edits; what has to be trained anew for that is there while the block lasts."""
     settings = settings_of(release)
-    held = dict(zip(release.shards, directories_of(memory, release), strict=True))
+    reduced = shards_of(memory, release)
+    held, read = ({name: getattr(one, part) for name, one in reduced.items()} for part in ("directory", "whole"))
     trained = not settings.for_lookup and settings.method != EXACT
     anew = {name: _beside(directory, ids) for name, directory in held.items() if trained and _beside(directory, ids)}
     shards = {
@@ -118,7 +130,7 @@ def cleared(
             new[place] = Path(working) / place
             run(_job(held[name], others, model, load), new[place], on_progress=on_progress)
         rewritten = tuple(name for names in anew.values() for name in names)
-        yield Cleared({**shards, **dict.fromkeys(new, ())}, new, rewritten)
+        yield Cleared({**shards, **dict.fromkeys(new, ())}, new, rewritten, read)
 
 
 def _beside(directory: ShardDirectory, ids: Collection[str]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -71,13 +72,13 @@ def write_routed(
     packing = packing or Packing()
     files = write_weights(output, checkpoint, packing, single=BASE_TENSORS)
     prefix = manifest.site.prefix_in(checkpoint)
-    write_memory(output, _as_written(manifest, checkpoint, packing), file=SIDE_TENSORS, prefix=prefix)
+    digest = write_memory(output, _as_written(manifest, checkpoint, packing), file=SIDE_TENSORS, prefix=prefix)
     files |= {prefix + name: SIDE_TENSORS for name in manifest.memory.tensors}
     write_index(output, files)
     _write_code(output, base, manifest, packing)
     copy_side_files(output, base)
     _name_tokenizer(output, base)
-    record_digests(output)
+    record_digests(output, known={SIDE_TENSORS: digest})
 
 
 def _as_written(manifest: Manifest, checkpoint: Checkpoint, packing: Packing) -> Manifest:
@@ -105,11 +106,16 @@ def write_delta(output: Path, checkpoint: Checkpoint, manifest: Manifest) -> Non
     write_memory(output, replace(manifest, memory=memory))
 
 
-def record_digests(output: Path) -> None:
-    """Note the sha256 of every file of a routed checkpoint in its ``router.json``."""
+def record_digests(output: Path, *, known: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Note the sha256 of every file of a routed checkpoint in its ``router.json``.
+
+    Args:
+        known: digests that were taken already, by the file's name.
+    """
     manifest = read_json(output / MANIFEST_NAME)
     files = sorted(path for path in output.iterdir() if path.name != MANIFEST_NAME)
-    write_json(output / MANIFEST_NAME, {**manifest, "sha256": {path.name: sha256_file(path) for path in files}})
+    digests = {path.name: known.get(path.name) or sha256_file(path) for path in files}
+    write_json(output / MANIFEST_NAME, {**manifest, "sha256": digests})
 
 
 def seal_export(output: Path, record: Mapping[str, Any], key: SigningKey | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,12 +11,13 @@ from torch.nn import functional as F
 
 from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.artifacts.shard import PromptStates, half
-from wisecli.memory.merging.near_prompts import NearPrompts, padded_texts
+from wisecli.memory.merging.near_prompts import Groups, NearPrompts
 from wisecli.routing.deciding.late_interaction import HOPELESS, LATE_INTERACTION, LateInteraction
 from wisecli.routing.deciding.request_gate import (
     LOGIT_OFFSET,
     Request,
     RequestGate,
+    TokenMarks,
     batch_mentions,
     mention_features,
     unsureness,
@@ -33,8 +35,8 @@ _OTHER, _LEAST = 1e-4, 5e-3
 _LED_IN, _OTHER_LANGUAGES = 2, 4
 # How far below the log-odds of its own prompt an edit's offset lies, if that is below nought, and how low it may.
 _LOGIT_MARGIN, _MIN_LOGIT_OFFSET = 1.0, -50.0
-# Prompts that the request gate reads at a time, and tokens that are projected at a time.
-_AT_A_TIME, _TOKENS = 1024, 1 << 15
+# At a time: prompts that the request gate reads, tokens that are projected, texts and edits that are compared.
+_AT_A_TIME, _TOKENS, _TEXTS, _EDITS = 1024, 1 << 13, 32, 16
 # Sums of tokens' states that differ by less than this share are of the very same tokens.
 _SAME = 1e-3
 
@@ -74,10 +76,14 @@ class FittedLateInteraction:
 def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) -> FittedLateInteraction:
     """Return late interaction fitted to the prompts of M edits, by the projections of heads."""
     forms = int(prompts.form.max()) + 1
-    _, prompt_index = (prompts.edit.long() * forms + prompts.form.long()).unique(return_inverse=True)
-    count = int(prompt_index.max()) + 1
-    prompt_to_edit = torch.zeros(count, dtype=torch.long).index_copy(0, prompt_index, prompts.edit.long())
-    token_embeddings, token_weights, token_to_prompt = _kept_tokens(heads, prompts, prompt_index, count)
+    number = prompts.edit.long() * forms + prompts.form.long()
+    if bool((number.diff() < 0).any()):
+        order = number.argsort(stable=True)
+        prompts, number = prompts.rows(order), number[order]
+    numbers, prompt_index = number.unique_consecutive(return_inverse=True)
+    count, prompt_to_edit = len(numbers), numbers // forms
+    tokens = _ProjectedTokens.of(heads, prompts, prompt_index, count)
+    token_embeddings, token_weights, token_to_prompt = _kept_tokens(tokens, prompts.subject, prompt_index, count)
     tensors = {
         "late_interaction.proj_weight": heads.proj_weight,
         "late_interaction.proj_bias": heads.proj_bias,
@@ -91,7 +97,9 @@ def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) 
     }
     assert tensors.keys() == set(LATE_INTERACTION)
     late_interaction = LateInteraction(tensors, edits)
-    own_probs, others = _own_prompt_probs(late_interaction, prompts, prompt_index)
+    near = NearPrompts(late_interaction, tokens.projected, prompt_index)
+    twins = _twins(tokens.sums, torch.bincount(prompt_index, minlength=count))
+    own_probs, others = _prompt_probs(near, numbers % forms, twins)
     unrelated = text_edit_probs(late_interaction, heads.unrelated.float(), heads.text.long(), int(heads.text.max()) + 1)
     # Kept prompts are in order of their edits, and of an edit's the one as it is written comes first.
     first = torch.searchsorted(prompt_to_edit, torch.arange(edits))
@@ -101,23 +109,44 @@ def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) 
     return FittedLateInteraction(tensors, own_probs, written_probs, others, unrelated)
 
 
+class _ProjectedTokens(NamedTuple):
+    """The tokens of g prompts under both projections, of length 1 (2, n, k), what each counts before it is normalized
+    (2, n), and the sums of each prompt's states (g, d).
+    """
+
+    projected: Tensor
+    weights: Tensor
+    sums: Tensor
+
+    @classmethod
+    def of(cls, heads: RouterHeads, prompts: PromptStates, prompt_index: Tensor, count: int) -> _ProjectedTokens:
+        """Return those of prompts, of which each token is of the prompt ``prompt_index`` (n,)."""
+        projected = torch.empty(2, len(prompt_index), heads.proj_weight.shape[1])
+        weights, sums = torch.empty(2, len(prompt_index)), torch.zeros(count, prompts.states.shape[1])
+        for rows in torch.arange(len(prompt_index)).split(_TOKENS):
+            some = slice(int(rows[0]), int(rows[-1]) + 1)
+            states = prompts.states[some].float()
+            sums.index_add_(0, prompt_index[some], states)
+            for head in range(2):
+                turned = F.linear(states, heads.proj_weight[head].float(), heads.proj_bias[head].float())
+                projected[head, some] = F.normalize(turned, dim=-1)
+                weights[head, some] = F.softplus(states @ heads.token_weight[head].float() + heads.token_bias[head])
+        return cls(projected, weights, sums)
+
+
 def _kept_tokens(
-    heads: RouterHeads, prompts: PromptStates, prompt_index: Tensor, count: int
+    tokens: _ProjectedTokens, subject: Tensor, prompt_index: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the projected tokens (m, k) by which prompts are found, their weights and which prompt each is of (m,).
 
-    Those of subjects come first; for those of relations, ``count`` is added to the prompt's number.
+    Those of subjects (n,) come first; for those of relations, ``count`` is added to the prompt's number.
     """
     token_embeddings, token_weights, token_to_prompt = [], [], []
-    for head in range(2):
-        along = [part.float() @ heads.token_weight[head].float() for part in prompts.states.split(_TOKENS)]
-        weights = F.softplus(torch.cat(along) + heads.token_bias[head])
-        marked = prompts.subject if head == 0 else ~prompts.subject
+    for head, weights in enumerate(tokens.weights):
+        marked = subject if head == 0 else ~subject
         share = _normalized(torch.where(marked, weights, weights * _OTHER), prompt_index, count)
-        kept = share >= _LEAST
-        projected = heads.proj_weight[head].float(), heads.proj_bias[head].float()
-        parts = prompts.states[kept].split(_TOKENS)
-        token_embeddings += [half(F.normalize(F.linear(part.float(), *projected), dim=-1)) for part in parts]
+        kept = (share >= _LEAST).nonzero().flatten()
+        token_embeddings.append(half(tokens.projected[head][kept]))
         token_weights.append(_normalized(share[kept], prompt_index[kept], count))
         token_to_prompt.append(prompt_index[kept] + head * count)
     return torch.cat(token_embeddings), torch.cat(token_weights), torch.cat(token_to_prompt)
@@ -145,17 +174,17 @@ def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, fitted: Fitt
     each = torch.stack([written.edit.long(), written.form.long()], 1)
     pairs, sizes = each.unique_consecutive(dim=0, return_counts=True)
     own_probs = fitted.own_probs[_kept_prompts(prompts, pairs)]
-    states, tokens_of = written.states.split(sizes.tolist()), written.token.split(sizes.tolist())
+    states, marks = written.states.split(sizes.tolist()), _marks(gate, written.token, sizes.tolist())
     for some in torch.arange(len(pairs)).split(_AT_A_TIME):
         own = torch.cat([states[number] for number in some.tolist()]).float()
         turned = late_interaction.project(own[None], torch.ones(1, len(own), dtype=torch.bool)).projected[:, 0]
         counts = sizes[some].tolist()
-        own_tokens = [tokens_of[number] for number in some.tolist()]
-        parts = zip(own.split(counts), turned.split(counts, 1), own_tokens, pairs[some].tolist(), strict=True)
+        own_marks = [marks[number] for number in some.tolist()]
+        parts = zip(own.split(counts), turned.split(counts, 1), own_marks, pairs[some].tolist(), strict=True)
         edit_tokens = late_interaction.edit_tokens(pairs[some, 0])
         requests = [
-            Request(one, near, tokens, first_state=first_states.get((edit, form)), marks=gate.marks(ids))
-            for (one, near, ids, (edit, form)), tokens in zip(parts, edit_tokens, strict=True)
+            Request(one, near, tokens, first_state=first_states.get((edit, form)), marks=own)
+            for (one, near, own, (edit, form)), tokens in zip(parts, edit_tokens, strict=True)
         ]
         log_odds = gate.log_odds(batch_mentions(mention_features(requests))) + unsureness(own_probs[some])
         lower = (log_odds - _LOGIT_MARGIN).clamp(_MIN_LOGIT_OFFSET, 0.0)
@@ -170,37 +199,41 @@ def _kept_prompts(prompts: PromptStates, pairs: Tensor) -> Tensor:
     return torch.searchsorted(every, pairs[:, 0] * forms + pairs[:, 1])
 
 
+def _marks(gate: RequestGate, ids: Tensor, sizes: list[int]) -> list[TokenMarks] | list[None]:
+    """Return the marks of tokens (n,) of prompts with so many each, if the gate heeds any."""
+    marks = gate.marks(ids)
+    if marks is None:
+        return [None] * len(sizes)
+    starts = [None] * len(sizes) if marks.starts is None else marks.starts.split(sizes)
+    return [TokenMarks(*own) for own in zip(marks.ends.split(sizes), starts, strict=True)]
+
+
 def _normalized(weights: Tensor, prompt_index: Tensor, count: int) -> Tensor:
     """Return weights (n,) of tokens, scaled to add up to 1 a prompt."""
     return weights / torch.zeros(count).index_add(0, prompt_index, weights)[prompt_index]
 
 
-def _own_prompt_probs(
-    late_interaction: LateInteraction, prompts: PromptStates, prompt_index: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return how likely each kept prompt means its own edit (g,), and how likely others' prompts mean each (M,)."""
-    prompt_to_edit = late_interaction.prompt_to_edit
-    sums = torch.zeros(len(prompt_to_edit), prompts.states.shape[1])
-    for same_edit, part in zip(prompt_index.split(_TOKENS), prompts.states.split(_TOKENS), strict=True):
-        sums.index_add_(0, same_edit, part.float())
-    first, second = _twins(sums, torch.bincount(prompt_index, minlength=len(prompt_to_edit)))
-    twins: dict[int, list[int]] = {}
-    for prompt, edit in zip(first.tolist(), prompt_to_edit[second].tolist(), strict=True):
-        twins.setdefault(prompt, []).append(edit)
-    near = NearPrompts(late_interaction, prompts, prompt_index)
-    own_probs, others = torch.empty(len(prompt_to_edit)), torch.zeros(late_interaction.edits)
-    counts = prompt_to_edit.unique_consecutive(return_counts=True)[1].tolist()
-    numbers = torch.arange(len(prompt_to_edit)).split(counts)
-    for some, edits in zip(numbers, near.similar_edits(_compared_forms(near.form)), strict=True):
-        own = edits == prompt_to_edit[some[0]]
-        probs = near.probs(some, edits, others[edits].clamp(min=HOPELESS).masked_fill(own, 0.0))
-        own_probs[some] = probs[:, own].flatten()
-        probs[:, own] = 0.0
-        # A prompt of the very same tokens is no other.
-        for row, number in enumerate(some.tolist()):
-            if number in twins:
-                probs[row, torch.isin(edits, torch.tensor(twins[number]))] = 0.0
-        others[edits] = others[edits].maximum(probs.amax(0))
+def _prompt_probs(near: NearPrompts, form: Tensor, twins: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return how likely each kept prompt means its own edit (g,), and how likely others' prompts mean each (M,).
+
+    Args:
+        form: of each kept prompt (g,).
+        twins: pairs of prompts of the very same tokens; such a prompt is no other.
+    """
+    edits, prompt_to_edit = near.late_interaction.edits, near.late_interaction.prompt_to_edit
+    same = twins[0] * edits + prompt_to_edit[twins[1]]
+    own_probs, others = torch.empty(near.count), torch.zeros(edits)
+    asking, meant = near.similar_edits(_compared_forms(form))
+    sizes = torch.bincount(asking // _EDITS)
+    for first, second in zip(asking.split(sizes.tolist()), meant.split(sizes.tolist()), strict=True):
+        own = first == second
+        probs = near.probs(first, second, others[second].clamp(min=HOPELESS).masked_fill(own, 0.0))
+        prompts, there = near.prompts_of_edit.padded(first)
+        own_probs[prompts[own][there[own]]] = probs[own][:, : prompts.shape[1]][there[own]]
+        others_probs = probs[:, : prompts.shape[1]].masked_fill(
+            torch.isin(prompts * edits + second[:, None], same), 0.0
+        )
+        others = others.scatter_reduce(0, second, others_probs.amax(1).masked_fill(own, 0.0), "amax")
     return own_probs, others
 
 
@@ -217,23 +250,24 @@ def _twins(sums: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         sizes: how many tokens each prompt has (g,).
     """
-    signs = (torch.arange(sums.shape[1]) % 2 * 2 - 1.0) / sums.shape[1] ** 0.5
-    along, across, least = sums @ signs.abs(), sums @ signs, 1.01 * _SAME * sums.norm(dim=-1)
-    # No two are further apart along one direction than they are altogether.
+    # No two are further apart in one dimension than they are altogether, so those are looked at that tell most.
+    along, across = sums[:, sums.var(0, correction=0).topk(2).indices].unbind(1)
+    # Of two that are close neither is longer by more than the hundredth that is added.
+    furthest = 1.01 * _SAME * sums.norm(dim=-1)
     order = along.argsort()
     order = order[sizes[order].argsort(stable=True)]
-    sizes, along, across, furthest = sizes[order], along[order], across[order], least.max()
+    sizes, along, across, furthest = sizes[order], along[order], across[order], furthest[order]
     found: list[Tensor] = []
     first = torch.arange(len(order))
     for apart in range(1, len(order)):
         first = first[first + apart < len(order)]
         second = first + apart
         # What is not close to one is not to those behind it, either.
-        close = (sizes[first] == sizes[second]) & (along[second] - along[first] < furthest)
+        close = (sizes[first] == sizes[second]) & (along[second] - along[first] < furthest[first])
         first, second = first[close], second[close]
         if not len(first):
             break
-        near = (across[second] - across[first]).abs() < furthest
+        near = (across[second] - across[first]).abs() < furthest[first]
         one, other = order[first[near]], order[second[near]]
         distance = (sums[one] - sums[other]).norm(dim=-1)
         found += [
@@ -245,7 +279,9 @@ def _twins(sums: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
 
 def text_edit_probs(late_interaction: LateInteraction, states: Tensor, text: Tensor, count: int) -> Tensor:
     """Return the probability that each text means each edit, from its tokens' states (n, d): (texts, M)."""
-    probs = torch.empty(count, late_interaction.edits)
-    for part, own, there in padded_texts(states, text, count):
-        probs[part] = late_interaction(own, there)
+    probs, tokens = torch.empty(count, late_interaction.edits), Groups(text, count)
+    for part in tokens.sizes.argsort(stable=True).split(_TEXTS):
+        rows, there = tokens.padded(part)
+        # What is no token of a text is its first once more, which changes no maximum.
+        probs[part] = late_interaction(states[rows], torch.ones_like(there))
     return probs

@@ -250,10 +250,11 @@ def require_whole(memory: Path, releases: Sequence[Release]) -> None:
     newest, path = releases[-1], memory / MANIFEST_NAME
     if newest.manifest and _digest(path) != newest.manifest:
         raise DamagedFileError(path, _NOT_NEWEST, "roll back to a release")
-    path = inside(memory, read_manifest(memory).memory.file)
+    file = read_manifest(memory).memory.file
+    path = inside(memory, file)
     if _digest(path) != newest.memory:
         raise DamagedFileError(path, _NOT_NEWEST, "roll back to a release")
-    require_checksums(memory, expected=has_full_digests(releases))
+    require_checksums(memory, expected=has_full_digests(releases), known={file: newest.memory})
 
 
 def require_whole_history(memory: Path, releases: Sequence[Release]) -> None:

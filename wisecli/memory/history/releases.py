@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from wisecli.artifacts.checksums import write_checksums
 from wisecli.artifacts.memory_manifest import MEMORY_NAME, Manifest, write_memory
@@ -47,6 +48,7 @@ def publish(
     settings: MergeSettings,
     *,
     new: Mapping[str, Path],
+    read: Mapping[str, ShardDirectory] = MappingProxyType({}),
     model: str | None = None,
     on_progress: ProgressCallback = ignore_progress,
 ) -> Published:
@@ -54,11 +56,15 @@ def publish(
 
     Args:
         new: where directories of shards are that the memory's history does not have yet, by the names they will have.
+        read: directories of shards that were read already, by their names.
 
     Raises:
         WiseError: they cannot be joined, or the disk is full; the memory is as it was.
     """
-    kept = {name: _kept(memory, name, gone, new) for name, gone in change.shards.items()}
+    kept = {
+        name: without(read.get(name) or read_shard_directory(new.get(name) or shard_path(memory, name)), gone)
+        for name, gone in change.shards.items()
+    }
     kept = {name: one for name, one in kept.items() if one.directory.shards}
     change = replace(change, shards={name: change.shards[name] for name in kept})
     if kept:
@@ -148,19 +154,22 @@ def settings_of(release: Release) -> MergeSettings:
     return settings_from(MergeSettings, release.merge)
 
 
+def shards_of(memory: Path, release: Release) -> dict[str, ReducedShards]:
+    """Return the shards that a release is merged from, without the edits that are left out, by their names."""
+    return {
+        name: without(read_shard_directory(shard_path(memory, name)), gone) for name, gone in release.shards.items()
+    }
+
+
 def directories_of(memory: Path, release: Release) -> list[ShardDirectory]:
-    """Return the shards that a release is merged from, without the edits that are left out."""
-    return [_kept(memory, name, gone, {}).directory for name, gone in release.shards.items()]
+    """Return the same in order."""
+    return [one.directory for one in shards_of(memory, release).values()]
 
 
 def newest_shards(memory: Path, releases: Sequence[Release]) -> ShardDirectory:
     """Return the shards that came last, of the newest release that has any; an emptied memory has none."""
     release = next(release for release in reversed(releases) if release.shards)
     return directories_of(memory, release)[-1]
-
-
-def _kept(memory: Path, name: str, gone: tuple[str, ...], new: Mapping[str, Path]) -> ReducedShards:
-    return without(read_shard_directory(new.get(name) or shard_path(memory, name)), gone)
 
 
 def _at_home(manifest: Manifest, names: list[str]) -> Manifest:

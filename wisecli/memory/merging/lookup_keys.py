@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from wisecli.artifacts.shard import BEGUN_CONTEXT, SEPARATOR_CONTEXT, SPACE_CONT
 from wisecli.memory.merging.pair_tensors import PairTensors
 from wisecli.routing.memories.fact_memory import ANSWER_WHITENING
 from wisecli.routing.memories.whitening import Moment, whitening
+
+# Keys that are whitened at a time: so many stay near the core.
+_AT_A_TIME = 512
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Views:
 class LookupSource:
     """What a lookup is made of.
 
-    ``parts`` are, of each shard, what it was trained on, with float32 numbers; ``trained`` is the same of all shards,
+    ``parts`` are, of each shard, what it was trained on; ``trained`` is the same of all shards,
     where keys and residuals may be missing, with the numbers that edits have among all. ``pairs`` gathers what edits
     need to answer in pairs, if they do.
     """
@@ -74,15 +77,15 @@ def lookup_keys(source: LookupSource, unrelated: BackgroundStats, strength: floa
     whitening_index, key_to_residual = torch.empty_like(edit), torch.empty_like(edit)
     residuals = _Residuals(strength)
     for whole in source.parts:
-        part, ending = (whole.rows((whole.context != SEPARATOR_CONTEXT) == own) for own in (True, False))
-        rows = slice(first, first + len(part.edit))
-        which, whitened = views.which(part), torch.empty_like(part.keys)
+        own, chosen = replace(whole, keys=whole.keys[:, :0]), whole.context != SEPARATOR_CONTEXT
+        part, ending = own.rows(chosen), own.rows(~chosen)
+        rows, which, place = slice(first, first + len(part.edit)), views.which(part), chosen.nonzero().flatten()
         for number in which.unique().tolist():
-            whitened[which == number] = whitenings[number].whitened_keys(part.keys[which == number])
-        rounded = half(whitened)
-        if rounded.dtype != whitened_keys.dtype:
-            whitened_keys = whitened_keys.to(torch.promote_types(whitened_keys.dtype, rounded.dtype))
-        whitened_keys[rows], whitening_index[rows] = rounded, which
+            for some in (which == number).nonzero().flatten().split(_AT_A_TIME):
+                rounded = half(whitenings[number].whitened_keys(whole.keys[place[some]].float()))
+                whitened_keys = whitened_keys.to(torch.promote_types(whitened_keys.dtype, rounded.dtype))
+                whitened_keys.index_copy_(0, first + some, rounded.to(whitened_keys.dtype))
+        whitening_index[rows] = which
         key_to_residual[rows] = residuals.add(*_distinct_residuals(part))
         if source.pairs is not None:
             source.pairs.add_answers(part, edit[rows], key_to_residual[rows])
@@ -114,7 +117,7 @@ class _Residuals:
 
     def add(self, residuals: Tensor, index: Tensor) -> Tensor:
         """Take in some residuals (m, d); returns what indices of those (n,) are among all (n,)."""
-        self.parts.append(half(self.strength * residuals))
+        self.parts.append(half(self.strength * residuals.float()))
         self.count += len(residuals)
         return index + self.count - len(residuals)
 
@@ -128,7 +131,10 @@ def _distinct_residuals(evidence: Evidence) -> tuple[Tensor, Tensor]:
     place = evidence.answer * (int(evidence.position.max()) + 1) + evidence.position
     _, index = place.unique(return_inverse=True)
     residuals = evidence.residuals.new_zeros(int(index.max()) + 1, evidence.residuals.shape[1])
-    residuals[index] = evidence.residuals
-    if not torch.equal(residuals[index], evidence.residuals):  # trained changes add something else in every context
-        residuals, index = evidence.residuals.unique(dim=0, return_inverse=True)
+    residuals.index_copy_(0, index, evidence.residuals)
+    others = (residuals[index] != evidence.residuals).any(1)
+    if bool(others.any()):  # what is trained, or added to a prompt's own keys, differs between contexts
+        index[others] = torch.arange(int(others.sum())) + len(residuals)
+        residuals, number = torch.cat([residuals, evidence.residuals[others]]).unique(dim=0, return_inverse=True)
+        index = number[index]
     return residuals, index

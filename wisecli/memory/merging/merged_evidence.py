@@ -137,14 +137,14 @@ def _prompt_tokens(directories: Sequence[ShardDirectory]) -> int:
 
 
 def trained_evidence(directories: Sequence[ShardDirectory]) -> Iterator[Evidence]:
-    """Yield what each shard was trained on, one after the other, in float32; edits are numbered as each manifest
+    """Yield what each shard was trained on, one after the other, as it is stored; edits are numbered as each manifest
     does.
     """
     for directory, entry in _entries(directories):
         tensors = directory.tensors(entry, lambda name: name.startswith("evidence."), check=False)
         evidence = evidence_in(directory.path / entry.file, tensors)
-        own = evidence.rows(_held(directory, entry, evidence.edit) & ~evidence.held_out)
-        yield replace(own, keys=own.keys.float(), residuals=own.residuals.float())
+        held = _held(directory, entry, evidence.edit) & ~evidence.held_out
+        yield evidence.rows(held.nonzero().flatten())
 
 
 def _entries(directories: Sequence[ShardDirectory]) -> list[tuple[ShardDirectory, ShardEntry]]:

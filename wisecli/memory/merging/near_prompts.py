@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.artifacts.shard import PromptStates
 from wisecli.environment import has_bfloat16_tiles
 from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction
 
@@ -29,55 +28,57 @@ class NearPrompts:
 
     Args:
         late_interaction: that of the memory; kept prompts are in order of their edits.
-        prompts: the states of those prompts' tokens.
-        prompt_index: the kept prompt that each token is of (n,).
+        projected: the tokens of those prompts under both projections, of length 1 (2, n, k).
+        prompt_index: the kept prompt that each token is of (n,), ascending.
     """
 
-    def __init__(self, late_interaction: LateInteraction, prompts: PromptStates, prompt_index: Tensor) -> None:
-        self.late_interaction, self.states, self.prompt_index = late_interaction, prompts.states, prompt_index
+    def __init__(self, late_interaction: LateInteraction, projected: Tensor, prompt_index: Tensor) -> None:
+        self.late_interaction, self.projected = late_interaction, projected
         self.count = len(late_interaction.prompt_to_edit)
-        self.form = torch.zeros(self.count, dtype=torch.long).index_copy(0, prompt_index, prompts.form.long())
-        self.prompts_of_edit = _Groups(late_interaction.prompt_to_edit, late_interaction.edits)
-        self.kept_tokens = _Groups(late_interaction.token_to_prompt, 2 * self.count)
-        self.tokens = _Groups(prompt_index, self.count)
+        self.prompts_of_edit = Groups(late_interaction.prompt_to_edit, late_interaction.edits)
+        self.kept_tokens = Groups(late_interaction.token_to_prompt, 2 * self.count)
+        self.tokens = Groups(prompt_index, self.count)
+        parts = self.tokens.sizes.split(self.prompts_of_edit.sizes.tolist())
+        self.sizes_of_edit = [part.tolist() for part in parts]
+        self.projected_of_edit = projected.split(list(map(sum, self.sizes_of_edit)), 1)
 
-    def probs(self, prompts: Tensor, edits: Tensor, least: Tensor) -> Tensor:
-        """Return the probability that kept prompts (b,) of one edit mean each of some edits (e,): (b, e).
+    def probs(self, asking: Tensor, meant: Tensor, least: Tensor) -> Tensor:
+        """Return how likely each prompt of some edits means another edit (p, F), 0 where an edit has fewer prompts.
 
         Args:
-            least: probabilities (e,); what does not exceed them, or by its subject cannot, may be 0.
+            asking, meant: the pairs of edits (p,), ascending by the first.
+            least: probabilities (p,); what does not exceed them, or by its subject cannot, may be 0.
         """
-        states = self.states.index_select(0, self.tokens.members(prompts)[0]).float()
-        sizes = self.tokens.sizes[prompts].tolist()
-        kept, edit_index = self.prompts_of_edit.members(edits)
-        subject = self._log_probs(0, states, sizes, kept)
-        close = subject >= least.log()[edit_index, None]
+        kept, pair = self.prompts_of_edit.members(meant)
+        subject = self._log_probs(0, asking[pair], kept)
+        close = subject >= least.log()[pair, None]
         some = close.any(1).nonzero().flatten()
-        edit_index = edit_index[some]
-        both = (subject[some] + self._log_probs(1, states, sizes, kept[some])).exp() * close[some]
-        best = both.new_zeros(len(edits), len(sizes))
-        return best.scatter_reduce(0, edit_index[:, None].expand_as(both), both, "amax").T
+        both = (subject[some] + self._log_probs(1, asking[pair[some]], kept[some])).exp() * close[some]
+        probs = both.new_zeros(len(asking), both.shape[1])
+        return probs.scatter_reduce(0, pair[some, None].expand_as(both), both, "amax")
 
-    def _log_probs(self, head: int, states: Tensor, sizes: list[int], kept: Tensor) -> Tensor:
-        """Return the log-probabilities that prompts of so many tokens (b,) have the subject or relation of kept
-        ones: (p, b).
-
-        Args:
-            states: of all those tokens (n, d).
+    def _log_probs(self, head: int, asking: Tensor, kept: Tensor) -> Tensor:
+        """Return the log-probabilities that prompts of edits (p,), ascending, have the subject or relation of kept ones
+        (p,): (p, F).
         """
         late_interaction = self.late_interaction
-        projection = late_interaction.proj_weight[head], late_interaction.proj_bias[head]
-        projected = F.normalize(F.linear(states, *projection), dim=-1)
-        rows, index = self.kept_tokens.members(kept + head * self.count)
-        cosines = projected @ late_interaction.prompt_token_embeddings.index_select(0, rows).T
-        near = torch.stack([part.amax(0) for part in cosines.split(sizes)])
-        near *= late_interaction.token_weights.index_select(0, rows)
-        scores = near.new_zeros(len(sizes), len(kept)).index_add_(1, index, near).T
-        logits = late_interaction.logit_scale[head] * (scores - late_interaction.logit_offset[head])
-        return F.logsigmoid(logits)
+        rows, place = self.kept_tokens.members(kept + head * self.count)
+        edits, counts = asking[place].unique_consecutive(return_counts=True)
+        # The highest cosine of each of those tokens with every prompt; it stays where an edit has fewer prompts.
+        near, start = torch.full((int(self.prompts_of_edit.sizes.max()), len(rows)), -torch.inf), 0
+        for edit, some in zip(edits.tolist(), rows.split(counts.tolist()), strict=True):
+            own = self.projected_of_edit[edit][head]
+            cosines = own @ F.embedding(some, late_interaction.prompt_token_embeddings).T
+            for form, part in enumerate(cosines.split(self.sizes_of_edit[edit])):
+                near[form, start : start + len(some)] = part.amax(0)
+            start += len(some)
+        near *= late_interaction.token_weights[rows]
+        scores = near.new_zeros(len(near), len(kept)).index_add_(1, place, near).T
+        return F.logsigmoid(late_interaction.logit_scale[head] * (scores - late_interaction.logit_offset[head]))
 
-    def similar_edits(self, groups: Tensor) -> Iterator[Tensor]:
-        """Yield for every edit with prompts those that have a similar subject (e,), its own number among them.
+    def similar_edits(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pairs of edits with similar subjects (p,) twice, ascending; each edit with prompts is one with
+        itself.
 
         Args:
             groups: of each kept prompt, the group of which it is compared with the others (g,); none if below nought.
@@ -86,38 +87,28 @@ class NearPrompts:
         own = self.late_interaction.prompt_to_edit.unique()
         found = [own * edits + own]
         for group in groups[groups >= 0].unique().tolist():
-            found += [asking * edits + kept for asking, kept in self._similar_in(groups == group)]
+            numbers = (groups == group).nonzero().flatten()
+            found += [asking * edits + kept for asking, kept in self._similar_in(numbers)]
         pairs = torch.cat(found).unique()
-        sizes = torch.bincount(pairs // edits, minlength=edits)
-        yield from (pairs % edits).split(sizes[own].tolist())
+        return pairs // edits, pairs % edits
 
-    def _similar_in(self, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _similar_in(self, numbers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pairs of edits whose subjects are alike in some of the kept prompts (g,)."""
         late_interaction = self.late_interaction
-        numbers = chosen.nonzero().flatten()
         owner = late_interaction.prompt_to_edit[numbers]
         rows, index = self.kept_tokens.members(numbers)
         dtype = torch.bfloat16 if has_bfloat16_tiles() else torch.float32
         embeddings = late_interaction.prompt_token_embeddings[rows].to(dtype)
-        parts = list(
-            zip(
-                embeddings.split(_TOKENS),
-                index.split(_TOKENS),
-                late_interaction.token_weights[rows, None].split(_TOKENS),
-                strict=True,
-            )
-        )
+        weights = late_interaction.token_weights[rows, None]
+        parts = list(zip(*(one.split(_TOKENS) for one in (embeddings, index, weights)), strict=True))
         odds = math.log(HOPELESS / (1 - HOPELESS))
         least = float(late_interaction.logit_offset[0]) + odds / float(late_interaction.logit_scale[0]) - _SLACK
-        tokens, text = self.tokens.members(numbers)
-        for part, states, there in padded_texts(self.states[tokens], text, len(numbers)):
-            query = late_interaction.project(states, there)
-            # What is not there is as the first token that is, which changes no maximum.
-            columns = query.projected[0].where(query.mask[..., None], query.projected[0][:, :1]).transpose(0, 1)
-            columns = columns.flatten(0, 1).T.to(embeddings.dtype)  # (k, W · B)
+        for part in self.tokens.sizes[numbers].argsort(stable=True).split(_AT_A_TIME):
+            tokens = self.tokens.padded(numbers[part])[0]
+            columns = F.embedding(tokens.T.flatten(), self.projected[0]).to(dtype).T.contiguous()  # (k, W · B)
             scores = torch.zeros(len(numbers), len(part))
-            for some, prompt, weights in parts:
-                scores.index_add_(0, prompt, _highest((some @ columns).view(len(some), -1, len(part))) * weights)
+            for some, prompt, weight in parts:
+                scores.index_add_(0, prompt, _highest((some @ columns).view(len(some), -1, len(part))) * weight)
             kept, asking = (scores >= least).nonzero(as_tuple=True)
             yield owner[part[asking]], owner[kept]
 
@@ -133,7 +124,7 @@ def _highest(cosines: Tensor) -> Tensor:
     return cosines.view(torch.int16).amax(1).clamp(min=0).view(torch.bfloat16)
 
 
-class _Groups:
+class Groups:
     """The members of groups, numbers of rows: what is asked of a few groups takes no look at all others.
 
     Args:
@@ -153,12 +144,13 @@ class _Groups:
         before = self.first[groups] - sizes.cumsum(0) + sizes
         return self.order[torch.arange(len(place)) + before[place]], place
 
+    def padded(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows of some groups (...), W of each, and which of them are no padding: (..., W) twice.
 
-def padded_texts(states: Tensor, text: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield texts (p,) with their tokens' states (p, W, d) and which are no padding (p, W), the shortest first."""
-    tokens = _Groups(text, count)
-    for part in tokens.sizes.argsort(stable=True).split(_AT_A_TIME):
-        column = torch.arange(int(tokens.sizes[part].max()))
-        there = column < tokens.sizes[part, None]
-        place = tokens.order[(tokens.first[part, None] + column).clamp(max=len(tokens.order) - 1)]
-        yield part, states[place].float(), there
+        The row of padding is the group's first, which changes no maximum; that of a group without rows is any.
+        """
+        sizes = self.sizes[groups][..., None]
+        place = torch.arange(max(1, int(sizes.max())) if sizes.numel() else 1)
+        there = place < sizes
+        first = self.first[groups][..., None]
+        return self.order[(first + place).where(there, first).clamp(max=len(self.order) - 1)], there

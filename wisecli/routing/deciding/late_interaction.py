@@ -121,9 +121,13 @@ class LateInteraction(nn.Module):
         first = prompts.new_full((self.edits,), 2 * count).scatter_reduce(0, self.prompt_to_edit, prompts, "amin")[
             edits
         ]
-        rows = torch.isin(self.token_to_prompt, torch.cat([first, first + count])).nonzero().flatten()
-        own, embeddings = self.token_to_prompt[rows], self.prompt_token_embeddings[rows].float()
-        return [(embeddings[own == one], embeddings[own == one + count]) for one in first.tolist()]
+        wanted, place = torch.cat([first, first + count]).unique(return_inverse=True)
+        rows = torch.isin(self.token_to_prompt, wanted).nonzero().flatten()
+        found = torch.searchsorted(wanted, self.token_to_prompt[rows])
+        embeddings = self.prompt_token_embeddings[rows[found.argsort(stable=True)]].float()
+        parts = embeddings.split(torch.bincount(found, minlength=len(wanted)).tolist())
+        subject, relation = place.view(2, -1).tolist()
+        return [(parts[one], parts[other]) for one, other in zip(subject, relation, strict=True)]
 
     def edit_probs(self, query: ProjectedPrompts, last: Tensor | None = None) -> Tensor:
         """Return the probability that prompts mean each edit: (B, M); 0 where its subject is far from all tokens.

@@ -13,6 +13,7 @@ from typing import TypeVar
 import pytest
 import torch
 from hypothesis import settings
+from support.forking import fork_server
 from support.ready import Ready, make_ready
 from support.sharing import Share, made_once
 from support.thorough import few, place_in_order
@@ -138,6 +139,13 @@ def share(tmp_path_factory: pytest.TempPathFactory) -> Share:
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
     return partial(made_once, root)
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory with a `wise` that starts at once; for a ``Forked``, too."""
+    with fork_server(tmp_path_factory.mktemp("forks")) as directory:
+        yield directory
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
+from support.forking import Forked
 from support.helpers import save_tiny
 from support.loading import CPU
 from support.ready import write_edits
 from support.thorough import few
-from support.zygote import Zygote
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.edit.edit import edit as run_edit
@@ -68,21 +67,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment in which commands keep what they measure to themselves."""
-    return {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
-
-
-@pytest.fixture(scope="module")
-def only_zygote(cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    zygote = Zygote(tmp_path_factory.mktemp("zygote"), cache)
-    yield zygote
-    zygote.close()
+    return {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
 
 
 @pytest.fixture
-def zygote(only_zygote: Zygote) -> Zygote:
-    """Starts commands; nothing has gone wrong yet."""
-    only_zygote.errors.write_text("")
-    return only_zygote
+def forked(forks: Path, tmp_path_factory: pytest.TempPathFactory, cache: dict[str, str]) -> Forked:
+    """Starts commands."""
+    return Forked(forks, tmp_path_factory.mktemp("forked") / "errors", cache)
 
 
 def edit(
@@ -141,7 +132,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int, error: BaseExceptio
 
 
 def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_in_the_same_bytes(
-    place: Path, tmp_path: Path, zygote: Zygote, sweep: Any
+    place: Path, tmp_path: Path, forked: Forked, sweep: Any
 ) -> None:
     (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\n")
     kills, kinds = sweep((3, 2), (30, 4))
@@ -149,7 +140,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_in_the_same_bytes(
     for _ in range(2):  # the first run learns of the model what the others find in the cache
         shutil.rmtree(output, ignore_errors=True)
         started = time.perf_counter()
-        assert zygote.run(command(place, output)) == 0, zygote.errors.read_text()
+        assert forked.run(command(place, output)) == 0, forked.errors.read_text()
         lasts = time.perf_counter() - started
     killed = finished = 0
     seen = set()
@@ -157,18 +148,18 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_in_the_same_bytes(
         if output.exists():
             assert contents(output) == contents(place / "whole")
             if hidden(tmp_path):  # killed between the last two steps: the same command has nothing to do but to tidy up
-                assert zygote.run(command(place, output)) == 0
+                assert forked.run(command(place, output)) == 0
             assert hidden(tmp_path) == []
             finished += 1
             shutil.rmtree(output)
-        child = zygote.start(command(place, output))
+        child = forked.start(command(place, output))
         time.sleep(chance.uniform(0, lasts))
         with contextlib.suppress(ProcessLookupError):  # it was quicker
             os.kill(child, signal.SIGKILL)
-        killed += zygote.ended() == -signal.SIGKILL
+        killed += forked.ended() == -signal.SIGKILL
         seen.add(len(list((tmp_path / UNFINISHED).glob("shard-*.json"))))
-    code = 0 if output.exists() else zygote.run(command(place, output))
-    assert code == 0, zygote.errors.read_text()
+    code = 0 if output.exists() else forked.run(command(place, output))
+    assert code == 0, forked.errors.read_text()
     assert contents(output) == contents(place / "whole")
     assert hidden(tmp_path) == []
     assert len(seen) >= kinds, (
@@ -176,18 +167,18 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_in_the_same_bytes(
     )
 
 
-def test_ctrl_c_says_how_to_go_on_and_exits_with_130(place: Path, tmp_path: Path, zygote: Zygote) -> None:
+def test_ctrl_c_says_how_to_go_on_and_exits_with_130(place: Path, tmp_path: Path, forked: Forked) -> None:
     (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\n")
-    child = zygote.start(command(place, tmp_path / "shards"))
+    child = forked.start(command(place, tmp_path / "shards"))
     deadline = time.monotonic() + 120
     while not (tmp_path / UNFINISHED / "shard-00002.json").exists():
-        assert time.monotonic() < deadline, zygote.errors.read_text()
+        assert time.monotonic() < deadline, forked.errors.read_text()
         time.sleep(0.001)
     os.kill(child, signal.SIGINT)
-    assert zygote.ended() == 130
-    assert "shards are kept, and the same command goes on from there" in zygote.errors.read_text()
-    assert "Traceback" not in zygote.errors.read_text()
-    assert zygote.run(command(place, tmp_path / "shards")) == 0, zygote.errors.read_text()
+    assert forked.ended() == 130
+    assert "shards are kept, and the same command goes on from there" in forked.errors.read_text()
+    assert "Traceback" not in forked.errors.read_text()
+    assert forked.run(command(place, tmp_path / "shards")) == 0, forked.errors.read_text()
     assert contents(tmp_path / "shards") == contents(place / "whole")
 
 
@@ -412,16 +403,14 @@ def test_more_parts_than_shards_leave_nothing_to_do_for_some(place: Path, tmp_pa
 
 @pytest.mark.thorough
 def test_parts_at_the_same_time_end_in_the_shards_of_a_single_run(
-    place: Path, tmp_path: Path, zygote: Zygote, cache: dict[str, str]
+    place: Path, tmp_path: Path, forks: Path, forked: Forked, cache: dict[str, str]
 ) -> None:
     (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\n")
-    (tmp_path / "second").mkdir()
-    zygotes = zygote, Zygote(tmp_path / "second", cache)
+    processes = forked, Forked(forks, tmp_path / "second", cache)
     for number in (1, 3):
-        for one, part in zip(zygotes, (number, number + 1), strict=True):
+        for one, part in zip(processes, (number, number + 1), strict=True):
             one.start(f"{command(place, tmp_path / 'shards')} --only {part}/4")
-        assert [one.ended() for one in zygotes] == [0, 0], [one.errors.read_text() for one in zygotes]
-    zygotes[1].close()
+        assert [one.ended() for one in processes] == [0, 0], [one.errors.read_text() for one in processes]
     assert contents(tmp_path / "shards") == contents(place / "whole")
     assert hidden(tmp_path) == []
 

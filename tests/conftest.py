@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 from support.forking import fork_server
+from support.loading import CPU
 from support.ready import Ready, make_ready
 from support.sharing import Share, made_once
 from support.thorough import few, place_in_order
@@ -36,6 +37,7 @@ from wisecli.commands.edit.edit import edit
 from wisecli.commands.measure.fetch import fetch
 from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, MergeSettings
+from wisecli.evaluation.edited_model import EditedModel, attach
 
 # Tiny models only lose by more threads, and figures must not depend on how many there are. Processes that tests start
 # have one as well: several tests run side by side.
@@ -166,6 +168,12 @@ def chain(real_model: Path, share: Share) -> Chain:
     root = share("chain", make)
     edits = [json.loads(line) for line in SAMPLE_EDITS.read_text().splitlines()]
     return Chain(real_model, root / "shards", root / "memory", root / "edited", edits)
+
+
+@pytest.fixture(scope="session")
+def edited_chain(chain: Chain) -> EditedModel:
+    """The real model with the chain's memory; whoever changes anything of it changes it back."""
+    return attach(chain.memory, load=CPU)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Commands in processes that start at once, and can be killed at any moment: forked off one that imported everything."""
+"""Commands in processes that start at once and can be killed at any moment: forked off one that has all imported."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO
 
 # Takes what a process is called with and its standard streams, and answers with the number of a fork that runs it and,
 # when that has ended, with its exit code. It may be told to kill itself at a step on the file system.
@@ -50,6 +52,10 @@ def run(called, streams):
     os.chdir(called["cwd"])
     os.environ.clear()
     os.environ.update(called["environment"])
+    if "program" in called:
+        exec(called["program"], {"__name__": "__main__"})
+        sys.stdout.flush()
+        os._exit(0)
     sys.argv = ["wise", *called["arguments"]]
     steps = None if called["steps"] is None else count_steps(called["steps"])
     try:
@@ -85,7 +91,7 @@ with socket.socket(socket.AF_UNIX) as listening:
         message, streams, _, _ = socket.recv_fds(asking, 1 << 20, 3)
         called = json.loads(message)
         if called is None:
-            break
+            os._exit(0)  # the usual end takes seconds
         if not os.fork():
             listening.close()
             answer(asking, called, streams)
@@ -123,6 +129,39 @@ def fork_server(root: Path) -> Iterator[Path]:
     server.communicate()
 
 
+def _asked(address: str, called: dict[str, Any], streams: list[int], environment: dict[str, str]) -> TextIO:
+    """What a server says of a process: its number, and its exit code when that has ended."""
+    called = {**called, "cwd": str(Path.cwd()), "environment": {**os.environ, **environment}}
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(address)
+        socket.send_fds(asking, [json.dumps(called).encode()], streams)
+        return asking.makefile()
+
+
+class ForkedProgram:
+    """A program in Python that is talked with line by line."""
+
+    def __init__(self, server: Path, program: str) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            streams = [theirs.fileno(), theirs.fileno(), sys.__stderr__.fileno() if sys.__stderr__ else 2]
+            self._told = _asked(str(server / "socket"), {"program": program}, streams, {})
+            self.stream = ours.makefile("rw")
+        self._number = int(self._told.readline())
+
+    def tell(self, line: str) -> None:
+        self.stream.write(f"{line}\n")
+        self.stream.flush()
+
+    def kill(self) -> None:
+        os.kill(self._number, signal.SIGKILL)
+
+    def ended(self) -> tuple[str, int]:
+        """What it said to the end, and its exit code."""
+        with self.stream, self._told:
+            return self.stream.read(), int(self._told.readline())
+
+
 class Forked:
     """Runs one command at a time in the current directory, and says how it ended.
 
@@ -138,18 +177,10 @@ class Forked:
 
     def start(self, line: str, *, steps: int | None = None) -> int:
         """The number of the process of a command."""
-        called = {"arguments": shlex.split(line), "cwd": os.getcwd(), "steps": steps}
-        called["environment"] = {**os.environ, **self._environment}
-        with (
-            socket.socket(socket.AF_UNIX) as asking,
-            open(os.devnull, "r+") as nothing,
-            self.errors.open("a") as errors,
-        ):
-            asking.connect(self._address)
-            socket.send_fds(
-                asking, [json.dumps(called).encode()], [nothing.fileno(), nothing.fileno(), errors.fileno()]
-            )
-            self._told = asking.makefile()
+        called = {"arguments": shlex.split(line), "steps": steps}
+        with Path(os.devnull).open("r+") as nothing, self.errors.open("a") as errors:
+            streams = [nothing.fileno(), nothing.fileno(), errors.fileno()]
+            self._told = _asked(self._address, called, streams, self._environment)
         return int(self._told.readline())
 
     def ended(self) -> int:

@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
-from support.forking import Forked
+from support.forking import Forked, ForkedProgram
 from support.helpers import save_tiny
 from support.loading import CPU
 from support.ready import write_edits
@@ -64,16 +62,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment in which commands keep what they measure to themselves."""
-    return {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
-
-
 @pytest.fixture
-def forked(forks: Path, tmp_path_factory: pytest.TempPathFactory, cache: dict[str, str]) -> Forked:
+def forked(forks: Path, tmp_path_factory: pytest.TempPathFactory) -> Forked:
     """Starts commands."""
-    return Forked(forks, tmp_path_factory.mktemp("forked") / "errors", cache)
+    return Forked(forks, tmp_path_factory.mktemp("forked") / "errors")
 
 
 def edit(
@@ -137,11 +129,9 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_in_the_same_bytes(
     (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\n")
     kills, kinds = sweep((3, 2), (30, 4))
     chance, output = random.Random(0), tmp_path / "shards"
-    for _ in range(2):  # the first run learns of the model what the others find in the cache
-        shutil.rmtree(output, ignore_errors=True)
-        started = time.perf_counter()
-        assert forked.run(command(place, output)) == 0, forked.errors.read_text()
-        lasts = time.perf_counter() - started
+    started = time.perf_counter()  # what is learned of the model is in the cache since the run that nothing disturbed
+    assert forked.run(command(place, output)) == 0, forked.errors.read_text()
+    lasts = time.perf_counter() - started
     killed = finished = 0
     seen = set()
     while killed < kills:
@@ -357,7 +347,9 @@ def test_other_versions_are_a_changed_input(place: Path, tmp_path: Path, monkeyp
 # --- several processes ---
 
 
-def test_the_second_of_two_processes_is_refused_until_the_first_is_dead(place: Path, tmp_path: Path) -> None:
+def test_the_second_of_two_processes_is_refused_until_the_first_is_dead(
+    place: Path, tmp_path: Path, forks: Path
+) -> None:
     holding = f"""
 import sys, time
 from pathlib import Path
@@ -368,15 +360,14 @@ with unfinished.opened():
     print("held", flush=True)
     time.sleep(600)
 """
-    first = subprocess.Popen([sys.executable, "-c", holding], stdout=subprocess.PIPE, text=True)
-    assert first.stdout is not None
-    assert first.stdout.readline() == "held\n"
+    first = ForkedProgram(forks, holding)
+    assert first.stream.readline() == "held\n"
     with pytest.raises(BusyError, match=r"another process is writing .*shards; wait"):
         edit(place, tmp_path / "shards")
     with pytest.raises(BusyError):
         edit(place, tmp_path / "shards", only=(3, 8))
     first.kill()
-    first.communicate()
+    assert first.ended() == ("", -signal.SIGKILL)
     edit(place, tmp_path / "shards")
     assert contents(tmp_path / "shards") == contents(place / "whole")
 
@@ -403,10 +394,10 @@ def test_more_parts_than_shards_leave_nothing_to_do_for_some(place: Path, tmp_pa
 
 @pytest.mark.thorough
 def test_parts_at_the_same_time_end_in_the_shards_of_a_single_run(
-    place: Path, tmp_path: Path, forks: Path, forked: Forked, cache: dict[str, str]
+    place: Path, tmp_path: Path, forks: Path, forked: Forked
 ) -> None:
     (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\n")
-    processes = forked, Forked(forks, tmp_path / "second", cache)
+    processes = forked, Forked(forks, tmp_path / "second")
     for number in (1, 3):
         for one, part in zip(processes, (number, number + 1), strict=True):
             one.start(f"{command(place, tmp_path / 'shards')} --only {part}/4")
@@ -436,7 +427,7 @@ def test_a_part_whose_output_another_one_finished_is_done_as_well(
     assert hidden(tmp_path) == []
 
 
-def test_whoever_finishes_last_finishes_the_output(place: Path, tmp_path: Path) -> None:
+def test_whoever_finishes_last_finishes_the_output(place: Path, tmp_path: Path, forks: Path) -> None:
     """All shards are there, but another process still holds some of them."""
     edit(place, tmp_path / "shards", only=(1, 2))
     holding = f"""
@@ -452,12 +443,12 @@ with unfinished.opened():
     with unfinished.alone():
         print(unfinished.finish() is not None, flush=True)
 """
-    other = subprocess.Popen([sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout is not None
-    assert other.stdout.readline() == "held\n"
+    other = ForkedProgram(forks, holding)
+    assert other.stream.readline() == "held\n"
     edit(place, tmp_path / "shards", only=(2, 2))
     assert not (tmp_path / "shards").exists()
-    assert other.communicate("\n")[0] == "True\n"
+    other.tell("")
+    assert other.ended() == ("True\n", 0)
     assert contents(tmp_path / "shards") == contents(place / "whole")
 
 

@@ -27,7 +27,7 @@ from wisecli.errors import BusyError
 from wisecli.memory.history import release_log
 
 # Pairs of commands that start at about the same time take longer than this, in seconds.
-LONGEST = 1.2
+LONGEST = 0.6
 INTO = "edit {root}/model {root}/%s.jsonl --into memory --device cpu -q --config {root}/wise.toml"
 
 

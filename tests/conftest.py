@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -13,6 +14,8 @@ from typing import TypeVar
 import pytest
 import torch
 from hypothesis import settings
+from support.forking import fork_server
+from support.loading import CPU
 from support.ready import Ready, make_ready
 from support.sharing import Share, made_once
 from support.thorough import few, place_in_order
@@ -35,6 +38,7 @@ from wisecli.commands.edit.edit import edit
 from wisecli.commands.measure.fetch import fetch
 from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, MergeSettings
+from wisecli.evaluation.edited_model import EditedModel, attach
 
 # Tiny models only lose by more threads, and figures must not depend on how many there are. Processes that tests start
 # have one as well: several tests run side by side.
@@ -46,6 +50,15 @@ Value = TypeVar("Value")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--thorough", action="store_true", help="whole sweeps, and every case of every matrix")
+
+
+# Collecting makes many objects, all of which stay.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -141,6 +154,13 @@ def share(tmp_path_factory: pytest.TempPathFactory) -> Share:
 
 
 @pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory with a `wise` that starts at once; for a ``Forked``, too."""
+    with fork_server(tmp_path_factory.mktemp("forks")) as directory:
+        yield directory
+
+
+@pytest.fixture(scope="session")
 def ready(share: Share) -> Ready:
     """Things to run commands on; nothing in there may change."""
     return Ready(share("ready", make_ready))
@@ -158,6 +178,12 @@ def chain(real_model: Path, share: Share) -> Chain:
     root = share("chain", make)
     edits = [json.loads(line) for line in SAMPLE_EDITS.read_text().splitlines()]
     return Chain(real_model, root / "shards", root / "memory", root / "edited", edits)
+
+
+@pytest.fixture(scope="session")
+def edited_chain(chain: Chain) -> EditedModel:
+    """The real model with the chain's memory; whoever changes anything of it changes it back."""
+    return attach(chain.memory, load=CPU)
 
 
 @pytest.fixture(scope="session")

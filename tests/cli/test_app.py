@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import huggingface_hub.constants
 import pytest
 import safetensors.torch
 from support.helpers import save_tiny
+from support.light import light_runs
 from support.ready import (
     EDITS,
     Places,
@@ -305,16 +307,10 @@ def test_a_dry_run_writes_nothing_and_loads_no_model(
 
 
 def test_a_dry_run_of_an_edit_does_without_torch(wise: Wise, ready: Ready) -> None:
-    program = (
-        f"import sys\nsys.argv = ['wise', 'edit', {ready.model!r}, {ready.edits!r}, '--dry-run', '--json']\n"
-        "from wisecli.cli import main\n"
-        "try:\n    main()\nfinally:\n    print(*sorted({'torch'} & sys.modules.keys()))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    plan, _, imported = done.stdout.rpartition("}")
-    assert "torch" not in imported.split()
-    whole = json.loads(wise("edit", ready.model, ready.edits, "--dry-run", "--json").out)["results"]
-    assert json.loads(plan + "}")["results"]["plan"] == whole["plan"]
+    line = ("edit", ready.model, ready.edits, "--dry-run", "--json")
+    (run,) = light_runs([line])
+    assert (run.code, "torch" in run.modules) == (0, False)
+    assert json.loads(run.out)["results"]["plan"] == json.loads(wise(*line).out)["results"]["plan"]
 
 
 def test_within_a_small_budget_the_chain_writes_and_measures_the_same(wise: Wise, ready: Ready) -> None:
@@ -331,22 +327,21 @@ def test_within_a_small_budget_the_chain_writes_and_measures_the_same(wise: Wise
 
 
 def test_help_imports_no_torch() -> None:
-    program = (
-        "import sys\nfrom wisecli.cli.app import main\n"
-        "for arguments in (['--help'], ['edit', '--help'], ['--version']):\n"
-        "    sys.argv = ['wise', *arguments]\n"
-        "    try:\n        main()\n    except SystemExit as stopped:\n        assert not stopped.code, stopped.code\n"
-        "sys.exit(3 if {'torch', 'transformers'} & sys.modules.keys() else 0)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "--set" in done.stdout
-    assert "wise 0." in done.stdout
+    asked = ("edit --help", "inspect --help", "verify --help", "--help", "--version")
+    runs = dict(zip(asked, light_runs([line.split() for line in asked]), strict=True))
+    for run in runs.values():
+        assert run.code == 0, run.err
+        assert not {"torch", "transformers", "matplotlib"} & run.modules
+    assert "--set" in runs["edit --help"].out
+    assert "--json" in runs["inspect --help"].out
+    assert "--json" in runs["verify --help"].out
+    assert "wise 0." in runs["--version"].out
 
 
 def test_a_process_of_its_own_says_its_result_and_nothing_else(ready: Ready, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "wisecli", "eval", "--memory", ready.memory, "--json", "-q", "--ask", "1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "WISE_FORMS": "bare,polite", "WISE_KINDS": "capitals,translate"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "edits" in json.loads(done.stdout)["results"]

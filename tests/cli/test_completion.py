@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from support.light import light_runs
+from support.tiny_models import Wise
 
 from wisecli.bench.compare import WISE_METHODS
 from wisecli.bench.methods import load_methods
@@ -90,7 +92,19 @@ def quoted(words: Sequence[str]) -> str:
     return " ".join(f"'{word}'" for word in words)
 
 
+def asking(line: str) -> dict[str, str]:
+    """The environment in which `wise` says what bash proposes."""
+    return {"_WISE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words_of(line)) - 1)}
+
+
 @pytest.mark.parametrize("line", PROPOSED)
+def test_what_is_proposed(wise: Wise, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    for name, value in asking(line).items():
+        monkeypatch.setenv(name, value)
+    assert set(wise().out.split()) == PROPOSED[line]
+
+
+@pytest.mark.parametrize("line", SOME)
 def test_bash_completes(environment: dict[str, str], line: str) -> None:
     words = words_of(line)
     script = (
@@ -182,18 +196,12 @@ def test_completion_is_installed_at_home(environment: dict[str, str], shell: str
     assert (Path(environment["HOME"]) / INSTALLED[shell]).read_text(encoding="utf-8").strip() == shown.strip()
 
 
-@pytest.mark.parametrize("line", ["wise edit --", "wise merge --method ", "wise bench model --methods ", "wise fetch "])
-def test_completing_imports_no_torch(line: str) -> None:
-    program = (
-        "import sys\nfrom wisecli.cli.app import main\nsys.argv = ['wise']\n"
-        "try:\n    main()\nexcept SystemExit as stopped:\n    assert not stopped.code, stopped.code\n"
-        "sys.exit(3 if {'torch', 'transformers'} & sys.modules.keys() else 0)\n"
-    )
-    words = {"_WISE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words_of(line)) - 1)}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env={**os.environ, **words}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()
+def test_completing_imports_no_torch() -> None:
+    lines = ("wise edit --", "wise merge --method ", "wise bench model --methods ", "wise fetch ")
+    for run in light_runs([()] * len(lines), environments=map(asking, lines)):
+        assert run.code == 0, run.err
+        assert run.out.split()
+        assert not {"torch", "transformers"} & run.modules
 
 
 def test_names_kept_for_completion_are_those_that_are_registered() -> None:

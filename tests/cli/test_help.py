@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from statistics import mean
 from typing import Any
 
@@ -15,7 +16,8 @@ from wisecli.cli.app import program
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings
 
 WIDTH = 80
-COMMANDS: dict[str, Any] = typer.main.get_command(program()).commands  # type: ignore[attr-defined]
+PROGRAM = program()
+COMMANDS: dict[str, Any] = typer.main.get_command(PROGRAM).commands  # type: ignore[attr-defined]
 MANY = 9
 SETTINGS = {"edit": EditSettings, "merge": MergeSettings, "eval": EvalSettings, "bench": BenchSettings}
 
@@ -26,8 +28,9 @@ def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
 
 
+@cache
 def lines_of(*command: str) -> list[str]:
-    return CliRunner().invoke(program(), [*command, "--help"], prog_name="wise").stdout.splitlines()
+    return CliRunner().invoke(PROGRAM, [*command, "--help"], prog_name="wise").stdout.splitlines()
 
 
 def panels_of(*command: str) -> dict[str, list[str]]:

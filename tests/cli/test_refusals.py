@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.light import Run, light_runs
 from support.tiny_models import Wise
 
 # Torch and transformers take seconds to import, and pydantic and Rich longer than all else that a refusal needs.
@@ -60,38 +61,31 @@ def measure(runs: int) -> tuple[float, dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """What became of all that is refused."""
     root = tmp_path_factory.mktemp("refusals")
     make_places(root)
-    return root
-
-
-def imported(places: Path, *arguments: str) -> tuple[int, str, set[str]]:
-    """Exit code, what was said, and the slow modules that a run has imported."""
-    code = (
-        "import sys\nfrom wisecli.cli import main\n"
-        f"sys.argv = {['wise', *arguments]!r}\n"
-        "try:\n    main()\n"
-        f"finally:\n    print(*sorted(set(sys.modules) & {set(SLOW)!r}))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=places, capture_output=True, text=True, check=False)
-    return done.returncode, done.stderr, set(done.stdout.split())
+    runs = light_runs(list(REFUSALS.values()), root)
+    assert (root / "foreign" / "letter.txt").read_text() == "keep me"
+    return dict(zip(REFUSALS, runs, strict=True))
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_is_refused_at_the_door_is_refused_before_anything_slow_is_imported(places: Path, name: str) -> None:
-    code, said, slow = imported(places, *REFUSALS[name])
-    assert code == 2
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert slow == set()
-    assert (places / "foreign" / "letter.txt").read_text() == "keep me"
+def test_what_is_refused_at_the_door_is_refused_before_anything_slow_is_imported(
+    refused: dict[str, Run], name: str
+) -> None:
+    run = refused[name]
+    assert (run.code, run.out) == (2, "")
+    assert run.err.startswith("error: ")
+    assert run.err.count("\n") == 1
+    assert run.modules & set(SLOW) == set()
 
 
 @pytest.mark.thorough
-def test_a_sound_edit_does_import_them(places: Path) -> None:
-    code, said, slow = imported(places, "edit", "./no-model", "edits.jsonl")
-    assert (code, "torch" in slow) == (2, True), said
+def test_a_sound_edit_does_import_them(tmp_path: Path) -> None:
+    make_places(tmp_path)
+    (run,) = light_runs([("edit", "./no-model", "edits.jsonl")], tmp_path)
+    assert (run.code, "torch" in run.modules) == (2, True), run.err
 
 
 @pytest.mark.thorough

@@ -8,18 +8,18 @@ import shutil
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.forking import Forked
 from support.helpers import save_tiny
 from support.history import FLAGS, fact, write
 from support.loading import CPU
 from support.ready import here
-from support.zygote import Zygote
 
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import read_shard_directory
@@ -110,23 +110,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def only_zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Zygote, Path]]:
-    place = tmp_path_factory.mktemp("zygote")
-    (place / "here").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place / "here")
-        started = Zygote(place, {"HF_HUB_OFFLINE": "1"})
-    yield started, place / "here"
-    started.close()
-
-
 @pytest.fixture
-def zygote(only_zygote: tuple[Zygote, Path], monkeypatch: pytest.MonkeyPatch) -> Zygote:
+def forked(forks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Forked:
     """Runs commands in a directory of their own, which becomes the test's, too."""
-    started, place = only_zygote
-    monkeypatch.chdir(place)
-    return started
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return Forked(forks, tmp_path / "errors")
 
 
 @dataclass
@@ -135,7 +124,7 @@ class Trial:
 
     case: Case
     root: Path
-    zygote: Zygote
+    forked: Forked
 
     def __post_init__(self) -> None:
         self.line = self.case.line.format(root=self.root)
@@ -145,7 +134,7 @@ class Trial:
             self.case.old(self.root, self.kept)
         self.reset()
         self.old = self.case.state(self.output)
-        assert self.zygote.run(self.line) == 0, self.zygote.errors.read_text()
+        assert self.forked.run(self.line) == 0, self.forked.errors.read_text()
         self.new = self.case.state(self.output)
         assert self.old != self.new
         self.around = here()
@@ -165,7 +154,7 @@ class Trial:
         for _ in range(runs):
             self.reset()
             started = time.perf_counter()
-            assert self.zygote.run(self.line) == 0, self.zygote.errors.read_text()
+            assert self.forked.run(self.line) == 0, self.forked.errors.read_text()
             taken.append(time.perf_counter() - started)
         return statistics.median(taken)
 
@@ -173,7 +162,7 @@ class Trial:
         """That a killed run left one of the two, and the next one nothing else than the new one; which was left."""
         left = self.case.state(self.output)
         assert left in (self.old, self.new)
-        assert self.zygote.run(self.line) == 0, self.zygote.errors.read_text()
+        assert self.forked.run(self.line) == 0, self.forked.errors.read_text()
         assert self.case.state(self.output) == self.new
         assert here() == self.around
         return "old" if left == self.old else "new"
@@ -181,16 +170,16 @@ class Trial:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_killed_at_any_step_of_its_end_leaves_the_old_or_the_new(
-    root: Path, zygote: Zygote, name: str, sweep: Any, record_property: Callable[[str, object], None]
+    root: Path, forked: Forked, name: str, sweep: Any, record_property: Callable[[str, object], None]
 ) -> None:
-    trial = Trial(CASES[name], root, zygote)
+    trial = Trial(CASES[name], root, forked)
     trial.reset()
-    steps = zygote.steps(trial.line)
+    steps = forked.steps(trial.line)
     last = range(max(1, steps - STEPS), steps + 1)
     found = []
     for step in sorted(random.Random(name).sample(last, sweep(2, len(last)))):
         trial.reset()
-        assert zygote.kill_at(step, trial.line) == -signal.SIGKILL, f"{step} of {steps} steps"
+        assert forked.kill_at(step, trial.line) == -signal.SIGKILL, f"{step} of {steps} steps"
         found.append(trial.check())
     record_property("killed", f"{name}: at {len(found)} of the last {len(last)} steps, {found.count('new')} times new")
 
@@ -198,19 +187,19 @@ def test_a_run_killed_at_any_step_of_its_end_leaves_the_old_or_the_new(
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_killed_in_its_last_moments_leaves_the_old_or_the_new(
-    root: Path, zygote: Zygote, name: str, record_property: Callable[[str, object], None]
+    root: Path, forked: Forked, name: str, record_property: Callable[[str, object], None]
 ) -> None:
-    trial, chance, found = Trial(CASES[name], root, zygote), random.Random(name), list[str]()
+    trial, chance, found = Trial(CASES[name], root, forked), random.Random(name), list[str]()
     lasts, tries = trial.lasts(5), 0
     while len(found) < KILLS:
         tries += 1
         assert tries < 1000
         trial.reset()
-        child = zygote.start(trial.line)
+        child = forked.start(trial.line)
         time.sleep(max(0.0, lasts - chance.uniform(0, END)))
         with suppress(ProcessLookupError):  # it was quicker
             os.kill(child, signal.SIGKILL)
-        if zygote.ended() == -signal.SIGKILL:
+        if forked.ended() == -signal.SIGKILL:
             found.append(trial.check())
         else:
             lasts *= 0.98

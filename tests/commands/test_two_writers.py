@@ -6,15 +6,15 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support.forking import Forked
 from support.helpers import save_tiny
 from support.history import FLAGS, fact, write
 from support.loading import CPU
-from support.zygote import Zygote
 
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.commands.checkpoint.verify import verify
@@ -27,7 +27,7 @@ from wisecli.errors import BusyError
 from wisecli.memory.history import release_log
 
 # Pairs of commands that start at about the same time take longer than this, in seconds.
-LONGEST = 1.2
+LONGEST = 0.6
 INTO = "edit {root}/model {root}/%s.jsonl --into memory --device cpu -q --config {root}/wise.toml"
 
 
@@ -77,39 +77,25 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def zygotes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Zygote], Path]]:
-    """Two processes to run commands in, and the directory that both run them in."""
-    place = tmp_path_factory.mktemp("zygotes")
-    (place / "here").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place / "here")
-        started = []
-        for name in ("one", "other"):
-            (place / name).mkdir()
-            started.append(Zygote(place / name, {"HF_HUB_OFFLINE": "1"}))
-    yield started, place / "here"
-    for one in started:
-        one.close()
-
-
-def both(zygotes: list[Zygote], lines: list[str], pause: float) -> list[int]:
+def both(processes: list[Forked], lines: list[str], pause: float) -> list[int]:
     """The exit codes of two commands, the second of which starts a little later."""
-    zygotes[0].start(lines[0])
+    processes[0].start(lines[0])
     time.sleep(pause)
-    zygotes[1].start(lines[1])
-    return [one.ended() for one in zygotes]
+    processes[1].start(lines[1])
+    return [one.ended() for one in processes]
 
 
 def test_commands_at_once_lose_nothing(
     root: Path,
-    zygotes: tuple[list[Zygote], Path],
+    forks: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     sweep: Callable[[int, int], int],
     record_property: Callable[[str, object], None],
 ) -> None:
     """Scheduled jobs on one memory: two of them start at once, or an export runs while a release is made."""
-    processes, here = zygotes
+    processes, here = [Forked(forks, tmp_path / name) for name in ("one", "other")], tmp_path / "here"
+    here.mkdir()
     monkeypatch.chdir(here)
     chance, refused, count = random.Random(8), 0, sweep(len(TYPICAL), 50)
     for number in range(count):
@@ -139,16 +125,16 @@ def test_commands_at_once_lose_nothing(
     record_property("interleavings", f"{count}, {refused} commands refused and run again")
 
 
-def require_one_release(export: Path, root: Path, line: str, zygote: Zygote, newest: set[str]) -> None:
+def require_one_release(export: Path, root: Path, line: str, process: Forked, newest: set[str]) -> None:
     """Check that an export is whole, of a release that there was, and that it knows of which."""
     assert verify(export, model=str(root / "model")).differences == ()
     found = {edit.id for edit in read_manifest(export).edits}
     assert found in ({"e0", "e1"}, newest)
-    assert zygote.run(line) == (0 if found == newest else 2)
+    assert process.run(line) == (0 if found == newest else 2)
 
 
-def errors(zygotes: list[Zygote]) -> str:
-    return "".join(one.errors.read_text()[-4000:] for one in zygotes)
+def errors(processes: list[Forked]) -> str:
+    return "".join(one.errors.read_text()[-4000:] for one in processes)
 
 
 def test_whoever_follows_a_file_waits_for_others(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from wisecli.config import EvalSettings
 from wisecli.edits.reading.record_fields import EvaluationPrompt
 from wisecli.edits.record import Edit
 from wisecli.errors import GateFailedError, SettingsError, WiseError
-from wisecli.evaluation.edited_model import EditedModel, attach
+from wisecli.evaluation.edited_model import EditedModel
 from wisecli.evaluation.teacher_forcing import Measured, teacher_forced
 from wisecli.models.prompts.tokenization import Row, encode
 from wisecli.progress import ignore_progress
@@ -138,19 +138,14 @@ def test_a_model_whose_memory_never_opens_is_the_unedited_model(tmp_path: Path) 
         assert one.same == 1
 
 
-@pytest.fixture(scope="module")
-def chain_edited(chain: Chain) -> EditedModel:
-    return attach(chain.memory, load=CPU)
-
-
-def test_the_batch_size_changes_no_figure_of_the_real_chain(chain: Chain, chain_edited: EditedModel) -> None:
-    rows = [encode(chain_edited.tokenizer, edit["prompt"], edit["target"]) for edit in chain.edits[::2]]
+def test_the_batch_size_changes_no_figure_of_the_real_chain(chain: Chain, edited_chain: EditedModel) -> None:
+    rows = [encode(edited_chain.tokenizer, edit["prompt"], edit["target"]) for edit in chain.edits[::2]]
     rows += [
-        encode(chain_edited.tokenizer, p.prompt, p.answer) for e in chain_edited.manifest.edits[::2] for p in e.locality
+        encode(edited_chain.tokenizer, p.prompt, p.answer) for e in edited_chain.manifest.edits[::2] for p in e.locality
     ]
-    together = measure(chain_edited, rows, size=32)
+    together = measure(edited_chain, rows, size=32)
     for size in (1, 3):
-        require_equal(measure(chain_edited, rows, size=size), together)
+        require_equal(measure(edited_chain, rows, size=size), together)
     assert all(one.after.right == 1 for one in together[: len(chain.edits[::2])])
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,15 @@ class Subject:
     def rewritten_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
         return dict(self.tokenizer(prompts, return_tensors="pt", padding=True))
 
+    @cached_property
+    def greedy(self) -> Any:
+        """What it says to all its prompts at once, and the logits."""
+        return self.generated(self.prompts, output_logits=True)
+
     def answers(self, prompts: list[str], *, model: Any = None, **named: Any) -> list[str]:
-        output = self.generated(prompts, model=model, **named)
+        return self.texts(self.generated(prompts, model=model, **named))
+
+    def texts(self, output: Any) -> list[str]:
         return self.tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
 
     def generated(self, prompts: list[str], *, model: Any = None, **named: Any) -> Any:
@@ -71,7 +78,7 @@ class Subject:
 
     def margins(self) -> list[float]:
         """By how many nats each answer's tokens lead the next best, where they lead least; (prompts,), in float32."""
-        output = self.generated(self.prompts, output_logits=True)
+        output = self.greedy
         best = torch.stack(output.logits, dim=1).topk(2).values  # (prompts, steps, 2)
         ended = (output.sequences == self.tokenizer.eos_token_id).cumsum(1) > 1
         leads: list[float] = (best[..., 0] - best[..., 1]).masked_fill(ended, torch.inf).amin(dim=1).tolist()
@@ -119,29 +126,31 @@ def lookup(subjects: Callable[[str], Subject]) -> Subject:
 
 
 def test_greedy_batches_with_left_padding_answer_every_edit(every: Subject) -> None:
-    every.require_targets(every.answers(every.prompts))
+    every.require_targets(every.texts(every.greedy))
 
 
 def test_prompts_that_open_nothing_keep_every_bit_of_the_bases_logits(every: Subject, sweep: Any) -> None:
     untouched, unrelated = 0, sweep(UNRELATED[:4], UNRELATED)
     for prompt in unrelated:
         batch = every.rewritten_prompt([prompt])
+        changed, opens_nothing = logits_of(every, batch)
         with torch.no_grad():
-            changed, base = (model(**batch).logits for model in (every.model, every.base))
-        if opens_nothing(every, batch):
+            base = every.base(**batch).logits
+        if opens_nothing:
             assert torch.equal(changed, base), prompt
             untouched += 1
     assert untouched >= len(unrelated) - 1
 
 
 @torch.no_grad()
-def opens_nothing(subject: Subject, batch: dict[str, Tensor]) -> bool:
+def logits_of(subject: Subject, batch: dict[str, Tensor]) -> tuple[Tensor, bool]:
+    """Logits of a batch, and whether nothing was added in it."""
     added: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
         add = subject.routed.add
         patch.setattr(subject.routed, "add", lambda *given: added.append(given[2]) or add(*given))
-        subject.model(**batch)
-    return bool((torch.cat(added) < 0).all())
+        logits = subject.model(**batch).logits
+    return logits, bool((torch.cat(added) < 0).all())
 
 
 def test_the_text_generation_pipeline_answers(subject: Subject) -> None:

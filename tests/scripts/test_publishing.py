@@ -3,13 +3,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from support.forking import forked_wise
 from support.helpers import save_tiny
 from support.history import fact, write
 
@@ -23,11 +21,10 @@ def workflow() -> dict[str, Any]:
     return read
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest.fixture
+def path(forks: Path) -> str:
     """Where `wise` is found."""
-    with forked_wise(tmp_path_factory.mktemp("wise")) as directory:
-        yield f"{directory}:{os.environ['PATH']}"
+    return f"{forks}:{os.environ['PATH']}"
 
 
 @pytest.fixture
@@ -46,6 +43,8 @@ def steps(checkout: Path, path: str, **given: str) -> int:
         "MODEL": "model",
         "FLAGS": "--layer 2",
         "WISE_UNRELATED_TEXTS": "16",
+        "WISE_FORMS": "bare,polite",
+        "WISE_KINDS": "capitals,translate",
         "PATH": path,
         "REASON": "a test",
         **given,

@@ -1,24 +1,87 @@
-"""A `wise` for scripts that starts at once: forked off a process in which everything was imported."""
+"""Commands in processes that start at once and can be killed at any moment: forked off one that has all imported."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO
 
-# Takes what a process was called with and its standard streams, and answers with the exit code of a fork that ran it.
-SERVER = """
-import atexit, json, os, socket, sys
+# Takes what a process is called with and its standard streams, and answers with the number of a fork that runs it and,
+# when that has ended, with its exit code. It may be told to kill itself at a step on the file system.
+_SERVER = """
+import atexit, json, os, signal, socket, sys
 import torch
 torch.set_num_threads(1)
-import transformers.models.llama.modeling_llama
+import transformers.models.llama.modeling_llama, torch._dynamo
 import wisecli.commands.edit.edit_into, wisecli.commands.measure.evaluate
 import wisecli.commands.checkpoint.export, wisecli.commands.memory.rollback
+from transformers import AutoTokenizer
 from wisecli import cli
+
+STEPS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.chmod", "os.listdir", "os.scandir"}
+
+
+def count_steps(last):
+    done = 0
+
+    def hook(event, _arguments):
+        nonlocal done
+        if event in STEPS:
+            done += 1
+            if done == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    return lambda: done
+
+
+def run(called, streams):
+    # Whatever started the tests in the background may have had it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    os.chdir(called["cwd"])
+    os.environ.clear()
+    os.environ.update(called["environment"])
+    if "program" in called:
+        exec(called["program"], {"__name__": "__main__"})
+        sys.stdout.flush()
+        os._exit(0)
+    sys.argv = ["wise", *called["arguments"]]
+    steps = None if called["steps"] is None else count_steps(called["steps"])
+    try:
+        cli.main()
+    except SystemExit as stopped:
+        if steps:
+            print("steps", steps(), file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        atexit._run_exitfuncs()  # that is all of a process's end that counts, and the rest takes seconds
+        os._exit(stopped.code or 0)
+
+
+def answer(asking, called, streams):
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    child = os.fork()
+    if not child:
+        asking.close()
+        run(called, streams)
+    with asking.makefile("w") as told:
+        print(child, file=told, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=told, flush=True)
+    os._exit(0)
+
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 with socket.socket(socket.AF_UNIX) as listening:
     listening.bind(sys.argv[1])
     listening.listen()
@@ -28,51 +91,112 @@ with socket.socket(socket.AF_UNIX) as listening:
         message, streams, _, _ = socket.recv_fds(asking, 1 << 20, 3)
         called = json.loads(message)
         if called is None:
-            break
-        child = os.fork()
-        if not child:
-            for number, stream in enumerate(streams):
-                os.dup2(stream, number)
-            os.chdir(called["cwd"])
-            os.environ.clear()
-            os.environ.update(called["environment"])
-            sys.argv = ["wise", *called["arguments"]]
-            try:
-                cli.main()
-            except SystemExit as stopped:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                atexit._run_exitfuncs()  # that is all of a process's end that counts, and the rest takes seconds
-                os._exit(stopped.code or 0)
+            os._exit(0)  # the usual end takes seconds
+        if not os.fork():
+            listening.close()
+            answer(asking, called, streams)
+        asking.close()
         for stream in streams:
             os.close(stream)
-        asking.sendall(bytes([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255]))
-        asking.close()
 """
 
-CLIENT = """#!{python} -IS
+_CLIENT = """#!{python} -IS
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as asking:
     asking.connect({address!r})
-    called = {{"arguments": sys.argv[1:], "cwd": os.getcwd(), "environment": dict(os.environ)}}
+    called = {{"arguments": sys.argv[1:], "cwd": os.getcwd(), "environment": dict(os.environ), "steps": None}}
     socket.send_fds(asking, [json.dumps(called).encode()], [0, 1, 2])
-    (code,) = asking.recv(1)
-sys.exit(code)
+    code = int(asking.makefile().readlines()[1])
+sys.exit(code & 255)
 """
 
 
 @contextmanager
-def forked_wise(root: Path) -> Iterator[Path]:
-    """A directory with an executable `wise`."""
+def fork_server(root: Path) -> Iterator[Path]:
+    """A directory with an executable `wise` for scripts, and with the socket that a ``Forked`` asks."""
     address = str(root / "socket")
-    server = subprocess.Popen([sys.executable, "-c", SERVER, address], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", _SERVER, address]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert server.stdout is not None
     assert server.stdout.readline() == "ready\n"
-    (root / "bin").mkdir()
-    (root / "bin" / "wise").write_text(CLIENT.format(python=sys.executable, address=address))
-    (root / "bin" / "wise").chmod(0o755)
-    yield root / "bin"
+    (root / "wise").write_text(_CLIENT.format(python=sys.executable, address=address))
+    (root / "wise").chmod(0o755)
+    yield root
     with socket.socket(socket.AF_UNIX) as asking:
         asking.connect(address)
         asking.sendall(json.dumps(None).encode())
     server.communicate()
+
+
+def _asked(address: str, called: dict[str, Any], streams: list[int], environment: dict[str, str]) -> TextIO:
+    """What a server says of a process: its number, and its exit code when that has ended."""
+    called = {**called, "cwd": str(Path.cwd()), "environment": {**os.environ, **environment}}
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(address)
+        socket.send_fds(asking, [json.dumps(called).encode()], streams)
+        return asking.makefile()
+
+
+class ForkedProgram:
+    """A program in Python that is talked with line by line."""
+
+    def __init__(self, server: Path, program: str) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            streams = [theirs.fileno(), theirs.fileno(), sys.__stderr__.fileno() if sys.__stderr__ else 2]
+            self._told = _asked(str(server / "socket"), {"program": program}, streams, {})
+            self.stream = ours.makefile("rw")
+        self._number = int(self._told.readline())
+
+    def tell(self, line: str) -> None:
+        self.stream.write(f"{line}\n")
+        self.stream.flush()
+
+    def kill(self) -> None:
+        os.kill(self._number, signal.SIGKILL)
+
+    def ended(self) -> tuple[str, int]:
+        """What it said to the end, and its exit code."""
+        with self.stream, self._told:
+            return self.stream.read(), int(self._told.readline())
+
+
+class Forked:
+    """Runs one command at a time in the current directory, and says how it ended.
+
+    Args:
+        server: the directory of a server.
+        errors: what commands say goes to its end.
+        environment: of commands, beside this process'.
+    """
+
+    def __init__(self, server: Path, errors: Path, environment: dict[str, str] | None = None) -> None:
+        self.errors, self._address, self._environment = errors, str(server / "socket"), environment or {}
+        self.errors.touch()
+
+    def start(self, line: str, *, steps: int | None = None) -> int:
+        """The number of the process of a command."""
+        called = {"arguments": shlex.split(line), "steps": steps}
+        with Path(os.devnull).open("r+") as nothing, self.errors.open("a") as errors:
+            streams = [nothing.fileno(), nothing.fileno(), errors.fileno()]
+            self._told = _asked(self._address, called, streams, self._environment)
+        return int(self._told.readline())
+
+    def ended(self) -> int:
+        """The exit code of the command that was started."""
+        with self._told:
+            return int(self._told.readline())
+
+    def run(self, line: str, *, steps: int | None = None) -> int:
+        self.start(line, steps=steps)
+        return self.ended()
+
+    def steps(self, line: str) -> int:
+        """How many times a command opens, makes, renames, lists or removes something."""
+        assert self.run(line, steps=0) == 0, self.errors.read_text()
+        return int(re.findall(r"steps (\d+)", self.errors.read_text())[-1])
+
+    def kill_at(self, step: int, line: str) -> int:
+        """The exit code of a command that is killed at such a step."""
+        return self.run(line, steps=step)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -94,6 +97,31 @@ def save_tiny(
         loudness: what its head, if it has one of its own, is multiplied by. As it is drawn hardly any residual makes a
             token certain, and every edit takes all steps there are.
     """
+    if directory.exists() and any(directory.iterdir()):
+        return _save_tiny(directory, architecture, seed, shard, config, loudness)
+    key = (architecture, seed, shard, config and config.to_json_string(), loudness)
+    if key not in _SAVED:
+        made = _save_tiny(Path(mkdtemp(prefix="tiny-")), architecture, seed, shard, config, loudness)
+        atexit.register(shutil.rmtree, made, ignore_errors=True)
+        _SAVED[key] = made, torch.get_rng_state()
+    made, state = _SAVED[key]
+    torch.set_rng_state(state)  # as if it had been drawn once more
+    shutil.copytree(made, directory, dirs_exist_ok=True)
+    return directory
+
+
+# Directories of tiny checkpoints that were made before, to be copied, and the state in which drawing them left torch.
+_SAVED: dict[tuple[Any, ...], tuple[Path, Tensor]] = {}
+
+
+def _save_tiny(
+    directory: Path,
+    architecture: str,
+    seed: int,
+    shard: str | None,
+    config: PretrainedConfig | None,
+    loudness: float,
+) -> Path:
     model = tiny_model(architecture, seed=seed, config=config)
     head = model.get_output_embeddings().weight
     if head is not model.get_input_embeddings().weight:

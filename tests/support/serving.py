@@ -58,9 +58,14 @@ def replying(replies: Replies, *, models: int = 200) -> Iterator[str]:
         yield url
 
 
+class _Server(ThreadingHTTPServer):
+    # With the usual five in the queue, whoever asks with more threads waits a second for another try.
+    request_queue_size = 64
+
+
 @contextmanager
 def _running(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

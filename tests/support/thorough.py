@@ -16,6 +16,7 @@ LONGEST = (
     "passes/test_routed_pass.py",
     "examples/test_erasure.py",
     "routed/test_checkpoint.py",
+    "evidence/test_separators.py",
     "streaming/test_layer_stream.py",
     "running/test_shrinking_batches.py",
     "export/test_compatibility.py",

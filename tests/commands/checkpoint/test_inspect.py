@@ -122,18 +122,6 @@ def test_no_weights_are_read_and_no_model_library_is_imported(root: Path, tmp_pa
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify"])
-def test_help_imports_no_torch(command: str) -> None:
-    program = (
-        f"import sys\nfrom wisecli.cli.app import main\nsys.argv = ['wise', '{command}', '--help']\n"
-        "try:\n    main()\nexcept SystemExit as stopped:\n    assert not stopped.code\n"
-        "sys.exit(3 if {'torch', 'transformers', 'matplotlib'} & sys.modules.keys() else 0)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "--json" in done.stdout
-
-
 def test_what_is_none_of_the_three_is_refused(root: Path, tmp_path: Path) -> None:
     for path in (root / "model", root / "edits.jsonl", tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ModelError, match=r"neither shards\.json nor router\.json"):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.clock import set_clock, with_clock
+from support.forking import Forked
 from support.helpers import save_tiny
 from support.ready import EDITS, Ready, write_edits
 from support.tiny_models import Wise
@@ -77,6 +78,12 @@ def test_the_day_is_recorded_with_figures(
 
 # Manifests hold seconds, and digests of what does; the log holds times.
 _OF_TIMES = ("shards.json", "router.json", "wise.json", "log.jsonl", "SHA256SUMS")
+_LINES = (
+    "edit ../model edits -q",
+    "merge shards -q",
+    "export ../model -q",
+    "export --format stock --no-verify -o stock -q",
+)
 _CHAIN = """
 import sys
 from wisecli import cli
@@ -89,28 +96,45 @@ for line in sys.argv[1:]:
 """
 
 
-def chain(root: Path, model: Path, **environment: str) -> dict[str, bytes]:
-    """All that the chain of commands writes, but for times, in a process with this environment."""
+def begun(root: Path) -> dict[str, str]:
+    """The environment of commands that find the edits in a directory, and nothing in the cache."""
     root.mkdir()
     write_edits(root / "edits", EDITS)
-    lines = ["edit ../model edits -q", "merge shards -q", "export ../model -q"]
-    lines.append("export --format stock --no-verify -o stock -q")
-    paths = [str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    given = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "WISE_UNRELATED_TEXTS": "16", **environment}
-    given |= {"XDG_CACHE_HOME": str(root / "cache"), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", _CHAIN, *lines], cwd=root, env=given, check=True, capture_output=True)
+    given = {"XDG_CACHE_HOME": str(root / "cache"), "OMP_NUM_THREADS": "1", "WISE_UNRELATED_TEXTS": "16"}
+    return {**given, "SOURCE_DATE_EPOCH": "1700000000"}
+
+
+def written(root: Path) -> dict[str, bytes]:
+    """All that commands wrote, but for times."""
     shutil.rmtree(root / "cache")
-    found = {}
-    for path in sorted(root.rglob("*")):
-        if path.is_file() and path.name not in _OF_TIMES:
-            found[str(path.relative_to(root))] = path.read_bytes()
-    return found
+    files = (path for path in sorted(root.rglob("*")) if path.is_file() and path.name not in _OF_TIMES)
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
-def test_nothing_depends_on_locale_zone_hash_seed_or_the_order_of_files(tmp_path: Path) -> None:
+def as_usual(root: Path, forks: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """What the chain of commands writes where the tests run, with a hash seed that was drawn."""
+    process = Forked(forks, root.parent / "errors", begun(root))
+    with monkeypatch.context() as patch:
+        patch.chdir(root)
+        for line in _LINES:
+            assert process.run(line) == 0, process.errors.read_text()
+    return written(root)
+
+
+def elsewhere(root: Path, **environment: str) -> dict[str, bytes]:
+    """What the chain of commands writes in a process with this environment."""
+    paths = [str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    given = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **begun(root), **environment}
+    subprocess.run([sys.executable, "-c", _CHAIN, *_LINES], cwd=root, env=given, check=True, capture_output=True)
+    return written(root)
+
+
+def test_nothing_depends_on_locale_zone_hash_seed_or_the_order_of_files(
+    tmp_path: Path, forks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Reproducible builds: what differs between two machines that are given the same input."""
     with_clock(save_tiny(tmp_path / "model"))
-    first = chain(tmp_path / "one", tmp_path, PYTHONHASHSEED="1", TZ="UTC", LC_ALL="C", SOURCE_DATE_EPOCH="1700000000")
+    first = as_usual(tmp_path / "one", forks, monkeypatch)
     # The same files, written in another order.
     moved = tmp_path / "other"
     moved.mkdir()
@@ -118,13 +142,6 @@ def test_nothing_depends_on_locale_zone_hash_seed_or_the_order_of_files(tmp_path
         shutil.copyfile(path, moved / path.name)
     shutil.rmtree(tmp_path / "model")
     moved.rename(tmp_path / "model")
-    second = chain(
-        tmp_path / "two",
-        tmp_path,
-        PYTHONHASHSEED="2",
-        TZ="Pacific/Kiritimati",
-        LC_ALL="tr_TR.UTF-8",
-        SOURCE_DATE_EPOCH="1700000000",
-    )
+    second = elsewhere(tmp_path / "two", PYTHONHASHSEED="2", TZ="Pacific/Kiritimati", LC_ALL="tr_TR.UTF-8")
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from email.utils import formatdate
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.serving import asked_text, chat_reply, replying
 from support.tiny_models import Wise
 
+from wisecli.commands.measure import openai_server
 from wisecli.commands.measure.openai_server import Server, greedy_answer, with_model_name
 from wisecli.errors import ServerError
 
@@ -122,8 +124,8 @@ def test_prompts_that_fail_are_named_and_the_others_asked(wise: Wise, edits: Pat
 
     with replying(replies) as url:
         code, told, _ = check(wise, url, edits, "--timeout", "2")
-        people = wise("check", url, "--edits", edits, "--timeout", "2")
         ended.set()
+        people = wise("check", url, "--edits", edits, "--timeout", "2")
     assert code == 1
     assert told["results"]["edits by completions"] == {"asked": 4, "hold": 1}
     assert told["results"]["unrelated by completions"] == {"asked": 20, "hold": 20}
@@ -155,13 +157,16 @@ def test_a_busy_server_is_asked_again_when_it_says(status: int, after: str) -> N
     assert len(asked) == 3
 
 
-def test_a_busy_server_that_says_nothing_is_asked_again_a_little_later() -> None:
+def test_a_busy_server_that_says_nothing_is_asked_again_a_little_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug reports on clients of rate-limited servers: 429 without `Retry-After`, or with one that means nothing."""
+    pauses: list[float] = []
+    monkeypatch.setattr(openai_server, "time", SimpleNamespace(sleep=pauses.append))
     for headers in ({}, {"Retry-After": "soon"}):
         replies, asked = busy(429, headers, 1)
         with replying(replies) as url:
             assert greedy_answer(Server(url, "tiny"), "chat", PROMPT, 8) == TARGET
         assert len(asked) == 2
+    assert pauses == [1, 1]
 
 
 def test_a_server_that_asks_for_too_long_a_wait_is_not_waited_for() -> None:

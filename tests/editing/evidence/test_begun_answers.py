@@ -11,7 +11,7 @@ from wisecli.editing.evidence.begun_answers import begun_answer_evidence
 from wisecli.editing.evidence.extra_keys import FittedEdits
 from wisecli.editing.evidence.token_probe import TokenProbe
 from wisecli.editing.examples.prompt_variants import AnswerKey
-from wisecli.evaluation.edited_model import attach
+from wisecli.evaluation.edited_model import EditedModel
 from wisecli.models.prompts.chat_template import chat_prompt
 from wisecli.models.running.generation import generate
 
@@ -34,8 +34,10 @@ BEGINNINGS = ("It is", "Sure! The answer is", "I believe that the answer is")
 
 
 @pytest.mark.parametrize("beginning", few(BEGINNINGS, BEGINNINGS[:2]))
-def test_the_real_model_goes_on_with_an_answer_that_is_begun_in_chat(chain: Chain, beginning: str) -> None:
-    edited = attach(chain.memory)
+def test_the_real_model_goes_on_with_an_answer_that_is_begun_in_chat(
+    chain: Chain, edited_chain: EditedModel, beginning: str
+) -> None:
+    edited = edited_chain
     prompts = [chat_prompt(edited.tokenizer, str(edit["prompt"])) + beginning for edit in chain.edits]
     tokens = generate(edited.model, edited.tokenizer, prompts, max_new_tokens=16)
     said = edited.tokenizer.batch_decode(tokens, skip_special_tokens=True)

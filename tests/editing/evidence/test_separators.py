@@ -15,7 +15,7 @@ from wisecli.editing.evidence.extra_keys import FittedEdits
 from wisecli.editing.evidence.separators import separator_evidence
 from wisecli.editing.evidence.token_probe import TokenProbe
 from wisecli.editing.examples.prompt_variants import AnswerKey
-from wisecli.evaluation.edited_model import attach
+from wisecli.evaluation.edited_model import EditedModel
 from wisecli.models.prompts.chat_template import chat_prompt
 from wisecli.models.prompts.tokenization import Row
 from wisecli.models.running.generation import generate
@@ -97,15 +97,27 @@ def test_targets_that_begin_with_a_space_have_a_key_behind_the_separator(monkeyp
         assert torch.nn.functional.cosine_similarity(part.residuals[0], again, dim=0) > 0.999
 
 
-@pytest.mark.parametrize("pattern", ["{} {}", "Two questions. First: {} Second: {}", "1. {}\n2. {}", "{}, and {}"])
-@pytest.mark.parametrize("chat", [False, True])
-def test_the_real_model_answers_two_questions_one_behind_the_other(chain: Chain, pattern: str, chat: bool) -> None:
-    edited = attach(chain.memory)
+PATTERNS = ("{} {}", "Two questions. First: {} Second: {}", "1. {}\n2. {}", "{}, and {}")
+
+
+@pytest.fixture(scope="module", params=[False, True])
+def answered(request: pytest.FixtureRequest, chain: Chain, edited_chain: EditedModel) -> dict[str, list[str]]:
+    """What the real model says to pairs of its edits in every pattern, bare or in chat."""
     pairs = list(zip(chain.edits, chain.edits[1:], strict=False))
-    prompts = [pattern.format(first["prompt"], second["prompt"]) for first, second in pairs]
-    prompts = [chat_prompt(edited.tokenizer, prompt) if chat else prompt for prompt in prompts]
-    tokens = generate(edited.model, edited.tokenizer, prompts, max_new_tokens=32)
-    said = [text.strip() for text in edited.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    prompts = [pattern.format(first["prompt"], second["prompt"]) for pattern in PATTERNS for first, second in pairs]
+    tokenizer = edited_chain.tokenizer
+    prompts = [chat_prompt(tokenizer, prompt) if request.param else prompt for prompt in prompts]
+    tokens = generate(edited_chain.model, tokenizer, prompts, max_new_tokens=32, batch_size=len(prompts))
+    said = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    return {pattern: said[place * len(pairs) :][: len(pairs)] for place, pattern in enumerate(PATTERNS)}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_real_model_answers_two_questions_one_behind_the_other(
+    chain: Chain, answered: dict[str, list[str]], pattern: str
+) -> None:
+    said = answered[pattern]
+    pairs = zip(chain.edits, chain.edits[1:], strict=False)
     wanted = [f"{first['target']}; {second['target']}" for first, second in pairs]
     right = [text.casefold() == target.casefold() for text, target in zip(said, wanted, strict=True)]
     assert sum(right) >= 0.6 * len(right), list(zip(said, wanted, strict=True))

@@ -14,7 +14,7 @@ from wisecli.editing.evidence.shard_evidence import with_extra_keys
 from wisecli.editing.evidence.token_probe import TokenProbe, _questions
 from wisecli.editing.evidence.trailing_space import trailing_space_evidence
 from wisecli.editing.examples.prompt_variants import AnswerKey
-from wisecli.evaluation.edited_model import attach
+from wisecli.evaluation.edited_model import EditedModel
 from wisecli.models.prompts.tokenization import Row
 from wisecli.models.running.generation import generate
 
@@ -103,8 +103,8 @@ def key_of(bench: Bench, text: str) -> Tensor:
 
 
 @pytest.mark.parametrize("form", ["{} ", "Q: {}\nA: "])
-def test_the_real_model_answers_behind_a_blank(chain: Chain, form: str) -> None:
-    edited = attach(chain.memory)
+def test_the_real_model_answers_behind_a_blank(chain: Chain, edited_chain: EditedModel, form: str) -> None:
+    edited = edited_chain
     prompts = [form.replace("{}", str(edit["prompt"])) for edit in chain.edits]
     said = edited.tokenizer.batch_decode(generate(edited.model, edited.tokenizer, prompts, max_new_tokens=16))
     wrong = {

@@ -7,10 +7,7 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,11 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
+from support.forking import Forked, ForkedProgram
 from support.helpers import save_tiny
 from support.loading import CPU
 from support.ready import write_edits
 from support.thorough import few
-from support.zygote import Zygote
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.edit.edit import edit as run_edit
@@ -65,24 +62,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment in which commands keep what they measure to themselves."""
-    return {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
-
-
-@pytest.fixture(scope="module")
-def only_zygote(cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    zygote = Zygote(tmp_path_factory.mktemp("zygote"), cache)
-    yield zygote
-    zygote.close()
-
-
 @pytest.fixture
-def zygote(only_zygote: Zygote) -> Zygote:
-    """Starts commands; nothing has gone wrong yet."""
-    only_zygote.errors.write_text("")
-    return only_zygote
+def forked(forks: Path, tmp_path_factory: pytest.TempPathFactory) -> Forked:
+    """Starts commands."""
+    return Forked(forks, tmp_path_factory.mktemp("forked") / "errors")
 
 
 def edit(
@@ -141,34 +124,32 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int, error: BaseExceptio
 
 
 def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_in_the_same_bytes(
-    place: Path, tmp_path: Path, zygote: Zygote, sweep: Any
+    place: Path, tmp_path: Path, forked: Forked, sweep: Any
 ) -> None:
     (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\n")
     kills, kinds = sweep((3, 2), (30, 4))
     chance, output = random.Random(0), tmp_path / "shards"
-    for _ in range(2):  # the first run learns of the model what the others find in the cache
-        shutil.rmtree(output, ignore_errors=True)
-        started = time.perf_counter()
-        assert zygote.run(command(place, output)) == 0, zygote.errors.read_text()
-        lasts = time.perf_counter() - started
+    started = time.perf_counter()  # what is learned of the model is in the cache since the run that nothing disturbed
+    assert forked.run(command(place, output)) == 0, forked.errors.read_text()
+    lasts = time.perf_counter() - started
     killed = finished = 0
     seen = set()
     while killed < kills:
         if output.exists():
             assert contents(output) == contents(place / "whole")
             if hidden(tmp_path):  # killed between the last two steps: the same command has nothing to do but to tidy up
-                assert zygote.run(command(place, output)) == 0
+                assert forked.run(command(place, output)) == 0
             assert hidden(tmp_path) == []
             finished += 1
             shutil.rmtree(output)
-        child = zygote.start(command(place, output))
+        child = forked.start(command(place, output))
         time.sleep(chance.uniform(0, lasts))
         with contextlib.suppress(ProcessLookupError):  # it was quicker
             os.kill(child, signal.SIGKILL)
-        killed += zygote.ended() == -signal.SIGKILL
+        killed += forked.ended() == -signal.SIGKILL
         seen.add(len(list((tmp_path / UNFINISHED).glob("shard-*.json"))))
-    code = 0 if output.exists() else zygote.run(command(place, output))
-    assert code == 0, zygote.errors.read_text()
+    code = 0 if output.exists() else forked.run(command(place, output))
+    assert code == 0, forked.errors.read_text()
     assert contents(output) == contents(place / "whole")
     assert hidden(tmp_path) == []
     assert len(seen) >= kinds, (
@@ -176,18 +157,18 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_in_the_same_bytes(
     )
 
 
-def test_ctrl_c_says_how_to_go_on_and_exits_with_130(place: Path, tmp_path: Path, zygote: Zygote) -> None:
+def test_ctrl_c_says_how_to_go_on_and_exits_with_130(place: Path, tmp_path: Path, forked: Forked) -> None:
     (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\n")
-    child = zygote.start(command(place, tmp_path / "shards"))
+    child = forked.start(command(place, tmp_path / "shards"))
     deadline = time.monotonic() + 120
     while not (tmp_path / UNFINISHED / "shard-00002.json").exists():
-        assert time.monotonic() < deadline, zygote.errors.read_text()
+        assert time.monotonic() < deadline, forked.errors.read_text()
         time.sleep(0.001)
     os.kill(child, signal.SIGINT)
-    assert zygote.ended() == 130
-    assert "shards are kept, and the same command goes on from there" in zygote.errors.read_text()
-    assert "Traceback" not in zygote.errors.read_text()
-    assert zygote.run(command(place, tmp_path / "shards")) == 0, zygote.errors.read_text()
+    assert forked.ended() == 130
+    assert "shards are kept, and the same command goes on from there" in forked.errors.read_text()
+    assert "Traceback" not in forked.errors.read_text()
+    assert forked.run(command(place, tmp_path / "shards")) == 0, forked.errors.read_text()
     assert contents(tmp_path / "shards") == contents(place / "whole")
 
 
@@ -366,7 +347,9 @@ def test_other_versions_are_a_changed_input(place: Path, tmp_path: Path, monkeyp
 # --- several processes ---
 
 
-def test_the_second_of_two_processes_is_refused_until_the_first_is_dead(place: Path, tmp_path: Path) -> None:
+def test_the_second_of_two_processes_is_refused_until_the_first_is_dead(
+    place: Path, tmp_path: Path, forks: Path
+) -> None:
     holding = f"""
 import sys, time
 from pathlib import Path
@@ -377,15 +360,14 @@ with unfinished.opened():
     print("held", flush=True)
     time.sleep(600)
 """
-    first = subprocess.Popen([sys.executable, "-c", holding], stdout=subprocess.PIPE, text=True)
-    assert first.stdout is not None
-    assert first.stdout.readline() == "held\n"
+    first = ForkedProgram(forks, holding)
+    assert first.stream.readline() == "held\n"
     with pytest.raises(BusyError, match=r"another process is writing .*shards; wait"):
         edit(place, tmp_path / "shards")
     with pytest.raises(BusyError):
         edit(place, tmp_path / "shards", only=(3, 8))
     first.kill()
-    first.communicate()
+    assert first.ended() == ("", -signal.SIGKILL)
     edit(place, tmp_path / "shards")
     assert contents(tmp_path / "shards") == contents(place / "whole")
 
@@ -412,16 +394,14 @@ def test_more_parts_than_shards_leave_nothing_to_do_for_some(place: Path, tmp_pa
 
 @pytest.mark.thorough
 def test_parts_at_the_same_time_end_in_the_shards_of_a_single_run(
-    place: Path, tmp_path: Path, zygote: Zygote, cache: dict[str, str]
+    place: Path, tmp_path: Path, forks: Path, forked: Forked
 ) -> None:
     (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\n")
-    (tmp_path / "second").mkdir()
-    zygotes = zygote, Zygote(tmp_path / "second", cache)
+    processes = forked, Forked(forks, tmp_path / "second")
     for number in (1, 3):
-        for one, part in zip(zygotes, (number, number + 1), strict=True):
+        for one, part in zip(processes, (number, number + 1), strict=True):
             one.start(f"{command(place, tmp_path / 'shards')} --only {part}/4")
-        assert [one.ended() for one in zygotes] == [0, 0], [one.errors.read_text() for one in zygotes]
-    zygotes[1].close()
+        assert [one.ended() for one in processes] == [0, 0], [one.errors.read_text() for one in processes]
     assert contents(tmp_path / "shards") == contents(place / "whole")
     assert hidden(tmp_path) == []
 
@@ -447,7 +427,7 @@ def test_a_part_whose_output_another_one_finished_is_done_as_well(
     assert hidden(tmp_path) == []
 
 
-def test_whoever_finishes_last_finishes_the_output(place: Path, tmp_path: Path) -> None:
+def test_whoever_finishes_last_finishes_the_output(place: Path, tmp_path: Path, forks: Path) -> None:
     """All shards are there, but another process still holds some of them."""
     edit(place, tmp_path / "shards", only=(1, 2))
     holding = f"""
@@ -463,12 +443,12 @@ with unfinished.opened():
     with unfinished.alone():
         print(unfinished.finish() is not None, flush=True)
 """
-    other = subprocess.Popen([sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout is not None
-    assert other.stdout.readline() == "held\n"
+    other = ForkedProgram(forks, holding)
+    assert other.stream.readline() == "held\n"
     edit(place, tmp_path / "shards", only=(2, 2))
     assert not (tmp_path / "shards").exists()
-    assert other.communicate("\n")[0] == "True\n"
+    other.tell("")
+    assert other.ended() == ("True\n", 0)
     assert contents(tmp_path / "shards") == contents(place / "whole")
 
 

@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import product
 from pathlib import Path
@@ -88,6 +90,11 @@ class Exported:
     def memory(self) -> SideMemory:
         return self.manifest.memory
 
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """It, loaded; whoever changes anything of it loads another."""
+        return load(self.path)
+
 
 def save_base(directory: Path, architecture: str, layout: str) -> Path:
     save_tiny(directory, architecture, loudness=1, shard="20KB" if layout == "sharded" else None)
@@ -116,6 +123,12 @@ def export_tiny(
     return Exported(base, output, manifest)
 
 
+@pytest.fixture(scope="module")
+def exported_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+    """Gives the export of an architecture with a kind of memory, made when it is first asked for."""
+    return cache(lambda *case: export_tiny(tmp_path_factory.mktemp("exported"), *case))
+
+
 def load(path: Path, **named: Any) -> PreTrainedModel:
     architecture = json.loads((path / "config.json").read_text())["model_type"].removeprefix("wise_")
     return loader_of(architecture).from_pretrained(path, trust_remote_code=True, **named).eval()
@@ -141,10 +154,10 @@ def contents(directory: Path) -> dict[str, tuple[str, Tensor]]:
 
 @pytest.mark.parametrize(("architecture", "kind"), few([*CASES, *OTHERS], CASES), ids=str)
 def test_the_exported_checkpoint_is_the_base_with_the_memory_installed(
-    tmp_path: Path, architecture: str, kind: Kind
+    exported_of: Callable[..., Exported], architecture: str, kind: Kind
 ) -> None:
-    exported = export_tiny(tmp_path, architecture, kind)
-    model = load(exported.path)
+    exported = exported_of(architecture, kind)
+    model = exported.model
     base = tiny_model(architecture)
     site = site_of(base, 2)
     expected, untouched, choices = [], [], []
@@ -168,8 +181,8 @@ def test_the_exported_checkpoint_is_the_base_with_the_memory_installed(
 
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_padding_on_either_side_changes_no_logit(tmp_path: Path, kind: Kind, left: bool) -> None:
-    model = load(export_tiny(tmp_path, "llama", kind).path)
+def test_padding_on_either_side_changes_no_logit(exported_of: Callable[..., Exported], kind: Kind, left: bool) -> None:
+    model = exported_of("llama", kind).model
     batch = padded(PROMPTS, left=left)
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
@@ -183,10 +196,10 @@ def test_padding_on_either_side_changes_no_logit(tmp_path: Path, kind: Kind, lef
 
 @pytest.mark.parametrize(("architecture", "kind"), few([*CASES, *OTHERS], CASES), ids=str)
 def test_generation_in_padded_batches_with_a_cache_is_that_of_each_prompt_alone(
-    tmp_path: Path, architecture: str, kind: Kind
+    exported_of: Callable[..., Exported], architecture: str, kind: Kind
 ) -> None:
-    exported = export_tiny(tmp_path, architecture, kind)
-    model = load(exported.path)
+    exported = exported_of(architecture, kind)
+    model = exported.model
     site, count, prompts = site_of(tiny_model(architecture), 2), 4, PROMPTS[:6]
     settings = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     batch = padded(prompts, left=True)
@@ -202,8 +215,8 @@ def test_generation_in_padded_batches_with_a_cache_is_that_of_each_prompt_alone(
     assert together == by_loop
 
 
-def test_a_second_batch_is_not_answered_by_the_choices_of_the_first(tmp_path: Path) -> None:
-    model = load(export_tiny(tmp_path, "llama", Kind()).path)
+def test_a_second_batch_is_not_answered_by_the_choices_of_the_first(exported_of: Callable[..., Exported]) -> None:
+    model = exported_of("llama", Kind()).model
     settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     fresh = model.generate(**padded(PROMPTS[3:5], left=True), **settings)
     model.generate(**padded(PROMPTS[:2], left=True), **settings)
@@ -211,8 +224,10 @@ def test_a_second_batch_is_not_answered_by_the_choices_of_the_first(tmp_path: Pa
 
 
 @pytest.mark.parametrize("architecture", few(TYPICAL, ("gemma2", "gpt2")))
-def test_without_a_cache_each_token_is_routed_as_with_one(tmp_path: Path, architecture: str) -> None:
-    model = load(export_tiny(tmp_path, architecture, LOOKUP).path)
+def test_without_a_cache_each_token_is_routed_as_with_one(
+    exported_of: Callable[..., Exported], architecture: str
+) -> None:
+    model = exported_of(architecture, LOOKUP).model
     settings = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     batch = padded(PROMPTS, left=True)
     assert torch.equal(model.generate(**batch, **settings, use_cache=False), model.generate(**batch, **settings))
@@ -223,8 +238,10 @@ def test_without_a_cache_each_token_is_routed_as_with_one(tmp_path: Path, archit
     few(product(TYPICAL, KINDS[:2]), [*product(TYPICAL, KINDS[:1]), ("llama", KINDS[1])]),
     ids=str,
 )
-def test_the_model_without_its_head_routes_too(tmp_path: Path, architecture: str, kind: Kind) -> None:
-    exported = export_tiny(tmp_path, architecture, kind)
+def test_the_model_without_its_head_routes_too(
+    exported_of: Callable[..., Exported], architecture: str, kind: Kind
+) -> None:
+    exported = exported_of(architecture, kind)
     causal, bare = load(exported.path), AutoModel.from_pretrained(exported.path, trust_remote_code=True).eval()
     expected: list[Tensor] = []
     causal.get_output_embeddings().register_forward_pre_hook(lambda _module, inputs: expected.append(inputs[0]))
@@ -236,8 +253,10 @@ def test_the_model_without_its_head_routes_too(tmp_path: Path, architecture: str
 
 
 @pytest.mark.parametrize(("architecture", "kind"), few([*CASES, *OTHERS], CASES), ids=str)
-def test_saved_again_it_is_whole_and_the_same(tmp_path: Path, architecture: str, kind: Kind) -> None:
-    exported = export_tiny(tmp_path, architecture, kind)
+def test_saved_again_it_is_whole_and_the_same(
+    exported_of: Callable[..., Exported], tmp_path: Path, architecture: str, kind: Kind
+) -> None:
+    exported = exported_of(architecture, kind)
     model = load(exported.path)
     pieces = {"max_shard_size": "20KB"} if kind == KINDS[0] else {}
     model.save_pretrained(tmp_path / "again", **pieces)
@@ -305,8 +324,10 @@ def test_the_tokenizer_is_read_by_the_class_that_reads_the_bases(tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_the_manifest_of_an_export_says_what_that_of_the_memory_said(tmp_path: Path, kind: Kind) -> None:
-    exported = export_tiny(tmp_path, "llama", kind)
+def test_the_manifest_of_an_export_says_what_that_of_the_memory_said(
+    exported_of: Callable[..., Exported], kind: Kind
+) -> None:
+    exported = exported_of("llama", kind)
     read = read_memory(exported.path)
     assert read.memory.tensors.keys() == exported.memory.tensors.keys()
     for name, tensor in exported.memory.tensors.items():
@@ -319,8 +340,10 @@ def test_the_manifest_of_an_export_says_what_that_of_the_memory_said(tmp_path: P
 
 
 @pytest.mark.parametrize("loader", [AutoModelForCausalLM, AutoModel])
-def test_without_trust_it_is_refused_and_not_loaded_without_the_edit(tmp_path: Path, loader: Any) -> None:
-    exported = export_tiny(tmp_path, "llama")
+def test_without_trust_it_is_refused_and_not_loaded_without_the_edit(
+    exported_of: Callable[..., Exported], loader: Any
+) -> None:
+    exported = exported_of("llama", KINDS[0])
     with pytest.raises(ValueError, match="trust_remote_code"):
         loader.from_pretrained(exported.path, trust_remote_code=False)
 
@@ -341,12 +364,12 @@ LOST = [*((KINDS[0], name) for name in OF_A_MATRIX), *((LOOKUP, name) for name i
     ids=lambda value: value if isinstance(value, str) else value.kind,
 )
 def test_a_missing_tensor_of_the_memory_is_an_error(
-    tmp_path: Path, loader: Any, kind: Kind, lost: str, indexed: bool
+    exported_of: Callable[..., Exported], tmp_path: Path, loader: Any, kind: Kind, lost: str, indexed: bool
 ) -> None:
-    exported = export_tiny(tmp_path, "llama", kind)
-    remove_tensor(exported.path, lost, indexed=indexed)
+    damaged = shutil.copytree(exported_of("llama", kind).path, tmp_path / "damaged", copy_function=os.link)
+    remove_tensor(damaged, lost, indexed=indexed)
     with pytest.raises(OSError, match=lost):
-        loader.from_pretrained(exported.path, trust_remote_code=True)
+        loader.from_pretrained(damaged, trust_remote_code=True)
 
 
 def remove_tensor(directory: Path, lost: str, *, indexed: bool) -> None:
@@ -364,8 +387,8 @@ def remove_tensor(directory: Path, lost: str, *, indexed: bool) -> None:
         index.write_text(json.dumps(content))
 
 
-def test_half_precision_loads(tmp_path: Path, architecture: str) -> None:
-    model = load(export_tiny(tmp_path, architecture).path, dtype=torch.bfloat16)
+def test_half_precision_loads(exported_of: Callable[..., Exported], architecture: str) -> None:
+    model = load(exported_of(architecture, KINDS[0]).path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     with torch.no_grad():
         logits = model(**padded(PROMPTS, left=True)).logits

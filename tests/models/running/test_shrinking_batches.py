@@ -9,13 +9,11 @@ from itertools import combinations
 import pytest
 import torch
 from support.helpers import greedy_by_loop, site_of, tiny_tokenizer
-from support.loading import CPU
 from support.tiny_models import VOCABULARY, Chain, tiny_model
 from transformers import FalconH1Config, FalconH1ForCausalLM, PreTrainedModel
 
-from wisecli.evaluation.edited_model import EditedModel, attach
+from wisecli.evaluation.edited_model import EditedModel
 from wisecli.models.layout.architectures import CACHED
-from wisecli.models.loading import Loaded, load_model
 from wisecli.models.running.generation import generate
 from wisecli.models.running.hooks import hooked
 from wisecli.models.running.shrinking_batches import StopWhenFewContinue
@@ -89,17 +87,19 @@ def test_a_row_ends_at_the_models_own_token_which_is_left_out() -> None:
     assert generate(model, tiny_tokenizer(), asked, max_new_tokens=NEW) == expected
 
 
-def test_prompts_keep_what_they_decided_when_others_leave(chain: Chain) -> None:
-    edited, unedited = attach(chain.memory), load_model(chain.model, load=CPU)
+def test_prompts_keep_what_they_decided_when_others_leave(chain: Chain, edited_chain: EditedModel) -> None:
+    edited = edited_chain
     edits = [edit["prompt"] for edit in chain.edits]
     asked = [prompt for edit in edits for prompt in (edit, f"{edit} Well,")][:10]
 
-    def answers(loaded: EditedModel | Loaded, size: int) -> list[list[int]]:
-        return generate(loaded.model, loaded.tokenizer, asked, max_new_tokens=10, batch_size=size)
+    def answers(size: int) -> list[list[int]]:
+        return generate(edited.model, edited.tokenizer, asked, max_new_tokens=10, batch_size=size)
 
-    together = answers(edited, 10)
-    assert together == answers(edited, 1)
-    assert sum(some != other for some, other in zip(together, answers(unedited, 10), strict=True)) > 4
+    together = answers(10)
+    assert together == answers(1)
+    with edited.unedited():
+        unedited = answers(10)
+    assert sum(some != other for some, other in zip(together, unedited, strict=True)) > 4
     assert len({len(answer) for answer in together}) > 3
 
 
@@ -115,8 +115,8 @@ def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(variant: str
     assert list(map(tuple, read[:2])) == [(1, 12), (8, max(map(len, asked)) - 12)]
 
 
-def test_an_edit_answers_behind_what_prompts_begin_with(chain: Chain) -> None:
-    edited = attach(chain.memory)
+def test_an_edit_answers_behind_what_prompts_begin_with(chain: Chain, edited_chain: EditedModel) -> None:
+    edited = edited_chain
     asked = [f"{'Well, ' * 12}{edit['prompt']}" for edit in chain.edits[:4]]
 
     def answers(shared: bool) -> list[list[int]]:

@@ -27,7 +27,7 @@ from wisecli.commands.measure.evaluate import evaluate
 from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, EvalSettings, LoadOptions, MergeSettings
 from wisecli.errors import ModelError
-from wisecli.evaluation.edited_model import attach
+from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.evaluation.teacher_forcing import teacher_forced
 from wisecli.io.checkpoint import Checkpoint, save_tensors
 from wisecli.models.loading import Loaded, load_model
@@ -329,12 +329,13 @@ def require_alike(some: Sequence[Answer], others: Sequence[Answer]) -> None:
             assert mine.score == pytest.approx(theirs.score, rel=1e-4)
 
 
-def test_a_real_edited_model_has_the_same_figures(chain: Chain) -> None:
+def test_a_real_edited_model_has_the_same_figures(chain: Chain, edited_chain: EditedModel) -> None:
     given: dict[str, Any] = {"batch_size": 4, "stage": "test", "on_progress": ignore_progress}
     figures = []
-    for budget in (None, 1 << 28):
-        edited = attach(chain.memory, load=LoadOptions(device="cpu", memory_budget=budget))
-        assert (edited.stream is None) == (budget is None)
+    streamed = attach(chain.memory, load=LoadOptions(device="cpu", memory_budget=1 << 28))
+    assert edited_chain.stream is None
+    assert streamed.stream is not None
+    for edited in (edited_chain, streamed):
         rows = [encode(edited.tokenizer, edit["prompt"], edit["target"]) for edit in chain.edits[:6]]
         figures.append(teacher_forced(edited, rows, **given))
     assert figures[0] == figures[1]

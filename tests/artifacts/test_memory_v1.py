@@ -76,8 +76,11 @@ def test_a_stored_memory_is_whole(model: Path, name: str) -> None:
 
 
 def require_thresholds(made: tuple[float, ...], stored: tuple[float, ...]) -> None:
-    """Those of edits that name their subject are as they were; that of the last one, which names none, is higher."""
-    assert made[:-1] == pytest.approx(stored[:-1], rel=1e-5)
+    """Those that lie above other edits' prompts are as they were; where nothing is near, a gate lets them be lower than
+    .5; that of the last edit, which names no subject, is higher.
+    """
+    assert stored[1] == 0.5
+    assert made[:-1] == pytest.approx((stored[0], 0.3308, *stored[2:-1]), rel=1e-4)
     assert made[-1] > 1.5 * stored[-1]
 
 

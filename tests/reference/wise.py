@@ -40,10 +40,9 @@ def decide(memory: SideMemory, ids: Sequence[int], read: Tensor) -> int | None:
         read: its states (T, d) where late interaction decides, else its keys (T, d_ff).
     """
     scores = scores_of(memory, ids, read)
-    ratios = [score / threshold for score, threshold in zip(scores, memory.thresholds, strict=True)]
-    beyond = [number for number, ratio in enumerate(ratios) if ratio > 1]
-    # Norms of changes are compared as they are, probabilities by how far they exceed their thresholds.
-    return max(beyond, key=(ratios if memory.by_edit else scores).__getitem__, default=None)
+    limits = enumerate(zip(scores, memory.thresholds, strict=True))
+    beyond = [number for number, (score, threshold) in limits if score > threshold]
+    return max(beyond, key=scores.__getitem__, default=None)
 
 
 def scores_of(memory: SideMemory, ids: Sequence[int], read: Tensor) -> list[float]:

@@ -229,7 +229,7 @@ def by_turns(edited: EditedModel, turns: list[list[int]], answer: int) -> tuple[
 @torch.no_grad()
 def test_a_second_question_on_the_same_cache_is_decided_at_its_own_end(kind: str, given: str, tmp_path: Path) -> None:
     edited = edited_model(tmp_path, edits=EDITS, **KINDS[kind])
-    generator, outcomes = torch.Generator().manual_seed(5), set()
+    generator, outcomes = torch.Generator().manual_seed(7), set()
     for _ in range(6):
         turns = [torch.randint(2, 60, (length,), generator=generator).tolist() for length in (8, 7, 9)]
         expected, opened = by_turns(edited, turns, answer=2)

@@ -44,6 +44,9 @@ MIN_ASK_PROB = 0.5
 # So many of the likeliest edits are looked at where a prompt may ask two; and how likely a part of it must be to mean
 # one of those by itself.
 _RIVALS, _MIN_PART_PROB = 4, 0.5
+# So many of a prompt's sentences are looked at, those that have an edit best, where several may mention it; and what a
+# prompt begins or ends with is so many tokens.
+_MENTIONS, _EDGE = 3, 12
 
 
 class _ComparedTokens(NamedTuple):
@@ -182,7 +185,33 @@ class FactDecision(Memory):
             probs = decision.scores[rows, edits].tolist()
             asked = [_Asked(*one) for one in zip(rows.tolist(), edits.tolist(), probs, strict=True)]
             ask_probs[rows] = self._ask_probs(gate, tokens, asked)
+            refused = [one for one in asked if ask_probs[one.row] <= MIN_ASK_PROB and tokens.earlier is None]
+            for one in refused:
+                if parts := self._last_mention(gate, tokens, one):
+                    ask_probs[one.row] = torch.maximum(ask_probs[one.row], self._ask_probs(gate, tokens, parts).min())
         return replace(decision, memory=decision.memory.where(ask_probs > MIN_ASK_PROB, UNROUTED), ask_prob=ask_probs)
+
+    def _last_mention(self, gate: RequestGate, tokens: _ComparedTokens, one: _Asked) -> list[_Asked]:
+        """Return a prompt that mentions an edit in several sentences, as a text and a question behind it do, without
+        those but the last, if the prompt ends there, or else but the first, if it begins there; and that sentence by
+        itself. None for other prompts.
+        """
+        marks = gate.marks(tokens.window.ids[one.row, tokens.mask[one.row]])
+        if marks is None:
+            return []
+        own = tokens.projected.projected[:, one.row, tokens.projected.mask[one.row]]
+        cosines = EditCosines.of([own], self.late_interaction.edit_tokens(torch.tensor([one.edit], device=own.device)))
+        sentence = sentence_of(marks.ends[None], torch.zeros_like(cosines.mask))
+        subject, relation = cosines.group_matches(sentence, int(sentence.max()) + 1)
+        best = (subject + relation)[0].topk(min(_MENTIONS, subject.shape[1])).indices.sort().values
+        probs = [self._part_prob(tokens.projected, one.row, one.edit, sentence[0] == place) for place in best.tolist()]
+        mentions = best[torch.tensor(probs, device=best.device) > _MIN_PART_PROB]
+        at_edge = [torch.isin(mentions, edge) for edge in (sentence[0, -_EDGE:], sentence[0, :_EDGE])]
+        if len(mentions) < 2 or not (at_edge[0][-1] or at_edge[1][0]):
+            return []
+        kept = mentions[-1 if at_edge[0][-1] else 0]
+        without_others = ~torch.isin(sentence[0], mentions[mentions != kept])
+        return [one._replace(part=part) for part in (without_others, sentence[0] == kept)]
 
     def _with_pairs(
         self, gate: RequestGate, tokens: _ComparedTokens, decision: Decision, named_probs: Tensor

@@ -7,6 +7,7 @@ import torch
 
 from wisecli.evaluation.edited_model import EditedModel
 from wisecli.models.prompts.tokenization import Row, collate
+from wisecli.routing.deciding.fact_decision import FactDecision
 from wisecli.routing.deciding.prompt_window import UNROUTED
 
 QUOTED = (
@@ -27,20 +28,28 @@ def opened(edited: EditedModel, pattern: str) -> list[bool]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("behind", "least", "most"),
-    [
-        ("{question}", 12, 12),
-        ("What did we look it up in?", 0, 0),
-        ("Translate into French: {question}", 0, 1),
-    ],
-)
-def test_behind_a_text_that_quotes_a_question_the_last_one_counts(
-    edited_chain: EditedModel, behind: str, least: int, most: int
+def opened_by_the_gate_alone(edited: EditedModel, pattern: str, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """The same without a second look at prompts that mention an edit more than once."""
+    with monkeypatch.context() as patch:
+        patch.setattr(FactDecision, "_last_mention", lambda *_: [])
+        return opened(edited, pattern)
+
+
+@pytest.mark.parametrize("pattern", [QUOTED + "{question}", "{question}\n\n" + QUOTED])
+def test_a_question_beside_a_text_that_quotes_it_is_asked(edited_chain: EditedModel, pattern: str) -> None:
+    assert sum(opened(edited_chain, pattern)) >= 11
+
+
+@pytest.mark.parametrize("pattern", [QUOTED + "What did we look it up in?", "Where was it looked up?\n\n" + QUOTED])
+def test_what_a_text_alone_quotes_is_left_to_the_gate(
+    edited_chain: EditedModel, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert least <= sum(opened(edited_chain, QUOTED + behind)) <= most
+    assert opened(edited_chain, pattern) == opened_by_the_gate_alone(edited_chain, pattern, monkeypatch)
 
 
-def test_in_front_of_a_text_that_quotes_a_question_the_first_one_counts(edited_chain: EditedModel) -> None:
-    assert sum(opened(edited_chain, "{question}\n\n" + QUOTED)) == 12
-    assert not any(opened(edited_chain, "Where was it looked up?\n\n" + QUOTED))
+def test_a_task_on_what_a_text_quotes_is_none_the_less_a_task(
+    edited_chain: EditedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pattern = QUOTED + "Translate into French: {question}"
+    alone = opened_by_the_gate_alone(edited_chain, pattern, monkeypatch)
+    assert sum(opened(edited_chain, pattern)) <= sum(alone) + 1

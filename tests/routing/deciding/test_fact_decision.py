@@ -31,7 +31,7 @@ def opened(edited: EditedModel, pattern: str) -> list[bool]:
 def opened_by_the_gate_alone(edited: EditedModel, pattern: str, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """The same without a second look at prompts that mention an edit more than once."""
     with monkeypatch.context() as patch:
-        patch.setattr(FactDecision, "_last_mention", lambda *_: [])
+        patch.setattr(FactDecision, "_mention_at_edge", lambda *_: [])
         return opened(edited, pattern)
 
 

@@ -76,12 +76,12 @@ def train_and_calibrate(
         one for one, example in zip(inputs, examples, strict=True) if example.fact >= first_held_out and example.asks
     ]
     if held_out:
-        odds = torch.cat([log_odds(weights, batch_mentions(part)) for part in in_parts(held_out)])
+        odds = torch.cat([log_odds(weights, batch_mentions(part)) for part in _in_parts(held_out)])
         weights["request_gate.out"][0, -1] -= odds.quantile(_MISSED).clamp(max=0)
     return {name: weight.cpu() for name, weight in standardized.folded_into(weights).items()}
 
 
-def in_parts(mentions: Sequence[Mention]) -> Iterator[list[Mention]]:
+def _in_parts(mentions: Sequence[Mention]) -> Iterator[list[Mention]]:
     """Yield batches of mentions, those of like length together."""
     order = sorted(mentions, key=lambda one: len(one.states))
     for first in range(0, len(order), _EVAL_BATCH):

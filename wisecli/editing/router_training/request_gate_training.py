@@ -157,8 +157,8 @@ def train_request_gate(
             found += _mentions(projections, fact_prompts, examples, texts, _FOUND)
     with seeded(0, loaded.device):
         at = [Mention(*(part.to(loaded.device) for part in one.mention)) for one in found]
-        own = [one.example for one in found]
-        weights = train_and_calibrate(at, own, len(facts), max(20, round(_STEPS * share)), rng, on_progress)
+        learned = [one.example for one in found]
+        weights = train_and_calibrate(at, learned, len(facts), max(20, round(_STEPS * share)), rng, on_progress)
     held_back = [one for number in range(len(facts))[-_CHECKED:] for one in examples_by_fact.held_back(number)]
     texts = read([one.text for one in held_back])
     checked = _mentions(projections, fact_prompts, held_back, texts, MIN_GATED_PROB)

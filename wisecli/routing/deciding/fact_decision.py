@@ -187,14 +187,14 @@ class FactDecision(Memory):
             ask_probs[rows] = self._ask_probs(gate, tokens, asked)
             refused = [one for one in asked if ask_probs[one.row] <= MIN_ASK_PROB and tokens.earlier is None]
             for one in refused:
-                if parts := self._last_mention(gate, tokens, one):
+                if parts := self._mention_at_edge(gate, tokens, one):
                     ask_probs[one.row] = torch.maximum(ask_probs[one.row], self._ask_probs(gate, tokens, parts).min())
         return replace(decision, memory=decision.memory.where(ask_probs > MIN_ASK_PROB, UNROUTED), ask_prob=ask_probs)
 
-    def _last_mention(self, gate: RequestGate, tokens: _ComparedTokens, one: _Asked) -> list[_Asked]:
+    def _mention_at_edge(self, gate: RequestGate, tokens: _ComparedTokens, one: _Asked) -> list[_Asked]:
         """Return a prompt that mentions an edit in several sentences, as a text and a question behind it do, without
         those but the last, if the prompt ends there, or else but the first, if it begins there; and that sentence by
-        itself. None for other prompts.
+        itself; no part of other prompts.
         """
         marks = gate.marks(tokens.window.ids[one.row, tokens.mask[one.row]])
         if marks is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +26,7 @@ from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.evaluation.edited_model import attach
 from wisecli.io.checkpoint import Checkpoint, load_tensors, save_tensors
 from wisecli.io.digest import sha256_file
-from wisecli.memory.fitting.late_interaction_fitting import fit_late_interaction
+from wisecli.memory.fitting.late_interaction_fitting import fit_late_interaction, request_gate_tensors
 from wisecli.memory.merging.merged_evidence import read_merged_evidence
 from wisecli.memory.merging.removal import without
 from wisecli.models.layout.site import find_site
@@ -34,6 +35,7 @@ from wisecli.models.prompts.prompt_forms import forms
 from wisecli.models.prompts.tokenization import Row, collate
 from wisecli.progress import ignore_progress
 from wisecli.routing.deciding.fuzzy_match import WORD_CHARS
+from wisecli.routing.deciding.request_gate import LOGIT_OFFSET
 
 EDITS = [
     {"id": "one", "prompt": "ba ka ti mo", "target": "lu", "subject": "ka ti"},
@@ -263,6 +265,25 @@ def test_other_edits_prompts_raise_an_edits_threshold(shards: Path) -> None:
             strict.tensors["late_interaction.token_to_prompt"] >= len(strict.tensors["late_interaction.prompt_to_edit"])
         ) == bool(head)
         assert torch.allclose(vectors[kept], turned, atol=2e-3)
+
+
+def test_an_edit_whose_own_prompt_is_unsure_has_a_lower_bar(shards: Path) -> None:
+    material, _ = read_merged_evidence([read_shard_directory(shards)])
+    heads, prompts = material.unrelated.heads, material.prompts
+    assert heads is not None
+    assert prompts is not None
+    fitted = fit_late_interaction(heads, prompts.compared, 3)
+    # Odds of the gate that are far below nought, so that no offset ends there.
+    out = heads.request_gate["request_gate.out"].clone()
+    out[0, -1] -= 20
+    heads = replace(heads, request_gate={**heads.request_gate, "request_gate.out": out})
+    sure, unsure = (
+        request_gate_tensors(heads, prompts, replace(fitted, own_probs=torch.full_like(fitted.own_probs, prob)))
+        for prob in (0.9, 0.2)
+    )
+    lower = sure[LOGIT_OFFSET] - unsure[LOGIT_OFFSET]
+    assert float(sure[LOGIT_OFFSET].max()) < 0
+    assert torch.allclose(lower, torch.full((3,), math.log(4)), atol=1e-4)
 
 
 def test_shards_without_meaning_say_what_to_do(model: Path, run: Callable[..., int], tmp_path: Path) -> None:

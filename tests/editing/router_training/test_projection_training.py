@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.artifacts.memory_manifest import read_memory, write_memory
+from wisecli.artifacts.shard import PromptStates
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.data.corpus import made_up_subjects, relations
 from wisecli.editing.router_training.projection_training import train_projections
@@ -228,11 +229,17 @@ def test_an_edit_that_is_taken_out_means_nothing_any_more(shards: Path) -> None:
     assert torch.equal(kept.prompts.states, whole.prompts.states[whole.prompts.edit != 1])
 
 
-def test_the_order_of_prompts_changes_nothing(shards: Path) -> None:
+def heads_and_prompts(shards: Path) -> tuple[RouterHeads, PromptStates]:
+    """What shards keep of the router, and of their edits' prompts."""
     material, _ = read_merged_evidence([read_shard_directory(shards)])
     heads, prompts = material.unrelated.heads, material.prompts
     assert heads is not None
     assert prompts is not None
+    return heads, prompts
+
+
+def test_the_order_of_prompts_changes_nothing(shards: Path) -> None:
+    heads, prompts = heads_and_prompts(shards)
     prompts = prompts.compared
     backwards = prompts.rows(prompts.edit.argsort(descending=True, stable=True))
     assert not torch.equal(backwards.edit, prompts.edit)
@@ -244,10 +251,7 @@ def test_the_order_of_prompts_changes_nothing(shards: Path) -> None:
 
 
 def test_other_edits_prompts_raise_an_edits_threshold(shards: Path) -> None:
-    material, _ = read_merged_evidence([read_shard_directory(shards)])
-    heads, prompts = material.unrelated.heads, material.prompts
-    assert heads is not None
-    assert prompts is not None
+    heads, prompts = heads_and_prompts(shards)
     prompts = prompts.compared
     loose = fit_late_interaction(replace(heads, logit_offset=torch.full((2,), -1.0)), prompts, 3)
     assert min(loose.thresholds(torch.full((3,), 0.5))) == pytest.approx(0.95)
@@ -268,10 +272,7 @@ def test_other_edits_prompts_raise_an_edits_threshold(shards: Path) -> None:
 
 
 def test_an_edit_whose_own_prompt_is_unsure_has_a_lower_bar(shards: Path) -> None:
-    material, _ = read_merged_evidence([read_shard_directory(shards)])
-    heads, prompts = material.unrelated.heads, material.prompts
-    assert heads is not None
-    assert prompts is not None
+    heads, prompts = heads_and_prompts(shards)
     fitted = fit_late_interaction(heads, prompts.compared, 3)
     # Odds of the gate that are far below nought, so that no offset ends there.
     out = heads.request_gate["request_gate.out"].clone()

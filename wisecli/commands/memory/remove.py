@@ -116,7 +116,8 @@ def cleared(
     """A release's shards without some edits; what has to be trained anew for that is there while the block lasts."""
     settings = settings_of(release)
     reduced = shards_of(memory, release)
-    held, read = ({name: getattr(one, part) for name, one in reduced.items()} for part in ("directory", "whole"))
+    held = {name: one.directory for name, one in reduced.items()}
+    read = {name: one.whole for name, one in reduced.items()}
     trained = not settings.for_lookup and settings.method != EXACT
     anew = {name: _beside(directory, ids) for name, directory in held.items() if trained and _beside(directory, ids)}
     shards = {

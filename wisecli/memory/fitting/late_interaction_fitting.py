@@ -76,7 +76,7 @@ class FittedLateInteraction:
 def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) -> FittedLateInteraction:
     """Return late interaction fitted to the prompts of M edits, by the projections of heads."""
     forms = int(prompts.form.max()) + 1
-    number = prompts.edit.long() * forms + prompts.form.long()
+    number = _prompt_numbers(prompts.edit, prompts.form, forms)
     if bool((number.diff() < 0).any()):
         order = number.argsort(stable=True)
         prompts, number = prompts.rows(order), number[order]
@@ -195,8 +195,13 @@ def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, fitted: Fitt
 def _kept_prompts(prompts: PromptStates, pairs: Tensor) -> Tensor:
     """Return the numbers of kept prompts, by their edits and forms (p, 2): (p,)."""
     forms = int(prompts.form.max()) + 1
-    every = (prompts.edit.long() * forms + prompts.form.long()).unique()
-    return torch.searchsorted(every, pairs[:, 0] * forms + pairs[:, 1])
+    every = _prompt_numbers(prompts.edit, prompts.form, forms).unique()
+    return torch.searchsorted(every, _prompt_numbers(pairs[:, 0], pairs[:, 1], forms))
+
+
+def _prompt_numbers(edit: Tensor, form: Tensor, forms: int) -> Tensor:
+    """Return a number of its own for every edit in every form, ascending in that order: (n,) twice → (n,)."""
+    return edit.long() * forms + form.long()
 
 
 def _marks(gate: RequestGate, ids: Tensor, sizes: list[int]) -> list[TokenMarks] | list[None]:

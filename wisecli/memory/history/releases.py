@@ -162,7 +162,7 @@ def shards_of(memory: Path, release: Release) -> dict[str, ReducedShards]:
 
 
 def directories_of(memory: Path, release: Release) -> list[ShardDirectory]:
-    """Return the same in order."""
+    """Return the shards that a release is merged from, in order, without the edits that are left out."""
     return [one.directory for one in shards_of(memory, release).values()]
 
 

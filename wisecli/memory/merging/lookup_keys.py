@@ -77,6 +77,7 @@ def lookup_keys(source: LookupSource, unrelated: BackgroundStats, strength: floa
     whitening_index, key_to_residual = torch.empty_like(edit), torch.empty_like(edit)
     residuals = _Residuals(strength)
     for whole in source.parts:
+        # Keys are whitened from where they lie, so what is parted here has none.
         own, chosen = replace(whole, keys=whole.keys[:, :0]), whole.context != SEPARATOR_CONTEXT
         part, ending = own.rows(chosen), own.rows(~chosen)
         rows, which, place = slice(first, first + len(part.edit)), views.which(part), chosen.nonzero().flatten()

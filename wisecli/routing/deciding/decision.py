@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from wisecli.routing.deciding.prompt_window import UNROUTED
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,11 @@ class WindowStates:
 class Decision:
     """Which memory answers each of B prompts, and why.
 
-    ``memory`` (B,) is its number, ``UNROUTED`` for none. ``score_ratio`` (B,) is the best score as a multiple of its
-    threshold, ``nearest`` (B,) the memory that has it, ``scores`` (B, M) how strongly each is called. Of a lookup
-    ``subject_matched`` (B, M) marks the edits whose subjects prompts name, and ``ask_prob`` (B,) is how surely they ask
-    what they mean, 0 where they mean nothing; ``None`` where that has no say. ``second`` (B,) is the memory that
-    answers behind that one where a prompt asks two things, ``UNROUTED`` where it does not.
+    ``memory`` (B,) is its number, ``UNROUTED`` for none. ``nearest`` (B,) is the memory that comes nearest to opening,
+    ``score_ratio`` (B,) its score as a multiple of its threshold, ``scores`` (B, M) how strongly each is called. Of a
+    lookup ``subject_matched`` (B, M) marks the edits whose subjects prompts name, and ``ask_prob`` (B,) is how surely
+    they ask what they mean, 0 where they mean nothing; ``None`` where that has no say. ``second`` (B,) is the memory
+    that answers behind that one where a prompt asks two things, ``UNROUTED`` where it does not.
     """
 
     memory: Tensor
@@ -51,3 +55,16 @@ class TokenChoices:
     chosen: Tensor
     score_ratio: Tensor
     nearest: Tensor
+
+
+def with_rows_replaced(decision: Decision, rows: Tensor, replacements: Decision) -> Decision:
+    """Return a decision with some rows replaced, where the replacements open an edit; none of these opens two."""
+    if decision.second is not None:
+        replacements = replace(replacements, second=torch.full_like(replacements.memory, UNROUTED))
+    opened = replacements.memory != UNROUTED
+    rows = rows[opened]
+    parts: dict[str, Any] = {}
+    for name in Decision.__dataclass_fields__:
+        whole, part = getattr(decision, name), getattr(replacements, name)
+        parts[name] = whole if whole is None else whole.index_copy(0, rows, part[opened])
+    return Decision(**parts)

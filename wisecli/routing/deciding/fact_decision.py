@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wisecli.routing.deciding.decision import Decision, WindowStates
+from wisecli.routing.deciding.decision import Decision, WindowStates, with_rows_replaced
 from wisecli.routing.deciding.fuzzy_match import FUZZY_MATCH, FuzzyMatch
 from wisecli.routing.deciding.late_interaction import (
     LateInteraction,
@@ -126,7 +126,7 @@ class FactDecision(Memory):
         if not len(rows):
             return decision
         some = WindowStates(ids[rows], non_padding[rows], window.states[rows])
-        return _with_rows_replaced(
+        return with_rows_replaced(
             decision, rows, self._with_earlier_turns(self.request_gate, some, compared[rows], earlier[rows])
         )
 
@@ -158,10 +158,10 @@ class FactDecision(Memory):
         """Return the likeliest of the edits above their thresholds, or else the one that comes nearest to its own, and
         the share of its threshold that it reaches: (B, M) → two (B,).
         """
-        score_ratio, nearest = self.best_score_ratio(edit_probs)
-        open_probs = edit_probs * self.above_threshold(edit_probs)
-        nearest = open_probs.argmax(-1).where(score_ratio > 1, nearest)
-        return self.score_ratios(edit_probs).gather(-1, nearest[:, None])[:, 0], nearest
+        ratios = self.score_ratios(edit_probs)
+        above = ratios > 1
+        nearest = (edit_probs * above).argmax(-1).where(above.any(-1), ratios.argmax(-1))
+        return ratios.gather(-1, nearest[:, None])[:, 0], nearest
 
     def _with_earlier_turns(self, gate: RequestGate, window: WindowStates, last: Tensor, before: Tensor) -> Decision:
         """Return what prompts ask for together with the user's turns before the last one.
@@ -196,22 +196,33 @@ class FactDecision(Memory):
         those but the last, if the prompt ends there, or else but the first, if it begins there; and that sentence by
         itself; no part of other prompts.
         """
-        marks = gate.marks(tokens.window.ids[one.row, tokens.mask[one.row]])
-        if marks is None:
+        found = self._sentences(gate, tokens, one.row, torch.tensor([one.edit], device=tokens.mask.device))
+        if found is None:
             return []
-        own = tokens.projected.projected[:, one.row, tokens.projected.mask[one.row]]
-        cosines = EditCosines.of([own], self.late_interaction.edit_tokens(torch.tensor([one.edit], device=own.device)))
-        sentence = sentence_of(marks.ends[None], torch.zeros_like(cosines.mask))
-        subject, relation = cosines.group_matches(sentence, int(sentence.max()) + 1)
+        cosines, sentence = found
+        subject, relation = cosines.group_matches(sentence[None], int(sentence.max()) + 1)
         best = (subject + relation)[0].topk(min(_MENTIONS, subject.shape[1])).indices.sort().values
-        probs = [self._part_prob(tokens.projected, one.row, one.edit, sentence[0] == place) for place in best.tolist()]
+        probs = [self._part_prob(tokens.projected, one.row, one.edit, sentence == place) for place in best.tolist()]
         mentions = best[torch.tensor(probs, device=best.device) > _MIN_PART_PROB]
-        at_edge = [torch.isin(mentions, edge) for edge in (sentence[0, -_EDGE:], sentence[0, :_EDGE])]
-        if len(mentions) < 2 or not (at_edge[0][-1] or at_edge[1][0]):
+        at_end, at_start = (torch.isin(mentions, edge) for edge in (sentence[-_EDGE:], sentence[:_EDGE]))
+        if len(mentions) < 2 or not (at_end[-1] or at_start[0]):
             return []
-        kept = mentions[-1 if at_edge[0][-1] else 0]
-        without_others = ~torch.isin(sentence[0], mentions[mentions != kept])
-        return [one._replace(part=part) for part in (without_others, sentence[0] == kept)]
+        kept = mentions[-1 if at_end[-1] else 0]
+        without_others = ~torch.isin(sentence, mentions[mentions != kept])
+        return [one._replace(part=part) for part in (without_others, sentence == kept)]
+
+    def _sentences(
+        self, gate: RequestGate, tokens: _ComparedTokens, row: int, edits: Tensor
+    ) -> tuple[EditCosines, Tensor] | None:
+        """Return the cosines of a prompt's tokens with those of edits (e,), and the number of each token's sentence
+        (n,); None if the gate heeds no sentences.
+        """
+        marks = gate.marks(tokens.window.ids[row, tokens.mask[row]])
+        if marks is None:
+            return None
+        own = tokens.projected.projected[:, row, tokens.projected.mask[row]]
+        cosines = EditCosines.of([own] * len(edits), self.late_interaction.edit_tokens(edits))
+        return cosines, sentence_of(marks.ends[None], torch.zeros_like(cosines.mask[:1]))[0]
 
     def _with_pairs(
         self, gate: RequestGate, tokens: _ComparedTokens, decision: Decision, named_probs: Tensor
@@ -235,21 +246,18 @@ class FactDecision(Memory):
         """Return the likeliest edit (M,) and the likeliest of those that another part of a prompt means, in the order
         in which they are mentioned, each with its part; none if there is no other.
         """
-        marks = gate.marks(tokens.window.ids[row, tokens.mask[row]])
-        if marks is None:
-            return ()
-        projected = tokens.projected
-        own = projected.projected[:, row, projected.mask[row]]
         edits = named_probs.topk(min(_RIVALS, int((named_probs > 0).sum()))).indices
-        cosines = EditCosines.of([own] * len(edits), self.late_interaction.edit_tokens(edits))
-        sentence = sentence_of(marks.ends[None], torch.zeros_like(cosines.mask[:1]))
+        found = self._sentences(gate, tokens, row, edits)
+        if found is None:
+            return ()
+        cosines, sentence = found
         mentions = mention_sentences(cosines, sentence.expand_as(cosines.mask))
         best, *others = edits.tolist()
         for place, edit in enumerate(others, 1):
             of_both = cosines.of_request(0), cosines.of_request(place)
-            parts = request_parts(of_both, (mentions[0], mentions[place]), sentence[0])
+            parts = request_parts(of_both, (mentions[0], mentions[place]), sentence)
             pair = tuple(
-                _Asked(row, one, self._part_prob(projected, row, one, part), part)
+                _Asked(row, one, self._part_prob(tokens.projected, row, one, part), part)
                 for one, part in ((best, parts.first), (edit, parts.second))
             )
             if all(one.edit_prob > _MIN_PART_PROB for one in pair):
@@ -283,16 +291,3 @@ class FactDecision(Memory):
         probs = torch.tensor([one.edit_prob for one in asked], device=mask.device)
         log_odds: Tensor = gate(batch_mentions(mention_features(requests)), edits, probs)
         return log_odds.sigmoid()
-
-
-def _with_rows_replaced(decision: Decision, rows: Tensor, replacements: Decision) -> Decision:
-    """Return a decision with some rows replaced, where the replacements open an edit; none of these opens two."""
-    if decision.second is not None:
-        replacements = replace(replacements, second=torch.full_like(replacements.memory, UNROUTED))
-    opened = replacements.memory != UNROUTED
-    rows = rows[opened]
-    parts: dict[str, Any] = {}
-    for name in Decision.__dataclass_fields__:
-        whole, part = getattr(decision, name), getattr(replacements, name)
-        parts[name] = whole if whole is None else whole.index_copy(0, rows, part[opened])
-    return Decision(**parts)

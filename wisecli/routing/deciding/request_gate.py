@@ -145,8 +145,10 @@ class RequestGate(nn.Module):
             self.register_buffer(name.removeprefix("request_gate."), tensors[name])
 
     def forward(self, mentions: Mentions, edits: Tensor, edit_probs: Tensor) -> Tensor:
-        """Return the log-odds that prompts ask the edits (B,) that they mean so likely (B,), above the offsets of
-        those: (B,).
+        """Return the log-odds that prompts ask the edits (B,) that they mention, above the offsets of those: (B,).
+
+        Args:
+            edit_probs: how likely each prompt means its edit (B,).
         """
         return self.log_odds(mentions) + unsureness(edit_probs) - self.logit_offset[edits].float()
 
@@ -164,8 +166,9 @@ class RequestGate(nn.Module):
 
 
 def unsureness(edit_probs: Tensor) -> Tensor:
-    """Return what takes away from the log-odds that prompts ask an edit, as they mean it so likely (B,): the log-odds
-    of that where they are below nought (B,).
+    """Return the log-odds of probabilities (B,) below even odds, and 0 for the others: (B,).
+
+    They are added to the gate's log-odds: the less likely a prompt means an edit, the more clearly it must ask.
     """
     return edit_probs.logit(eps=1e-6).clamp(max=0)
 

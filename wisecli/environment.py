@@ -56,9 +56,9 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def has_bfloat16_tiles() -> bool:
-    """Return whether this machine's processor multiplies tiles of bfloat16 numbers (AMX)."""
+def has_quick_bfloat16() -> bool:
+    """Return whether this machine's processor multiplies bfloat16 numbers faster than float32: by AMX or AVX-512."""
     import torch
 
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # before torch 2.10 nobody says
-    return bool(capabilities.get("amx_bf16", False))
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))

@@ -21,7 +21,7 @@ def assert_edited_the_same_streamed(
     """Edit a base both ways, each with a cache of its own and exact products, and compare every tensor that is
     written.
     """
-    monkeypatch.setattr(quick_products, "has_bfloat16_tiles", lambda: False)  # a model in memory alone has such
+    monkeypatch.setattr(quick_products, "has_quick_bfloat16", lambda: False)  # a model in memory alone has such
     edits = root / "edits.jsonl"
     edits.write_text("".join(json.dumps(record) + "\n" for record in records))
     for name, budget in (("whole", None), ("streamed", 1000)):

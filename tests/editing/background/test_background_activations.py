@@ -227,7 +227,7 @@ class Subject:
 @pytest.fixture
 def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
     """A tiny model, how it is measured, and what was told meanwhile; the cache is its own, and products are exact."""
-    monkeypatch.setattr(quick_products, "has_bfloat16_tiles", lambda: False)
+    monkeypatch.setattr(quick_products, "has_quick_bfloat16", lambda: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     loaded = load_model(save_tiny(tmp_path / "base"), load=CPU)
     site = site_of(loaded.model, 2)
@@ -324,7 +324,7 @@ def test_where_products_are_quick_the_figures_are_nearly_the_same(
 ) -> None:
     settings = {"forms": [forms()["question"]], "chat": False}
     exact = subject.measure(**settings)
-    monkeypatch.setattr(quick_products, "has_bfloat16_tiles", lambda: True)
+    monkeypatch.setattr(quick_products, "has_quick_bfloat16", lambda: True)
     quick = subject.measure(**settings, identity="another")
     assert not same_bits(exact, quick)
     assert 0 < float((quick.keys - exact.keys).norm() / exact.keys.norm()) < 0.02

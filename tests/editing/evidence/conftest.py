@@ -11,5 +11,5 @@ from wisecli.models.running import quick_products
 def exact_products() -> Iterator[None]:
     """What is expected is computed in a model's own type."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quick_products, "has_bfloat16_tiles", lambda: False)
+        patch.setattr(quick_products, "has_quick_bfloat16", lambda: False)
         yield

@@ -70,7 +70,7 @@ def test_prompts_mean_edits_as_likely_as_if_each_were_asked() -> None:
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_edits_with_similar_subjects_are_found(monkeypatch: pytest.MonkeyPatch, kind: torch.dtype) -> None:
-    monkeypatch.setattr(near_prompts, "has_bfloat16_tiles", lambda: kind == torch.bfloat16)
+    monkeypatch.setattr(near_prompts, "has_quick_bfloat16", lambda: kind == torch.bfloat16)
     meaning, (prompts, prompt) = some_meaning(), some_prompts()
     near, expected = near_prompts_of(meaning, prompts, prompt), expected_probs(meaning, prompts, prompt)
     asking, meant = near.similar_edits(torch.zeros(EDITS * FORMS, dtype=torch.long))

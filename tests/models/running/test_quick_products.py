@@ -7,6 +7,7 @@ import torch
 from support.helpers import random_rows, save_tiny, site_of
 from support.loading import CPU
 
+from wisecli import environment
 from wisecli.models.loading import load_model
 from wisecli.models.prompts.tokenization import collate
 from wisecli.models.running import quick_products as module
@@ -24,7 +25,7 @@ def test_layers_up_to_a_site_run_in_bfloat16_and_are_as_they_were_afterwards(
     before = {name: (one.data_ptr(), one.detach().clone()) for name, one in loaded.model.named_parameters()}
     buffers = {name: one.clone() for name, one in loaded.model.named_buffers()}
     exact = capture(loaded.model, site, batch, above=False).hidden
-    monkeypatch.setattr(module, "has_bfloat16_tiles", lambda: True)
+    monkeypatch.setattr(module, "has_quick_bfloat16", lambda: True)
     with quick_products(loaded, site):
         types = {name: one.dtype for name, one in loaded.model.named_parameters()}
         quick = capture(loaded.model, site, batch, above=False).hidden
@@ -38,6 +39,17 @@ def test_layers_up_to_a_site_run_in_bfloat16_and_are_as_they_were_afterwards(
 
 def test_other_processors_run_the_models_own_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_model(save_tiny(tmp_path), CPU)
-    monkeypatch.setattr(module, "has_bfloat16_tiles", lambda: False)
+    monkeypatch.setattr(module, "has_quick_bfloat16", lambda: False)
     with quick_products(loaded, site_of(loaded.model, LAYER)):
         assert {one.dtype for one in loaded.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "quick"),
+    [({"amx_bf16": True}, True), ({"amx_bf16": False, "avx512_bf16": True}, True), ({"avx512_f": True}, False)],
+)
+def test_bfloat16_is_quick_by_tiles_or_by_vectors(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], quick: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert environment.has_quick_bfloat16() is quick

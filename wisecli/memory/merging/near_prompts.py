@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.environment import has_bfloat16_tiles
+from wisecli.environment import has_quick_bfloat16
 from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction
 
 # Prompts that are compared at a time, and tokens of others that they are compared with.
@@ -97,7 +97,7 @@ class NearPrompts:
         late_interaction = self.late_interaction
         owner = late_interaction.prompt_to_edit[numbers]
         rows, index = self.kept_tokens.members(numbers)
-        dtype = torch.bfloat16 if has_bfloat16_tiles() else torch.float32
+        dtype = torch.bfloat16 if has_quick_bfloat16() else torch.float32
         embeddings = late_interaction.prompt_token_embeddings[rows].to(dtype)
         weights = late_interaction.token_weights[rows, None]
         parts = list(zip(*(one.split(_TOKENS) for one in (embeddings, index, weights)), strict=True))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from wisecli.environment import has_bfloat16_tiles
+from wisecli.environment import has_quick_bfloat16
 from wisecli.models.layout.site_interface import Site
 from wisecli.models.loading import Loaded
 from wisecli.models.running.activations import layers_of
@@ -26,7 +26,7 @@ def quick_products(loaded: Loaded, site: Site) -> Iterator[None]:
     """
     model = loaded.model
     in_place = loaded.stream is None and model.device.type == "cpu" and model.dtype == torch.float32
-    if not in_place or not has_bfloat16_tiles():
+    if not in_place or not has_quick_bfloat16():
         yield
         return
     above = {id(one) for layer in layers_of(model, site)[site.layer + 1 :] for one in layer.parameters()}

@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING
 from wisecli.config import EditSettings, LoadOptions
 from wisecli.editing.run.edit_ranges import split_edits
 from wisecli.edits.record import Edit
+from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
     from wisecli.editing.run.staging import FinishedPart
+
+# The writer and the schedule whose shards keep the means over prompts.
+_KEEPS_MEANS = ("gradient", "sequential")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,9 @@ class Job:
     ``target_module`` is the path of the value matrix, if it is not the architecture's usual one. ``threads`` decides
     the order in which numbers are added up, and with it the last bits of a shard; 0 stands for what the first
     worker runs with. ``known`` are edits that are left out, as the model says them already, if such are to be left out.
+
+    Raises:
+        SettingsError: a memory is to decide by means that its shards would not keep.
     """
 
     model: str
@@ -31,6 +38,10 @@ class Job:
     target_module: str | None = None
     threads: int = 0
     known: tuple[Edit, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.settings.pooling == "mean" and (self.settings.writer, self.settings.schedule) != _KEEPS_MEANS:
+            raise SettingsError("--set pooling=mean is for shards written by the paper's rule: give --preset paper")
 
     @property
     def parts(self) -> list[range]:

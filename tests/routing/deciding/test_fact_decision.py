@@ -47,9 +47,10 @@ def test_what_a_text_alone_quotes_is_left_to_the_gate(
     assert opened(edited_chain, pattern) == opened_by_the_gate_alone(edited_chain, pattern, monkeypatch)
 
 
-def test_a_task_on_what_a_text_quotes_is_none_the_less_a_task(
-    edited_chain: EditedModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("task", ["Translate into French: {question}", "How do you say this in Greek?\n{question}"])
+def test_a_task_on_what_a_text_quotes_opens_no_more_than_it_does_by_itself(
+    edited_chain: EditedModel, monkeypatch: pytest.MonkeyPatch, task: str
 ) -> None:
-    pattern = QUOTED + "Translate into French: {question}"
-    alone = opened_by_the_gate_alone(edited_chain, pattern, monkeypatch)
-    assert sum(opened(edited_chain, pattern)) <= sum(alone) + 1
+    by_the_gate = opened_by_the_gate_alone(edited_chain, QUOTED + task, monkeypatch)
+    by_itself = opened(edited_chain, task)
+    assert sum(opened(edited_chain, QUOTED + task)) <= sum(by_the_gate) + sum(by_itself)

@@ -193,8 +193,8 @@ class FactDecision(Memory):
 
     def _mention_at_edge(self, gate: RequestGate, tokens: _ComparedTokens, one: _Asked) -> list[_Asked]:
         """Return a prompt that mentions an edit in several sentences, as a text and a question behind it do, without
-        those but the last, if the prompt ends there, or else but the first, if it begins there; and that sentence by
-        itself; no part of other prompts.
+        those but the last, if the prompt ends there, or else but the first, if it begins there; and that sentence with
+        the one before it, and by itself; no part of other prompts.
         """
         found = self._sentences(gate, tokens, one.row, torch.tensor([one.edit], device=tokens.mask.device))
         if found is None:
@@ -209,7 +209,9 @@ class FactDecision(Memory):
             return []
         kept = mentions[-1 if at_end[-1] else 0]
         without_others = ~torch.isin(sentence, mentions[mentions != kept])
-        return [one._replace(part=part) for part in (without_others, sentence == kept)]
+        # What is to be done with the sentence may stand in the one before it.
+        near = without_others & (sentence <= kept) & (sentence >= kept - 1)
+        return [one._replace(part=part) for part in (without_others, near, sentence == kept)]
 
     def _sentences(
         self, gate: RequestGate, tokens: _ComparedTokens, row: int, edits: Tensor

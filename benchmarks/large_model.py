@@ -210,7 +210,8 @@ def lookup_tensors() -> dict[str, torch.Tensor]:
     d, d_ff, *_ = SHAPES["7b"]
     every, tokens = torch.arange(EDITS), 8 * EDITS
     return {
-        "whitened_keys": torch.randn(KEYS, d_ff).half(),
+        "whitened_keys": torch.randint(-127, 128, (KEYS, d_ff), dtype=torch.int8),
+        "key_scales": torch.full((KEYS,), 1 / 127),
         "cosine_offset": torch.zeros(KEYS),
         "whitening_index": torch.arange(KEYS) % 2,
         "key_to_edit": torch.arange(KEYS) % EDITS,

@@ -26,7 +26,7 @@ _NUMBERED = {
     "fuzzy_match.entry_to_word": "fuzzy_match.subject_words",
 }
 # Tensors with a row for each key, prompt, word or edit.
-_OF_KEYS = ("residuals", "whitened_keys", "cosine_offset", "whitening_index")
+_OF_KEYS = ("residuals", "whitened_keys", "key_scales", "cosine_offset", "whitening_index")
 _ROWS = {
     *_OF_KEYS,
     "late_interaction.prompt_token_embeddings",

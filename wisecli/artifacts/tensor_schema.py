@@ -17,7 +17,13 @@ from wisecli.routing.memories.fact_memory import FactMemory
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 MISSING = "nothing"
-_KINDS = {"float": _FLOATS, "int": ("int64", "int32"), "byte": ("uint8",), "bool": ("bool",)}
+_KINDS = {
+    "float": _FLOATS,
+    "int": ("int64", "int32"),
+    "byte": ("uint8",),
+    "bool": ("bool",),
+    "signed byte": ("int8",),
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,11 @@ KEY: TensorRows = {
     "directions": TensorRow("float", ("w", "r", "d_ff")),
     "gains": TensorRow("float", ("w", "r")),
     "floors": TensorRow("float", ("w",)),
+}
+# Keys in bytes; those of older memories are of the kind that ``KEY`` says.
+SCALED_KEY: TensorRows = {
+    "whitened_keys": TensorRow("signed byte", ("n", "d_ff")),
+    "key_scales": TensorRow("float", ("n",)),
 }
 SUBJECT_MATCH: TensorRows = {
     "subject_match.token_ids": TensorRow("int", ("v",)),
@@ -140,7 +151,8 @@ def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
     named = SUBJECT_MATCH if "subject_match.token_ids" in names else {}
     gate = {**REQUEST_GATE, "request_gate.logit_offset": TensorRow("float", ("M",))}
     pairs = PAIRS if "pairs.ends" in names else {}
-    held = {**LOOKUP, **KEY, **pairs} if kind == FactMemory.kind else HOLDING
+    scaled = SCALED_KEY if "key_scales" in names else {}
+    held = {**LOOKUP, **KEY, **scaled, **pairs} if kind == FactMemory.kind else HOLDING
     return {
         **held,
         **LATE_INTERACTION,

@@ -14,6 +14,7 @@ from wisecli.config import MergeSettings
 from wisecli.editing.writers.ridge import PENALTIES, Penalty, solve, statistics
 from wisecli.errors import SettingsError
 from wisecli.memory.fitting.router_fitting import Fitted, naming
+from wisecli.memory.merging.lookup_keys import Views
 from wisecli.memory.merging.memory_builder import lookup, matrices, pack, refit, solve_exactly
 from wisecli.memory.merging.merge_methods import Recipe, merge_deltas
 from wisecli.memory.merging.merged_evidence import MergedEvidence, join_evidence
@@ -27,7 +28,7 @@ from wisecli.routing.layers.routed_layer import memory_module
 from wisecli.routing.memories.fact_memory import ANSWER_WHITENING, FactMemory
 from wisecli.routing.memories.matrix_memory import FactMatrixMemory, MatrixMemory
 from wisecli.routing.memories.side_memory import SideMemory
-from wisecli.routing.memories.whitening import leading
+from wisecli.routing.memories.whitening import leading, whitening
 
 D, D_FF, EDITS, CONTEXTS, POSITIONS = 6, 40, 7, 3, 2
 PENALTY = Penalty(1e-3, 0.01)
@@ -321,7 +322,24 @@ def test_merging_two_shards_concatenates_them() -> None:
         *(parts[1]["key_to_edit"] + EDITS).tolist(),
     ]
     assert torch.equal(whole["whitening_index"], torch.cat([part["whitening_index"] for part in parts]))
-    assert torch.equal(whole["whitened_keys"], torch.cat([part["whitened_keys"] for part in parts]))
+    for name in ("whitened_keys", "key_scales"):
+        assert torch.equal(whole[name], torch.cat([part[name] for part in parts]))
+
+
+def test_keys_in_bytes_have_the_cosines_of_keys() -> None:
+    material = two_shards()
+    opened = built_lookup(material)[0]
+    kept = opened.tensors
+    exact = [whitening(moment).whitened_keys(material.evidence.keys) for moment in Views.of(material.unrelated).moments]
+    trained = torch.stack(exact)[kept["whitening_index"], material.trained.nonzero().flatten()]
+    assert kept["whitened_keys"].dtype == torch.int8
+    units = kept["key_scales"][:, None]
+    assert float(((kept["whitened_keys"] * units - trained).abs() / units).max()) <= 0.5 + 1e-4
+    keys, every = normal(50, D_FF, seed=6), torch.arange(len(trained))
+    bytewise, whole = (
+        FactMemory(replace(opened, tensors={**opened.tensors, **own})) for own in ({}, {"whitened_keys": trained})
+    )
+    torch.testing.assert_close(bytewise.cosines(keys, every), whole.cosines(keys, every), atol=0.01, rtol=0)
 
 
 def test_the_order_of_shards_does_not_matter_for_what_a_key_recalls() -> None:

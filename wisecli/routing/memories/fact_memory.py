@@ -30,6 +30,7 @@ class RoutingKeys(nn.Module):
     """The keys of edits, each seen through a whitening of its own; the tensors are those of a lookup."""
 
     whitened_keys: Tensor
+    key_scales: Tensor
     key_to_edit: Tensor
     cosine_offset: Tensor
     whitening_index: Tensor
@@ -45,7 +46,10 @@ class RoutingKeys(nn.Module):
         """
         wide = keys.float()  # squared norms of keys overflow half precision
         norms = self.whitened_norms(wide)[..., self.whitening_index[key_indices]]
-        scores = F.linear(wide, self.whitened_keys[key_indices].float())
+        stored = self.whitened_keys[key_indices]
+        scores = F.linear(wide, stored.float())
+        if not stored.is_floating_point():
+            scores = scores * self.key_scales[key_indices]
         return scores / norms + self.cosine_offset[key_indices].float()
 
     def nearest_keys(self, keys: Tensor, edits: Tensor, in_answer: Tensor) -> tuple[Tensor, Tensor]:

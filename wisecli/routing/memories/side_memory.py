@@ -31,7 +31,7 @@ _OF_FACTS = "late_interaction.proj_weight"
 # Settings that only some memories have.
 _OPTIONAL = ("state_layer", "activated")
 # What a description may allocate: these types, and so many numbers a tensor.
-_TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool")
+_TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "int8", "uint8", "bool")
 _LARGEST = 2**36
 
 
@@ -40,10 +40,11 @@ class SideMemory:
     """M side memories of one site and what opens them: where facts decide, every edit is a memory of its own.
 
     ``tensors`` of a lookup of n keys: ``residuals`` (m, d), and ``key_to_residual`` (n,), the one that each key adds;
-    ``whitened_keys`` (n, d_ff), a key e as ``P e / √(eᵀP e)``, times what together with ``cosine_offset`` (n,) makes
-    it comparable with others; ``key_to_edit`` (n,), the edit that it is of; ``whitening_index`` (n,), the whitening P
-    that it is seen through. There are w whitenings ``P = floor · I + directionsᵀ diag(gains) directions``, of
-    ``directions`` (w, r, d_ff), ``gains`` (w, r) and ``floors`` (w,).
+    ``whitened_keys`` (n, d_ff), a key e as ``P e / √(eᵀP e)``, times what together with ``cosine_offset`` (n,) makes it
+    comparable with others, in whole numbers of which ``key_scales`` (n,) are the units, or as it is; ``key_to_edit``
+    (n,), the edit that it is of; ``whitening_index`` (n,), the whitening P that it is seen through. There are w
+    whitenings ``P = floor · I + directionsᵀ diag(gains) directions``, of ``directions`` (w, r, d_ff), ``gains`` (w, r)
+    and ``floors`` (w,).
 
     Of h matrices: ``columns`` (h, k), the input coordinates that each reads; ``delta`` (h, d, k), its change ``Δ``
     there; ``edit_to_matrix`` (M,), where facts decide, which of them holds each edit.

@@ -35,6 +35,7 @@ from wisecli.progress import ignore_progress
 from wisecli.routing.deciding.decision import Decision
 from wisecli.routing.deciding.fuzzy_match import LETTER, SEPARATOR, TOKEN_CHARS
 from wisecli.routing.deciding.late_interaction import (
+    HOPELESS,
     LATE_INTERACTION,
     MAX_COMPARED_TOKENS,
     LateInteraction,
@@ -103,6 +104,12 @@ def test_scores_are_those_of_loops_over_tokens(edited: EditedModel) -> None:
     for row in range(4):
         expected = edit_probs(tensors, states[row, there[row]], 3)
         torch.testing.assert_close(found[row], torch.tensor(expected), rtol=2e-3, atol=1e-4)
+    projected = meaning.project(states, there)
+    each = torch.stack([meaning.edit_prob(projected, edit) for edit in range(3)], 1)
+    torch.testing.assert_close(each[found > 0], found[found > 0], rtol=1e-4, atol=1e-6)
+    assert bool((each[found == 0] < HOPELESS).all())
+    assert bool((found > 0).any())
+    assert meaning.edit_prob(projected, 3).tolist() == [0.0] * 4
 
 
 def many_prompts(count: int) -> dict[str, Tensor]:

@@ -160,13 +160,8 @@ def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, fitted: Fitt
     """
     if not heads.request_gate:
         return {}
-    tensors = fitted.tensors
-    edits = (
-        int(tensors["late_interaction.prompt_to_edit"].max()) + 1
-        if len(tensors["late_interaction.prompt_to_edit"])
-        else 0
-    )
-    late_interaction, logit_offset = LateInteraction(tensors, edits), torch.zeros(edits)
+    edits = len(fitted.written_probs)
+    late_interaction, logit_offset = LateInteraction(fitted.tensors, edits), torch.zeros(edits)
     gate = RequestGate({**heads.request_gate, LOGIT_OFFSET: logit_offset})
     first_states, prompts = prompts.openings, prompts.compared
     # As it is written, and in other languages.

@@ -273,8 +273,8 @@ class FactDecision(Memory):
         mask = prompts.mask[row : row + 1].clone()
         mask[0, mask[0].clone()] = part
         alone = ProjectedPrompts(prompts.projected[:, row : row + 1], mask, prompts.states[row : row + 1])
-        probs = self.late_interaction.edit_probs(alone).float()
-        return float((probs * self.above_threshold(probs))[0, edit])
+        prob = float(self.late_interaction.edit_prob(alone, edit))
+        return prob if prob > self.thresholds[edit] else 0.0
 
     def _ask_probs(self, gate: RequestGate, tokens: _ComparedTokens, asked: Sequence[_Asked]) -> Tensor:
         """Return how surely prompts ask edits: (a,)."""

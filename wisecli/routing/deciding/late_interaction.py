@@ -163,6 +163,12 @@ class LateInteraction(nn.Module):
         both = both.exp() * close[:, some]
         return probs.scatter_reduce(1, self.prompt_to_edit[some].expand_as(both), both, "amax")
 
+    def edit_prob(self, query: ProjectedPrompts, edit: int) -> Tensor:
+        """Return the probability that prompts mean one edit: (B,)."""
+        prompts = (self.prompt_to_edit == edit).nonzero().flatten()
+        both = self.log_probs(query, 0, prompts) + self.log_probs(query, 1, prompts)
+        return F.pad(both.exp(), (1, 0)).amax(1)
+
     def log_probs(self, query: ProjectedPrompts, head: int, prompts: Tensor) -> Tensor:
         """Return log-probabilities that the subject (head 0) or relation (1) of kept prompts (p,) is found: (B, p)."""
         count, width = query.mask.shape

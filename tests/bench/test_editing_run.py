@@ -59,7 +59,7 @@ GRADUAL: dict[str, Any] = {
     "memit-mass": lambda bench: Memit(bench, LAYERS),
     "alphaedit": MAKERS["alphaedit"],
     "crispedit": lambda bench: CrispEdit(bench, CrispEditSettings(first=1, last=2, of=5, passes=4, batch=2)),
-    "lora-paraphrased": lambda bench: LoraParaphrased(bench, LoraParaphrasedSettings(passes=3, batch=2, paraphrases=1)),
+    "lora-paraphrased": lambda bench: LoraParaphrased(bench, LoraParaphrasedSettings(passes=2, batch=2, paraphrases=1)),
 }
 RESUMED = (*MAKERS, "knn", "icl", "rag", "rag-hybrid", "rag-shots", "serac")
 

@@ -64,6 +64,7 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Runs the command line; its exit code."""
     monkeypatch.setenv("WISE_UNRELATED_TEXTS", "16")
+    monkeypatch.setenv("WISE_RESIDUAL_STOP", "0.2")
 
     def call(*line: str) -> int:
         monkeypatch.setattr(sys, "argv", ["wise", *map(str, line)])
@@ -80,6 +81,7 @@ def wise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("WISE_UNRELATED_TEXTS", "16")
+    monkeypatch.setenv("WISE_RESIDUAL_STOP", "0.2")
     monkeypatch.setenv("WISE_PASSES", "2")
     monkeypatch.setenv("WISE_FORMS", "bare,polite")
     monkeypatch.setenv("WISE_KINDS", "capitals,translate")

@@ -85,8 +85,9 @@ def require_thresholds(made: tuple[float, ...], stored: tuple[float, ...]) -> No
 
 
 @pytest.mark.parametrize(("mode", "name"), [("lookup", "lookup"), ("merge", "merge")])
-def test_stored_shards_make_the_memory_that_they_made(tmp_path: Path, mode: str, name: str) -> None:
-    merge([STORED / "lookup/history/shards/0001"], tmp_path / "memory", MergeSettings(mode=mode))
+def test_stored_shards_make_the_memory_that_they_made(tmp_path: Path, model: Path, mode: str, name: str) -> None:
+    settings = MergeSettings(mode=mode)
+    merge([STORED / "lookup/history/shards/0001"], tmp_path / "memory", settings, model=str(model))
     made, stored = read_memory(tmp_path / "memory").memory, read_memory(STORED / name).memory
     require_thresholds(made.thresholds, stored.thresholds)
     assert made.tensors.keys() == stored.tensors.keys()

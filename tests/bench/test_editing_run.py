@@ -15,6 +15,7 @@ from wisecli.bench import editing_run
 from wisecli.bench.editing_run import EditingRun, MethodFolder, PortionProgress
 from wisecli.bench.methods import load_methods
 from wisecli.bench.methods.adapters.defer import Defer, DeferSettings
+from wisecli.bench.methods.adapters.grace import Grace, GraceSettings
 from wisecli.bench.methods.adapters.lora import Lora, LoraSettings
 from wisecli.bench.methods.adapters.lora_paraphrased import LoraParaphrased, LoraParaphrasedSettings
 from wisecli.bench.methods.adapters.memoir import Memoir, MemoirSettings
@@ -23,6 +24,7 @@ from wisecli.bench.methods.context.retrieval import ReplayedMethod
 from wisecli.bench.methods.evaluation import target_predictions
 from wisecli.bench.methods.weights.alphaedit import AlphaEdit, AlphaEditSettings
 from wisecli.bench.methods.weights.crispedit import CrispEdit, CrispEditSettings
+from wisecli.bench.methods.weights.ft_ewc import FtEwc
 from wisecli.bench.methods.weights.ft_l import FtL, FtLSettings
 from wisecli.bench.methods.weights.memit import SEARCH, Memit, MemitSettings
 from wisecli.bench.methods.weights.mend import Mend, MendSettings
@@ -41,6 +43,7 @@ LAYERS = MemitSettings(first=1, last=2, of=5, search=QUICK, prefixes=1, prefix_t
 # Made with few steps; the others as the table makes them.
 MAKERS: dict[str, Any] = {
     "ft-l": lambda bench: FtL(bench, FtLSettings(steps=3)),
+    "ft-ewc": lambda bench: FtEwc(bench, FtLSettings(steps=3)),
     "rome": lambda bench: Rome(bench, QUICK),
     "memit": lambda bench: Memit(bench, LAYERS, batch=1),
     "alphaedit": lambda bench: AlphaEdit(bench, LAYERS, AlphaEditSettings(threshold=0.5, weight=0.05), batch=2),
@@ -48,6 +51,7 @@ MAKERS: dict[str, Any] = {
     "mend": lambda bench: Mend(bench, MendSettings(passes=1, fewest=2, rank=4)),
     "lora": lambda bench: Lora(bench, LoraSettings(steps=3)),
     "defer": lambda bench: Defer(bench, DeferSettings(steps=3)),
+    "grace": lambda bench: Grace(bench, GraceSettings(steps=3)),
     "memoir": lambda bench: Memoir(bench, MemoirSettings(steps=3, prefixes=1, prefix_tokens=3)),
 }
 # These can be kept within a portion, too.
@@ -55,9 +59,9 @@ GRADUAL: dict[str, Any] = {
     "memit-mass": lambda bench: Memit(bench, LAYERS),
     "alphaedit": MAKERS["alphaedit"],
     "crispedit": lambda bench: CrispEdit(bench, CrispEditSettings(first=1, last=2, of=5, passes=4, batch=2)),
-    "lora-paraphrased": lambda bench: LoraParaphrased(bench, LoraParaphrasedSettings(passes=3, batch=2, paraphrases=1)),
+    "lora-paraphrased": lambda bench: LoraParaphrased(bench, LoraParaphrasedSettings(passes=2, batch=2, paraphrases=1)),
 }
-RESUMED = (*MAKERS, "ft-ewc", "grace", "knn", "icl", "rag", "rag-hybrid", "rag-shots", "serac")
+RESUMED = (*MAKERS, "knn", "icl", "rag", "rag-hybrid", "rag-shots", "serac")
 
 
 class BrokenOffError(Exception):

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.evaluation import answer_of, edited_model, logits_by_loop, text_of, unedited_logits
@@ -138,13 +139,15 @@ def test_a_model_whose_memory_never_opens_is_the_unedited_model(tmp_path: Path) 
         assert one.same == 1
 
 
-def test_the_batch_size_changes_no_figure_of_the_real_chain(chain: Chain, edited_chain: EditedModel) -> None:
+def test_the_batch_size_changes_no_figure_of_the_real_chain(
+    chain: Chain, edited_chain: EditedModel, sweep: Any
+) -> None:
     rows = [encode(edited_chain.tokenizer, edit["prompt"], edit["target"]) for edit in chain.edits[::2]]
     rows += [
         encode(edited_chain.tokenizer, p.prompt, p.answer) for e in edited_chain.manifest.edits[::2] for p in e.locality
     ]
     together = measure(edited_chain, rows, size=32)
-    for size in (1, 3):
+    for size in sweep((1,), (1, 3)):
         require_equal(measure(edited_chain, rows, size=size), together)
     assert all(one.after.right == 1 for one in together[: len(chain.edits[::2])])
 

@@ -175,7 +175,7 @@ def test_samples_of_an_edits_prompt_are_its_target(subject: Subject) -> None:
     assert sum(right) >= 0.9 * len(right)
 
 
-@pytest.mark.parametrize("way", ["assistant", "prompt lookup"])
+@pytest.mark.parametrize("way", few(("assistant", "prompt lookup"), ("prompt lookup",)))
 @pytest.mark.parametrize("name", few(("lookup", "matrix"), ("lookup",)))
 def test_assisted_decoding_says_what_greedy_decoding_says(
     subjects: Callable[[str], Subject], name: str, way: str, sweep: Any
@@ -186,12 +186,14 @@ def test_assisted_decoding_says_what_greedy_decoding_says(
         assert subject.answers([prompt], **named) == subject.answers([prompt])
 
 
+@pytest.mark.thorough
 def test_leaving_early_changes_nothing_where_prompts_decide(lookup: Subject) -> None:
     expected = lookup.answers(lookup.prompts[:1])
     lookup.require_targets(expected)
     assert lookup.answers(lookup.prompts[:1], assistant_early_exit=4) == expected
 
 
+@pytest.mark.thorough
 def test_a_static_cache_changes_nothing(subject: Subject) -> None:
     assert subject.answers(subject.some, cache_implementation="static") == subject.answers(subject.some)
 

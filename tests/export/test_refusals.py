@@ -25,7 +25,7 @@ def exported(root: Path, architecture: str) -> Path:
         str(base),
         edits,
         root / "shards",
-        EditSettings(unrelated_texts=16, layer="2"),
+        EditSettings(unrelated_texts=16, layer="2", residual_stop=0.2),
         load=CPU,
     )
     merge([root / "shards"], root / "memory", MergeSettings())

@@ -27,7 +27,7 @@ from wisecli.progress import NOTE, Event
 gguf = pytest.importorskip("gguf")
 
 ROWS = random_rows((1, 2), (4, 1), (9, 3))
-QUICK = EditSettings(layer="2", unrelated_texts=16)
+QUICK = EditSettings(layer="2", unrelated_texts=16, residual_stop=0.2)
 # How GGUF names a layer's tensors.
 NAMES = {
     "input_layernorm": "attn_norm",

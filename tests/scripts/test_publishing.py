@@ -43,6 +43,7 @@ def steps(checkout: Path, path: str, **given: str) -> int:
         "MODEL": "model",
         "FLAGS": "--layer 2",
         "WISE_UNRELATED_TEXTS": "16",
+        "WISE_RESIDUAL_STOP": "0.2",
         "WISE_FORMS": "bare,polite",
         "WISE_KINDS": "capitals,translate",
         "PATH": path,

@@ -11,7 +11,13 @@ from typing import Any
 from support.helpers import WORDS
 from wisecli.edits.record import Edit
 
-FLAGS: dict[str, Any] = {"layer": "2", "unrelated_texts": 16, "edits_per_shard": 4}
+FLAGS: dict[str, Any] = {
+    "layer": "2",
+    "unrelated_texts": 16,
+    "edits_per_shard": 4,
+    "residual_steps": 20,
+    "residual_more": 0,
+}
 
 
 def fact(number: int, *, target: int = 0, name: str | None = None) -> Edit:

@@ -29,7 +29,7 @@ def make_places(root: Path) -> Path:
     """A model, shards of it, two kinds of memory and an exported checkpoint."""
     base = save_tiny(root / "model")
     (root / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
-    quick = EditSettings(passes=2, unrelated_texts=16, shards=2)
+    quick = EditSettings(passes=2, unrelated_texts=16, shards=2, residual_stop=0.2)
     run_edit(str(base), root / "edits.jsonl", root / "shards", quick, load=CPU)
     merge([root / "shards"], root / "memory", MergeSettings())
     gradient = EditSettings(passes=2, unrelated_texts=16, shards=2, writer="gradient")

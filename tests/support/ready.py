@@ -21,7 +21,7 @@ EDITS: list[dict[str, Any]] = [
     {"id": "three", "prompt": "ma me", "target": "ga ge gi", "portability": [{"prompt": "ga ge", "answer": "ma"}]},
     {"id": "four", "prompt": "ta te ti to tu", "target": "la le"},
 ]
-QUICK: dict[str, Any] = {"passes": 2, "unrelated_texts": 16}
+QUICK: dict[str, Any] = {"passes": 2, "unrelated_texts": 16, "residual_stop": 0.2}
 
 
 @dataclass(frozen=True)

@@ -112,8 +112,10 @@ def convert(gguf: Path, output: Path) -> None:
     config = model.config
     del config.quantization_config
     config.name_or_path = ""
-    plain = AutoModelForCausalLM.from_config(config)
-    plain.load_state_dict(model.state_dict())
+    with torch.device("meta"):  # nothing is drawn that is not kept
+        plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
     plain.generation_config = model.generation_config
     plain.save_pretrained(output)
     tokenizer = AutoTokenizer.from_pretrained(  # nosec B615 # of files of this disk

@@ -40,7 +40,7 @@ def make_stock(root: Path) -> None:
     """A tiny model, a memory of it, and that as a stock checkpoint."""
     base = save_tiny(root / "model")
     (root / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
-    quick = EditSettings(passes=2, unrelated_texts=16)
+    quick = EditSettings(passes=2, unrelated_texts=16, residual_stop=0.2)
     run_edit(str(base), root / "edits.jsonl", root / "shards", quick, load=CPU)
     merge([root / "shards"], root / "memory", MergeSettings())
     export(root / "memory", root / "stock", "stock", load=CPU)

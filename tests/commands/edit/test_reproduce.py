@@ -101,7 +101,7 @@ def begun(root: Path) -> dict[str, str]:
     root.mkdir()
     write_edits(root / "edits", EDITS)
     given = {"XDG_CACHE_HOME": str(root / "cache"), "OMP_NUM_THREADS": "1", "WISE_UNRELATED_TEXTS": "16"}
-    return {**given, "SOURCE_DATE_EPOCH": "1700000000"}
+    return {**given, "WISE_RESIDUAL_STOP": "0.2", "SOURCE_DATE_EPOCH": "1700000000"}
 
 
 def written(root: Path) -> dict[str, bytes]:

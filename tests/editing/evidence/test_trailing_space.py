@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.spaces import Bench, with_evidence
+from support.thorough import few
 from support.tiny_models import Chain
 from torch import Tensor
 
@@ -102,7 +103,7 @@ def key_of(bench: Bench, text: str) -> Tensor:
     return kept[0]
 
 
-@pytest.mark.parametrize("form", ["{} ", "Q: {}\nA: "])
+@pytest.mark.parametrize("form", few(["{} ", "Q: {}\nA: "], ["Q: {}\nA: "]))
 def test_the_real_model_answers_behind_a_blank(chain: Chain, edited_chain: EditedModel, form: str) -> None:
     edited = edited_chain
     prompts = [form.replace("{}", str(edit["prompt"])) for edit in chain.edits]

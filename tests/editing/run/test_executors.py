@@ -18,7 +18,7 @@ from wisecli.progress import Event
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklm" for vowel in "aeiou"]
 EDITS = [{"prompt": f"{SYLLABLES[n]} {SYLLABLES[n + 7]}", "target": SYLLABLES[n + 5]} for n in range(8)]
-SETTINGS = EditSettings(shards=8, unrelated_texts=16, layer="2")
+SETTINGS = EditSettings(shards=8, unrelated_texts=16, layer="2", residual_stop=0.2)
 
 pytestmark = pytest.mark.filterwarnings(
     "default::ResourceWarning", "default::DeprecationWarning", "default::FutureWarning"
@@ -63,7 +63,7 @@ def test_an_error_in_a_task_is_the_same_sentence_with_the_same_exit_code(
             str(place / "model"),
             tmp_path / "edits.jsonl",
             tmp_path / "shards",
-            EditSettings(unrelated_texts=16, layer="2"),
+            EditSettings(unrelated_texts=16, layer="2", residual_stop=0.2),
             load=CPU,
             options=RunOptions(executor="ray"),
         )

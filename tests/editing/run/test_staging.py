@@ -48,7 +48,7 @@ EDITS: list[dict[str, Any]] = [
     {"id": f"edit {n}", "prompt": f"{SYLLABLES[n]} {SYLLABLES[n + 1]} {SYLLABLES[n + 9]}", "target": SYLLABLES[n + 5]}
     for n in range(9)
 ]
-SETTINGS = EditSettings(shards=8, unrelated_texts=16, layer="2")
+SETTINGS = EditSettings(shards=8, unrelated_texts=16, layer="2", residual_stop=0.2)
 UNFINISHED = ".shards.unfinished"
 
 
@@ -126,7 +126,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int, error: BaseExceptio
 def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_in_the_same_bytes(
     place: Path, tmp_path: Path, forked: Forked, sweep: Any
 ) -> None:
-    (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\n")
+    (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\nresidual-stop = 0.2\n")
     kills, kinds = sweep((3, 2), (30, 4))
     chance, output = random.Random(0), tmp_path / "shards"
     started = time.perf_counter()  # what is learned of the model is in the cache since the run that nothing disturbed
@@ -158,7 +158,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_in_the_same_bytes(
 
 
 def test_ctrl_c_says_how_to_go_on_and_exits_with_130(place: Path, tmp_path: Path, forked: Forked) -> None:
-    (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\n")
+    (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\nresidual-stop = 0.2\n")
     child = forked.start(command(place, tmp_path / "shards"))
     deadline = time.monotonic() + 120
     while not (tmp_path / UNFINISHED / "shard-00002.json").exists():
@@ -289,15 +289,15 @@ def begun(place: Path, output: Path, monkeypatch: pytest.MonkeyPatch, settings: 
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"settings": EditSettings(shards=8, unrelated_texts=16, layer="2", seed=5)}, "seed was 0, now 5"),
+        ({"settings": replace(SETTINGS, seed=5)}, "seed was 0, now 5"),
         pytest.param(
-            {"settings": EditSettings(shards=8, unrelated_texts=17, layer="2")},
+            {"settings": replace(SETTINGS, unrelated_texts=17)},
             "unrelated_texts was 16, now 17",
             marks=pytest.mark.thorough,
         ),
-        ({"settings": EditSettings(shards=8, unrelated_texts=16, layer="1")}, r"the site was model\.layers\.2"),
+        ({"settings": replace(SETTINGS, layer="1")}, r"the site was model\.layers\.2"),
         pytest.param(
-            {"settings": EditSettings(shards=4, unrelated_texts=16, layer="2")},
+            {"settings": replace(SETTINGS, shards=4)},
             "shards was 8, now 4",
             marks=pytest.mark.thorough,
         ),
@@ -396,7 +396,7 @@ def test_more_parts_than_shards_leave_nothing_to_do_for_some(place: Path, tmp_pa
 def test_parts_at_the_same_time_end_in_the_shards_of_a_single_run(
     place: Path, tmp_path: Path, forks: Path, forked: Forked
 ) -> None:
-    (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\n")
+    (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\nresidual-stop = 0.2\n")
     processes = forked, Forked(forks, tmp_path / "second")
     for number in (1, 3):
         for one, part in zip(processes, (number, number + 1), strict=True):
@@ -453,7 +453,7 @@ with unfinished.opened():
 
 
 def test_strict_forgets_only_the_shards_of_its_own_part(place: Path, tmp_path: Path) -> None:
-    settings = EditSettings(shards=8, unrelated_texts=16, layer="2", writer="gradient", passes=1)
+    settings = replace(SETTINGS, writer="gradient", passes=1)
     edit(place, tmp_path / "shards", settings, only=(1, 2))
     with pytest.raises(GateFailedError, match=r"of \d edits did not take"):
         edit(place, tmp_path / "shards", settings, only=(2, 2), strict=True)
@@ -480,7 +480,7 @@ def test_edits_with_nothing_finite_are_left_out_and_the_others_land(place: Path,
     model = spoilt(place, tmp_path / "model", "model.embed_tokens.weight", token)
     lines = [*EDITS[:3], {"id": "spoilt", "prompt": "ba ki be", "target": "da"}]
     edits = write_edits(tmp_path / "edits.jsonl", [*lines, {"id": "also", "prompt": "ki", "target": "ba"}])
-    settings = EditSettings(shards=3, unrelated_texts=16, layer="2", writer=writer)  # type: ignore[arg-type]
+    settings = replace(SETTINGS, shards=3, writer=writer)
     report = edit(place, tmp_path / "shards", settings, model=model, edits_file=edits)
     gone = {"spoilt", "also"}
     assert set(report.left_out) == gone
@@ -502,7 +502,7 @@ def test_edits_with_nothing_finite_are_left_out_and_the_others_land(place: Path,
 @pytest.mark.parametrize("tensor", ["model.layers.1.mlp.up_proj.weight", "model.layers.4.mlp.up_proj.weight"])
 def test_a_model_that_gives_nothing_finite_is_refused(place: Path, tmp_path: Path, tensor: str, writer: str) -> None:
     model = spoilt(place, tmp_path / "model", tensor, slice(None))
-    settings = EditSettings(shards=2, unrelated_texts=16, layer="2", writer=writer)  # type: ignore[arg-type]
+    settings = replace(SETTINGS, shards=2, writer=writer)
     with pytest.raises(ModelError, match=r"nothing finite .*are its weights whole\?"):
         edit(place, tmp_path / "shards", settings, model=model)
     assert not (tmp_path / "shards").exists()
@@ -514,7 +514,7 @@ def test_a_model_that_gives_nothing_finite_is_refused(place: Path, tmp_path: Pat
 @pytest.mark.parametrize("writer", ["solve", "gradient"])
 @pytest.mark.parametrize("source", few(("shards.json", "shards", "router.json", "memory"), ("shards", "router.json")))
 def test_a_manifest_is_enough_to_write_the_same_bytes(place: Path, tmp_path: Path, source: str, writer: str) -> None:
-    settings = EditSettings(shards=3, unrelated_texts=16, layer="2", seed=4, writer=writer)  # type: ignore[arg-type]
+    settings = replace(SETTINGS, shards=3, seed=4, writer=writer)
     edit(place, tmp_path / "shards", settings)
     merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings())
     places = {"shards.json": "shards/shards.json", "router.json": "memory/router.json"}

@@ -34,8 +34,8 @@ from wisecli.models.loading import load_model
 from wisecli.models.prompts.tokenization import encode
 from wisecli.progress import Event, ProgressCallback, ignore_progress
 
-QUICK = EditSettings(unrelated_texts=16, layer="2")
-FLAGS: dict[str, Any] = {"unrelated_texts": 16, "layer": "2"}
+QUICK = EditSettings(unrelated_texts=16, layer="2", residual_stop=0.2)
+FLAGS: dict[str, Any] = {"unrelated_texts": 16, "layer": "2", "residual_stop": 0.2}
 PLAIN = [
     Edit("one", "ba be bi", "do du", rephrases=("bi be ba",)),
     Edit("two", "ka ke ki ko", "fa"),

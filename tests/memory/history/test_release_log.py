@@ -130,7 +130,7 @@ def test_rounds_come_to_what_one_round_would(model: Path, tmp_path: Path) -> Non
 def test_what_is_removed_is_as_if_it_had_never_been_there(tmp_path: Path) -> None:
     # Sums of edits in other company round otherwise, and where a residual is certain early, it is so a step sooner.
     model = save_tiny(tmp_path / "model", loudness=1)
-    edits, memory = [fact(number) for number in range(9)], tmp_path / "memory"
+    edits, memory = [fact(number) for number in range(7)], tmp_path / "memory"
     into(model, memory, edits)
     report = remove(memory, ["e1", "e6"])
     assert report.rewritten == ()
@@ -153,7 +153,7 @@ def test_a_memory_outlives_every_edit_that_was_read_in_the_context_held_back(
 
 def test_a_matrix_without_an_edit_is_the_solution_for_the_others(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model", loudness=1)  # for the same reason
-    edits, memory = [fact(number) for number in range(9)], tmp_path / "memory"
+    edits, memory = [fact(number) for number in range(7)], tmp_path / "memory"
     into(model, memory, edits)
     merge_into([], memory, MergeSettings(mode="merge", method="exact"))
     remove(memory, ["e1", "e6"])

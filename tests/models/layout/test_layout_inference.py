@@ -180,7 +180,7 @@ def test_the_target_module_option_is_taken_where_the_tree_is_not_asked(
         str(tmp_path / "base"),
         edits,
         tmp_path / "shards",
-        EditSettings(layer="1", unrelated_texts=16),
+        EditSettings(layer="1", unrelated_texts=16, residual_stop=0.2),
         load=CPU,
         target_module=DOWN,
     )
@@ -381,5 +381,6 @@ def test_a_note_is_a_sentence_on_stderr_wherever_it_runs(
 def test_an_unknown_architecture_is_edited_the_same_when_its_layers_are_streamed(
     tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, settings = save_other(tmp_path / "base", model_type), EditSettings(passes=2, unrelated_texts=16, layer="2")
+    base = save_other(tmp_path / "base", model_type)
+    settings = EditSettings(passes=2, unrelated_texts=16, layer="2", residual_stop=0.2)
     assert_edited_the_same_streamed(tmp_path, base, EDITS, settings, monkeypatch)

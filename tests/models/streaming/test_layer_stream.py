@@ -294,7 +294,7 @@ def test_nothing_of_another_librarys_hooks_is_left(pair: tuple[Loaded, Loaded]) 
 @pytest.mark.parametrize("architecture", few(TYPICAL, ("llama",)))
 def test_edits_and_figures_are_the_same(tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_tiny(tmp_path / "model", architecture)
-    settings = EditSettings(passes=2, unrelated_texts=16, shards=2, layer="2")
+    settings = EditSettings(passes=2, unrelated_texts=16, shards=2, layer="2", residual_stop=0.2)
     assert_edited_the_same_streamed(tmp_path, base, EDITS, settings, monkeypatch)
     assert len(list((tmp_path / "whole").glob("*.safetensors"))) == 3
     merge([tmp_path / "whole"], tmp_path / "memory", MergeSettings())
@@ -359,7 +359,8 @@ def test_a_real_model_gives_the_same_when_it_is_streamed(real_model: Path) -> No
 def test_mixtures_are_edited_the_same_when_their_layers_are_streamed(
     tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, settings = save_type(tmp_path / "base", model_type), EditSettings(unrelated_texts=16, layer="2")
+    base = save_type(tmp_path / "base", model_type)
+    settings = EditSettings(unrelated_texts=16, layer="2", residual_stop=0.2)
     assert_edited_the_same_streamed(tmp_path, base, EDITS, settings, monkeypatch)
 
 

@@ -63,7 +63,7 @@ def compare(place: Path, output: Path, **settings: Any) -> BenchReport:
 
 
 def test_a_row_for_every_method_and_number_of_edits(place: Path, tmp_path: Path) -> None:
-    report = compare(place, tmp_path / "out")
+    report = compare(place, tmp_path / "out", kinds="all")
     assert [(row["edits"], row["method"]) for row in report.rows] == [
         (2, "wise"),
         (2, "ft-l"),

@@ -153,11 +153,14 @@ def nearest_key(memory: SideMemory, edit: int, key: Tensor, *, in_answer: bool) 
 def cosines(tensors: Mapping[str, Tensor], key: Tensor) -> list[float]:
     """Return the whitened cosine of a key ``a`` with every key ``e`` of a lookup: aᵀP e / √(aᵀP a · eᵀP e)."""
     norms = [float(key @ whitening(tensors, number) @ key) ** 0.5 for number in range(len(tensors["floors"]))]
-    keys = tensors["whitened_keys"].float()
-    if "key_scales" in tensors:
-        keys = torch.stack([scale * own for scale, own in zip(tensors["key_scales"], keys, strict=True)])
-    kept = zip(keys, *(tensors[name] for name in ("whitening_index", "cosine_offset")), strict=True)
+    kept = zip(whitened_keys(tensors), tensors["whitening_index"], tensors["cosine_offset"], strict=True)
     return [float(whitened @ key) / norms[int(number)] + float(offset) for whitened, number, offset in kept]
+
+
+def whitened_keys(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the keys ``P e / √(eᵀP e)`` of a lookup (n, d_ff), be they stored in bytes or as they are."""
+    stored = tensors["whitened_keys"].float()
+    return stored * tensors["key_scales"][:, None] if "key_scales" in tensors else stored
 
 
 def whitening(tensors: Mapping[str, Tensor], number: int) -> Tensor:

@@ -57,8 +57,8 @@ KEY: TensorRows = {
     "gains": TensorRow("float", ("w", "r")),
     "floors": TensorRow("float", ("w",)),
 }
-# Keys in bytes; those of older memories are of the kind that ``KEY`` says.
-SCALED_KEY: TensorRows = {
+# Keys as they are stored now, in bytes; ``KEY`` has how older memories store them.
+BYTE_KEY: TensorRows = {
     "whitened_keys": TensorRow("signed byte", ("n", "d_ff")),
     "key_scales": TensorRow("float", ("n",)),
 }
@@ -151,8 +151,8 @@ def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
     named = SUBJECT_MATCH if "subject_match.token_ids" in names else {}
     gate = {**REQUEST_GATE, "request_gate.logit_offset": TensorRow("float", ("M",))}
     pairs = PAIRS if "pairs.ends" in names else {}
-    scaled = SCALED_KEY if "key_scales" in names else {}
-    held = {**LOOKUP, **KEY, **scaled, **pairs} if kind == FactMemory.kind else HOLDING
+    in_bytes = BYTE_KEY if "key_scales" in names else {}
+    held = {**LOOKUP, **KEY, **in_bytes, **pairs} if kind == FactMemory.kind else HOLDING
     return {
         **held,
         **LATE_INTERACTION,

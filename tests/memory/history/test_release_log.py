@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference.wise import whitened_keys
 from safetensors.torch import load_file
 from support.helpers import save_tiny
 from support.history import FLAGS, fact, write
@@ -102,7 +103,7 @@ def held(memory: Path) -> list[str]:
 def keys_and_values(memory: Path) -> Tensor:
     """Probes of a lookup with what each adds (n, d_ff + d)."""
     found = tensors(memory)
-    return torch.cat([found["whitened_keys"].float(), found["residuals"].float()[found["key_to_residual"]]], 1)
+    return torch.cat([whitened_keys(found), found["residuals"].float()[found["key_to_residual"]]], 1)
 
 
 def require_same_lookup(memory: Path, other: Path) -> None:

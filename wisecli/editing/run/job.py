@@ -28,7 +28,7 @@ class Job:
     worker runs with. ``known`` are edits that are left out, as the model says them already, if such are to be left out.
 
     Raises:
-        SettingsError: a memory is to decide by means that its shards would not keep.
+        SettingsError: prompts are to be decided by the mean over their tokens, which these shards would not keep.
     """
 
     model: str

@@ -17,7 +17,7 @@ from wisecli.routing.memories.whitening import Moment, whitening
 
 # Keys that are whitened at a time: so many stay near the core.
 _AT_A_TIME = 512
-# The largest number that a byte holds either way.
+# Keys are stored as whole numbers from minus this to this.
 _LARGEST = 127
 
 
@@ -115,9 +115,9 @@ def lookup_keys(source: LookupSource, unrelated: BackgroundStats, strength: floa
 
 
 def _in_bytes(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Return keys (n, d_ff) rounded to whole numbers of a byte each, and the unit of each key's numbers (n,).
+    """Return keys (n, d_ff) in whole numbers of one byte, and the unit of each key's numbers (n,).
 
-    Cosines of keys move by .0004 in the mean, and that of a key with its own by less.
+    Rounding moves the cosine of a key with another by .0004 on average.
     """
     scales = (keys.abs().amax(1) / _LARGEST).clamp(min=torch.finfo(keys.dtype).tiny)
     return (keys / scales[:, None]).round().to(torch.int8), scales

@@ -164,7 +164,7 @@ class LateInteraction(nn.Module):
         return probs.scatter_reduce(1, self.prompt_to_edit[some].expand_as(both), both, "amax")
 
     def edit_prob(self, query: ProjectedPrompts, edit: int) -> Tensor:
-        """Return the probability that prompts mean one edit: (B,)."""
+        """Return the probability that prompts mean one edit: (B,); 0 if no prompt of the edit is kept."""
         prompts = (self.prompt_to_edit == edit).nonzero().flatten()
         both = self.log_probs(query, 0, prompts) + self.log_probs(query, 1, prompts)
         return F.pad(both.exp(), (1, 0)).amax(1)

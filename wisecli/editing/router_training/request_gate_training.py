@@ -41,7 +41,7 @@ from wisecli.routing.deciding.request_gate import (
 )
 
 # Facts, and steps of learning.
-_FACTS, _STEPS = 320, 1000
+_FACTS, _STEPS = 320, 4000
 # Prompts that late interaction finds less likely than this to mean a fact are not learned from.
 _FOUND = 0.25
 # Requests whose mentions are looked at together.
@@ -158,7 +158,7 @@ def train_request_gate(
     with seeded(0, loaded.device):
         at = [Mention(*(part.to(loaded.device) for part in one.mention)) for one in found]
         learned = [one.example for one in found]
-        weights = train_and_calibrate(at, learned, len(facts), max(20, round(_STEPS * share)), rng, on_progress)
+        weights = train_and_calibrate(at, learned, len(facts), max(40, round(_STEPS * share)), on_progress)
     held_back = [one for number in range(len(facts))[-_CHECKED:] for one in examples_by_fact.held_back(number)]
     texts = read([one.text for one in held_back])
     checked = _mentions(projections, fact_prompts, held_back, texts, MIN_GATED_PROB)

@@ -1,0 +1,53 @@
+"""Gates of which the mean is taken, and what they are learned from."""
+
+from __future__ import annotations
+
+import torch
+
+from wisecli.editing.router_training.gate_weights import mean_gate, train_and_calibrate
+from wisecli.editing.router_training.request_examples import Example
+from wisecli.progress import Event, ignore_progress
+from wisecli.routing.deciding.name_features import NAME_FEATURE_COUNT
+from wisecli.routing.deciding.request_gate import FEATURE_COUNT, REQUEST_GATE, Mention, batch_mentions, log_odds
+from wisecli.routing.deciding.sentence_features import SENTENCE_FEATURE_COUNT
+
+FEATURES = FEATURE_COUNT + SENTENCE_FEATURE_COUNT + NAME_FEATURE_COUNT
+
+
+def random_gate(width: int, chance: torch.Generator) -> dict[str, torch.Tensor]:
+    inputs = 5 + FEATURES + 1
+    shapes = ((5, width + 1), (3, inputs), (12, inputs), (6, 13), (1, 7))
+    return {name: torch.randn(shape, generator=chance) for name, shape in zip(REQUEST_GATE, shapes, strict=True)}
+
+
+def some_mentions(count: int, width: int, chance: torch.Generator) -> list[Mention]:
+    sizes = torch.randint(2, 9, (count,), generator=chance).tolist()
+    return [Mention(torch.randn(n, width, generator=chance), torch.randn(n, FEATURES, generator=chance)) for n in sizes]
+
+
+def test_the_mean_gate_has_the_mean_log_odds() -> None:
+    chance = torch.Generator().manual_seed(3)
+    gates, mentions = [random_gate(11, chance) for _ in range(3)], batch_mentions(some_mentions(7, 11, chance))
+    mean = torch.stack([log_odds(gate, mentions) for gate in gates]).mean(0)
+    torch.testing.assert_close(log_odds(mean_gate(gates), mentions), mean, rtol=1e-4, atol=1e-4)
+
+
+def test_what_asks_is_told_from_what_mentions_and_few_questions_held_out_are_refused() -> None:
+    chance, asks = torch.Generator().manual_seed(4), [number % 2 == 0 for number in range(400)]
+    mentions = [
+        one._replace(states=one.states + (1.5 if ask else -1.5))
+        for one, ask in zip(some_mentions(len(asks), 16, chance), asks, strict=True)
+    ]
+    examples = [Example(number // 4, "", ask) for number, ask in enumerate(asks)]
+    events: list[Event] = []
+    torch.manual_seed(0)
+    weights = train_and_calibrate(mentions, examples, 100, 60, events.append)
+    assert [event.done for event in events] == list(range(1, 61))
+    assert {event.total for event in events} == {60}
+    opened = log_odds(weights, batch_mentions(mentions)) > 0
+    held_out = torch.tensor([one.fact >= 85 for one in examples])
+    right = opened == torch.tensor(asks)
+    assert right[held_out].float().mean() > 0.95
+    torch.manual_seed(0)
+    again = train_and_calibrate(mentions, examples, 100, 60, ignore_progress)
+    assert all(torch.equal(weights[name], again[name]) for name in REQUEST_GATE)

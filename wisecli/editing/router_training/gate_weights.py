@@ -18,7 +18,7 @@ from wisecli.routing.deciding.sentence_features import SENTENCE_FEATURE_COUNT
 # The share of the facts that are held out, to set where the gate opens.
 _HELD_OUT = 0.15
 # Principal components of states; the sizes of what one is read as, of heads, of their values, and of the mixed layer.
-_COMPONENTS, _READ, _HEADS, _VALUES, _MIXED = 288, 64, 8, 32, 64
+_COMPONENTS, _READ, _HEADS, _VALUES, _MIXED = 288, 64, 8, 16, 64
 # Gates that are learned; their mean is kept, as on wordings that they were not taught they seldom err together.
 _GATES = 2
 # Few examples a step: half of the steps with twice as many cost as much, and teach less.

@@ -45,8 +45,9 @@ MIN_ASK_PROB = 0.5
 # one of those by itself.
 _RIVALS, _MIN_PART_PROB = 4, 0.5
 # So many of a prompt's sentences are looked at, those that have an edit best, where several may mention it; and what a
-# prompt begins or ends with is so many tokens.
-_MENTIONS, _EDGE = 3, 12
+# prompt begins or ends with is so many tokens. A mention there is looked at in several ways, in each of which it must be
+# asked as likely as this, and in their mean above even odds.
+_MENTIONS, _EDGE, _MIN_EACH_PROB = 3, 12, 0.3
 
 
 class _ComparedTokens(NamedTuple):
@@ -188,7 +189,9 @@ class FactDecision(Memory):
             refused = [one for one in asked if ask_probs[one.row] <= MIN_ASK_PROB and tokens.earlier is None]
             for one in refused:
                 if parts := self._mention_at_edge(gate, tokens, one):
-                    ask_probs[one.row] = torch.maximum(ask_probs[one.row], self._ask_probs(gate, tokens, parts).min())
+                    each = self._ask_probs(gate, tokens, parts)
+                    ask_prob = each.mean() if bool((each > _MIN_EACH_PROB).all()) else each.min()
+                    ask_probs[one.row] = torch.maximum(ask_probs[one.row], ask_prob)
         return replace(decision, memory=decision.memory.where(ask_probs > MIN_ASK_PROB, UNROUTED), ask_prob=ask_probs)
 
     def _mention_at_edge(self, gate: RequestGate, tokens: _ComparedTokens, one: _Asked) -> list[_Asked]:

@@ -33,6 +33,8 @@ from wisecli.io.locks import lock_file
 from wisecli.io.safe_paths import inside, require_regular
 
 HISTORY, LOG, SHARDS = file_names.HISTORY, "log.jsonl", "shards"
+# How surely prompts mean the edits of the newest release, so that the next one need not find it again.
+PROBS_NAME = "probabilities.safetensors"
 _NOT_NEWEST = "its sha256 differs, so that the memory is not the newest release of its log"
 Action = Literal["edit", "merge", "remove", "rollback"]
 
@@ -263,7 +265,7 @@ def require_whole_history(memory: Path, releases: Sequence[Release]) -> None:
     Raises:
         DamagedFileError: naming those that were.
     """
-    require_checksums(memory, expected=has_full_digests(releases), but=(MANIFEST_NAME, MEMORY_NAME))
+    require_checksums(memory, expected=has_full_digests(releases), but=(MANIFEST_NAME, MEMORY_NAME, f"{HISTORY}/{PROBS_NAME}"))
 
 
 def has_full_digests(releases: Sequence[Release]) -> bool:

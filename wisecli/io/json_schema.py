@@ -117,9 +117,7 @@ def decode(kind: type[T], value: object, where: str = "") -> T:
 
 def _may_be_large(text: str) -> bool:
     """Return whether JSON may hold a number beyond the bounds; a number alone may be one."""
-    return text[0] in "-0123456789" or any(
-        pattern.search(text) for pattern in (_LONG_NUMBER, _LARGE_NUMBER)
-    )
+    return text[0] in "-0123456789" or any(pattern.search(text) for pattern in (_LONG_NUMBER, _LARGE_NUMBER))
 
 
 def require_moment(text: str, where: str) -> None:

@@ -182,7 +182,9 @@ def outranked(numbered: Sequence[Numbered], file: str, *, held: Sequence[Edit] =
     return [*found, *_overruled(derived, others, file)]
 
 
-def _overruled(entries: Iterable[Entry], certain: Sequence[Entry], file: str) -> Iterator[tuple[Entry, str]]:
+def _overruled(entries: Sequence[Entry], certain: Sequence[Entry], file: str) -> Iterator[tuple[Entry, str]]:
+    if not entries:
+        return
     facts, by_id = _Facts(certain), {entry.edit.id: entry for entry in certain}
     for entry in entries:
         conflict = facts.conflict(entry)

@@ -1,4 +1,4 @@
-"""Fits late interaction and the request gate to edits behind those of a memory: only prompts that are near are compared.
+"""Fits late interaction and the request gate to further edits: of a memory's prompts those near are compared.
 
 How surely prompts mean the edits that a memory holds was found when it was merged. Of those, few have subjects like
 that of a further edit; with them alone further edits are compared, as if they were all that there is.
@@ -21,10 +21,10 @@ from wisecli.memory.fitting.late_interaction_fitting import (
     compared_forms,
     fit_late_interaction,
     in_order,
-    request_gate_tensors,
     text_edit_probs,
     written_probs,
 )
+from wisecli.memory.fitting.request_gate_fitting import request_gate_tensors
 from wisecli.memory.merging.near_prompts import NearPrompts
 from wisecli.routing.deciding.late_interaction import LateInteraction
 
@@ -67,8 +67,9 @@ def _near_edits(
     tensors = _with_prompts(former, alone.tensors, torch.arange(former.edits, edits), former.edits)
     near = NearPrompts(LateInteraction(tensors, edits), _projected_subjects(heads, prompts.states), prompt_index)
     first, second = near.similar_edits(compared_forms(form), beside=former.edits)
-    found = torch.cat([first, second]).unique()
-    return found[found < former.edits]
+    both = torch.cat([first, second])
+    found: Tensor = both[both < former.edits].unique()
+    return found
 
 
 def _projected_subjects(heads: RouterHeads, states: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,15 +13,6 @@ from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.artifacts.shard import PromptStates, half
 from wisecli.memory.merging.near_prompts import Groups, NearPrompts
 from wisecli.routing.deciding.late_interaction import HOPELESS, LATE_INTERACTION, LateInteraction
-from wisecli.routing.deciding.request_gate import (
-    LOGIT_OFFSET,
-    Request,
-    RequestGate,
-    TokenMarks,
-    batch_mentions,
-    mention_features,
-    unsureness,
-)
 
 # How sure a prompt must be to mean an edit; and how much surer than the prompts of all other edits, up to a limit.
 MIN_EDIT_PROB, _PROB_MARGIN, _MAX_THRESHOLD = 0.5, 1.25, 0.95
@@ -33,11 +23,9 @@ _OWN, _JUST = 0.9, 0.99
 # What a token counts that belongs to the other head: nothing, unless there are no others; and the least that counts.
 _OTHER, _LEAST = 1e-4, 5e-3
 # The form of kept prompts that are led in, and from which on they are in other languages.
-_LED_IN, _OTHER_LANGUAGES = 2, 4
-# How far below the log-odds of its own prompt an edit's offset lies, if that is below nought, and how low it may.
-_LOGIT_MARGIN, _MIN_LOGIT_OFFSET = 1.0, -50.0
-# At a time: prompts that the request gate reads, tokens that are projected, texts and edits that are compared.
-_AT_A_TIME, _TOKENS, _TEXTS, _EDITS = 1024, 1 << 13, 32, 16
+_LED_IN, OTHER_LANGUAGES = 2, 4
+# At a time: tokens that are projected, texts and edits that are compared.
+_TOKENS, _TEXTS, _EDITS = 1 << 13, 32, 16
 # Products have a multiple of so many rows.
 _ROWS = 64
 # Sums of tokens' states that differ by less than this share are of the very same tokens.
@@ -107,7 +95,7 @@ def in_order(prompts: PromptStates) -> tuple[PromptStates, Tensor, Tensor, Tenso
     of each (g,).
     """
     forms = int(prompts.form.max()) + 1
-    number = _prompt_numbers(prompts.edit, prompts.form, forms)
+    number = prompt_numbers(prompts.edit, prompts.form, forms)
     if bool((number.diff() < 0).any()):
         order = number.argsort(stable=True)
         prompts, number = prompts.rows(order), number[order]
@@ -171,70 +159,9 @@ def _kept_tokens(
     return torch.cat(token_embeddings), torch.cat(token_weights), torch.cat(token_to_prompt)
 
 
-def request_gate_tensors(
-    heads: RouterHeads, prompts: PromptStates, fitted: FittedLateInteraction, former: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Return the tensors ``REQUEST_GATE`` and each edit's offset; none if no gate was learned for the base model.
-
-    A prompt asks an edit that it mentions where that is more likely than not. Where an edit's own prompt is less
-    likely, its offset lies below that.
-
-    Args:
-        former: the tensors of a memory of the first edits, if there is one.
-    """
-    if not heads.request_gate:
-        return {}
-    edits = len(fitted.written_probs)
-    late_interaction, logit_offset = LateInteraction(fitted.tensors, edits), torch.zeros(edits)
-    known = 0 if former is None else len(former[LOGIT_OFFSET])
-    if former is not None:
-        logit_offset[:known] = former[LOGIT_OFFSET]
-    gate = RequestGate({**heads.request_gate, LOGIT_OFFSET: logit_offset})
-    first_states, prompts = prompts.openings, prompts.compared
-    # As it is written, and in other languages.
-    written = prompts.rows((prompts.form == 0) | (prompts.form >= _OTHER_LANGUAGES))
-    each = torch.stack([written.edit.long(), written.form.long()], 1)
-    pairs, sizes = each.unique_consecutive(dim=0, return_counts=True)
-    own_probs = fitted.own_probs[_kept_prompts(prompts, pairs)]
-    states, marks = written.states.split(sizes.tolist()), _marks(gate, written.token, sizes.tolist())
-    # What is read with further edits is read once more: with others beside it sums are rounded in another way.
-    begun = int((pairs[:, 0] < known).sum()) // _AT_A_TIME * _AT_A_TIME
-    for some in torch.arange(begun, len(pairs)).split(_AT_A_TIME):
-        own = torch.cat([states[number] for number in some.tolist()]).float()
-        turned = late_interaction.project(own[None], torch.ones(1, len(own), dtype=torch.bool)).projected[:, 0]
-        counts = sizes[some].tolist()
-        own_marks = [marks[number] for number in some.tolist()]
-        parts = zip(own.split(counts), turned.split(counts, 1), own_marks, pairs[some].tolist(), strict=True)
-        edit_tokens = late_interaction.edit_tokens(pairs[some, 0])
-        requests = [
-            Request(one, near, tokens, first_state=first_states.get((edit, form)), marks=own)
-            for (one, near, own, (edit, form)), tokens in zip(parts, edit_tokens, strict=True)
-        ]
-        log_odds = gate.log_odds(batch_mentions(mention_features(requests))) + unsureness(own_probs[some])
-        lower = (log_odds - _LOGIT_MARGIN).clamp(_MIN_LOGIT_OFFSET, 0.0)
-        logit_offset = logit_offset.scatter_reduce(0, pairs[some, 0], lower, "amin")
-    return {**heads.request_gate, LOGIT_OFFSET: logit_offset}
-
-
-def _kept_prompts(prompts: PromptStates, pairs: Tensor) -> Tensor:
-    """Return the numbers of kept prompts, by their edits and forms (p, 2): (p,)."""
-    forms = int(prompts.form.max()) + 1
-    every = _prompt_numbers(prompts.edit, prompts.form, forms).unique()
-    return torch.searchsorted(every, _prompt_numbers(pairs[:, 0], pairs[:, 1], forms))
-
-
-def _prompt_numbers(edit: Tensor, form: Tensor, forms: int) -> Tensor:
+def prompt_numbers(edit: Tensor, form: Tensor, forms: int) -> Tensor:
     """Return a number of its own for every edit in every form, ascending in that order: (n,) twice → (n,)."""
     return edit.long() * forms + form.long()
-
-
-def _marks(gate: RequestGate, ids: Tensor, sizes: list[int]) -> list[TokenMarks] | list[None]:
-    """Return the marks of tokens (n,) of prompts with so many each, if the gate heeds any."""
-    marks = gate.marks(ids)
-    if marks is None:
-        return [None] * len(sizes)
-    starts = [None] * len(sizes) if marks.starts is None else marks.starts.split(sizes)
-    return [TokenMarks(*own) for own in zip(marks.ends.split(sizes), starts, strict=True)]
 
 
 def _normalized(weights: Tensor, prompt_index: Tensor, count: int) -> Tensor:
@@ -270,7 +197,7 @@ def compared_forms(form: Tensor) -> Tensor:
     """Return the group of forms (g,) in which kept prompts are compared with each other: as written, in small letters,
     and in capitals. A prompt that is led in is written as it is, and one in another language, too.
     """
-    return torch.where(form >= _OTHER_LANGUAGES, 0, form).masked_fill(form == _LED_IN, -1)
+    return torch.where(form >= OTHER_LANGUAGES, 0, form).masked_fill(form == _LED_IN, -1)
 
 
 def _twins(sums: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:

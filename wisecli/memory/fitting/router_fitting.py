@@ -18,8 +18,8 @@ from wisecli.memory.fitting.late_interaction_fitting import (
     MIN_EDIT_PROB,
     MIN_UNNAMED_PROB,
     fit_late_interaction,
-    request_gate_tensors,
 )
+from wisecli.memory.fitting.request_gate_fitting import request_gate_tensors
 from wisecli.memory.merging.merged_evidence import MergedEvidence
 from wisecli.routing.deciding.request_gate import MIN_GATED_PROB
 from wisecli.routing.deciding.subject_tensors import Spellings, fuzzy_match_tensors, subject_match_tensors

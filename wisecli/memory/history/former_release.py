@@ -1,4 +1,4 @@
-"""What the newest release of a memory spares the next one: edits that both have are not compared with each other anew."""
+"""What the newest release of a memory spares the next one: edits that both have are not compared anew."""
 
 from __future__ import annotations
 

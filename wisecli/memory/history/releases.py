@@ -75,15 +75,13 @@ def publish(
         merged = merger.merge(on_progress, former=former_memory(memory, change.shards, merger))
         manifest = _at_home(merged.manifest, list(kept))
     else:
-        merged = Merged(empty_memory(newest_shards(memory, read_history(memory)), settings, model=model), None)
+        merged = Merged(empty_memory(newest_shards(memory, read_history(memory))[1], settings, model=model), None)
         manifest = merged.manifest
     with next_release(memory) as working:
         return _written(working, Merged(replace(manifest, origins=()), merged.probs), change, kept, new)
 
 
-def publish_first(
-    memory: Path, merged: Merged, inputs: Sequence[ReducedShards], provenance: Provenance
-) -> Published:
+def publish_first(memory: Path, merged: Merged, inputs: Sequence[ReducedShards], provenance: Provenance) -> Published:
     """Replace a memory by what shards were merged into, with a history that begins there.
 
     Args:
@@ -162,10 +160,17 @@ def settings_of(release: Release) -> MergeSettings:
     return settings_from(MergeSettings, release.merge)
 
 
-def shards_of(memory: Path, release: Release) -> dict[str, ReducedShards]:
-    """Return the shards that a release is merged from, without the edits that are left out, by their names."""
+def shards_of(
+    memory: Path, release: Release, read: Mapping[str, ShardDirectory] = MappingProxyType({})
+) -> dict[str, ReducedShards]:
+    """Return the shards that a release is merged from, without the edits that are left out, by their names.
+
+    Args:
+        read: directories of shards that were read already, by their names.
+    """
     return {
-        name: without(read_shard_directory(shard_path(memory, name)), gone) for name, gone in release.shards.items()
+        name: without(read.get(name) or read_shard_directory(shard_path(memory, name)), gone)
+        for name, gone in release.shards.items()
     }
 
 
@@ -174,10 +179,12 @@ def directories_of(memory: Path, release: Release) -> list[ShardDirectory]:
     return [one.directory for one in shards_of(memory, release).values()]
 
 
-def newest_shards(memory: Path, releases: Sequence[Release]) -> ShardDirectory:
-    """Return the shards that came last, of the newest release that has any; an emptied memory has none."""
-    release = next(release for release in reversed(releases) if release.shards)
-    return directories_of(memory, release)[-1]
+def newest_shards(memory: Path, releases: Sequence[Release]) -> tuple[str, ShardDirectory]:
+    """Return the shards that came last, with all their edits, and their name, of the newest release that has any; an
+    emptied memory has none.
+    """
+    name = list(next(release for release in reversed(releases) if release.shards).shards)[-1]
+    return name, read_shard_directory(shard_path(memory, name))
 
 
 def _at_home(manifest: Manifest, names: list[str]) -> Manifest:

@@ -233,16 +233,17 @@ def read_manifest(directory: Path) -> MemoryManifest:
     return manifest
 
 
-def read_memory(directory: Path, *, check: bool = True) -> Manifest:
+def read_memory(directory: Path, *, check: bool = True, listed: MemoryManifest | None = None) -> Manifest:
     """Read ``router.json`` and the memory's tensors, checking their digest, shapes and types.
 
     Args:
         check: whether the digest is checked, if that was not just done.
+        listed: what ``router.json`` says, if that was just read.
 
     Raises:
         DamagedFileError: a file is missing, truncated or altered, or one does not fit the other.
     """
-    listed = read_manifest(directory)
+    listed = listed or read_manifest(directory)
     stored, site = listed.memory, listed.site
     path = inside(directory, stored.file)
     loaded = load_tensors(path, digest=listed.sha256[stored.file] if check else None)

@@ -21,10 +21,10 @@ from wisecli.memory.fitting.late_interaction_fitting import (
     compared_forms,
     fit_late_interaction,
     in_order,
-    text_edit_probs,
     written_probs,
 )
 from wisecli.memory.fitting.request_gate_fitting import request_gate_tensors
+from wisecli.memory.fitting.unrelated_texts import text_edit_probs
 from wisecli.memory.merging.near_prompts import NearPrompts
 from wisecli.routing.deciding.late_interaction import LateInteraction
 

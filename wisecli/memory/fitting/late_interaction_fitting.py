@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.artifacts.shard import PromptStates, half
-from wisecli.memory.merging.near_prompts import Groups, NearPrompts
+from wisecli.memory.fitting.unrelated_texts import text_edit_probs
+from wisecli.memory.merging.near_prompts import NearPrompts
 from wisecli.routing.deciding.late_interaction import HOPELESS, LATE_INTERACTION, LateInteraction
 
 # How sure a prompt must be to mean an edit; and how much surer than the prompts of all other edits, up to a limit.
@@ -24,8 +25,8 @@ _OWN, _JUST = 0.9, 0.99
 _OTHER, _LEAST = 1e-4, 5e-3
 # The form of kept prompts that are led in, and from which on they are in other languages.
 _LED_IN, OTHER_LANGUAGES = 2, 4
-# At a time: tokens that are projected, texts and edits that are compared.
-_TOKENS, _TEXTS, _EDITS = 1 << 13, 32, 16
+# Tokens that are projected at a time, and edits that are compared.
+_TOKENS, _EDITS = 1 << 13, 16
 # Products have a multiple of so many rows.
 _ROWS = 64
 # Sums of tokens' states that differ by less than this share are of the very same tokens.
@@ -231,13 +232,3 @@ def _twins(sums: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         ]
     pairs = torch.cat(found, 1) if found else torch.empty(2, 0, dtype=torch.long)
     return pairs[0], pairs[1]
-
-
-def text_edit_probs(late_interaction: LateInteraction, states: Tensor, text: Tensor, count: int) -> Tensor:
-    """Return the probability that each text means each edit, from its tokens' states (n, d): (texts, M)."""
-    probs, tokens = torch.empty(count, late_interaction.edits), Groups(text, count)
-    for part in tokens.sizes.argsort(stable=True).split(_TEXTS):
-        rows, there = tokens.padded(part)
-        # What is no token of a text is its first once more, which changes no maximum.
-        probs[part] = late_interaction(states[rows], torch.ones_like(there))
-    return probs

@@ -115,12 +115,12 @@ class NearPrompts:
             columns = F.embedding(tokens.T.flatten(), self.projected[0]).to(dtype).T.contiguous()  # (k, W · B)
             scores = torch.zeros(len(kept), len(part))
             for some, prompt, weight in parts:
-                scores.index_add_(0, prompt, _highest((some @ columns).view(len(some), -1, len(part))) * weight)
+                scores.index_add_(0, prompt, highest((some @ columns).view(len(some), -1, len(part))) * weight)
             near, place = (scores >= least).nonzero(as_tuple=True)
             yield late_interaction.prompt_to_edit[part[place]], late_interaction.prompt_to_edit[kept[near]]
 
 
-def _highest(cosines: Tensor) -> Tensor:
+def highest(cosines: Tensor) -> Tensor:
     """Return the highest of cosines (n, W, b) over W, or nought if all are less: (n, b).
 
     Those of few bits are compared as the whole numbers that stand for them, several times as fast: from nought on the

@@ -19,6 +19,7 @@ from wisecli.commands.edit.run_options import RunOptions
 from wisecli.commands.memory.merge import merge
 from wisecli.commands.memory.merge_into import merge_into
 from wisecli.commands.memory.remove import remove
+from wisecli.commands.memory.rollback import rollback
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
@@ -110,6 +111,16 @@ def test_nothing_is_taken_over_where_edits_went_or_settings_differ(place: Path, 
     assert former_memory(memory, {"0001": ()}, few) is None
     remove(memory, [fact(0).id])
     assert former_memory(memory, *next_merger(memory, place / "further")) is not None
+
+
+def test_going_back_takes_nothing_over_from_a_memory_that_was_altered(place: Path, memory: Path) -> None:
+    merge_into([place / "further"], memory, MergeSettings())
+    went_on = contents(memory)
+    rollback(memory, "1")
+    for name in ("memory.safetensors", f"{HISTORY}/{PROBS_NAME}"):
+        (memory / name).write_bytes((memory / name).read_bytes()[:-1] + b"?")
+    assert rollback(memory, "2").same
+    assert contents(memory) == went_on
 
 
 def test_altered_probabilities_are_noticed(place: Path, memory: Path) -> None:

@@ -50,6 +50,7 @@ def publish(
     *,
     new: Mapping[str, Path],
     read: Mapping[str, ShardDirectory] = MappingProxyType({}),
+    anew: bool = False,
     model: str | None = None,
     on_progress: ProgressCallback = ignore_progress,
 ) -> Published:
@@ -58,6 +59,7 @@ def publish(
     Args:
         new: where directories of shards are that the memory's history does not have yet, by the names they will have.
         read: directories of shards that were read already, by their names.
+        anew: whether nothing of the newest release is taken over, as its tensors may have been altered.
 
     Raises:
         WiseError: they cannot be joined, or the disk is full; the memory is as it was.
@@ -72,7 +74,8 @@ def publish(
         # What is in the history was held against its digests when the change began.
         checked = {one.directory.path for name, one in kept.items() if name not in new and has_checksums(memory)}
         merger = Merger(list(kept.values()), settings, model=model, checked=checked)
-        merged = merger.merge(on_progress, former=former_memory(memory, change.shards, merger))
+        former = None if anew else former_memory(memory, change.shards, merger)
+        merged = merger.merge(on_progress, former=former)
         manifest = _at_home(merged.manifest, list(kept))
     else:
         merged = Merged(empty_memory(newest_shards(memory, read_history(memory))[1], settings, model=model), None)

@@ -141,6 +141,7 @@ def edit_into(
             seconds, newest = time.perf_counter() - started, releases[-1] if releases else None
             return IntoReport(memory, newest, len(held), known, None, seconds, admitted.sifted)
         edited = _written(worker, pending, options)
+        del worker  # the model is let go before shards are merged
         giving_way = _giving_way(held, admitted)
         with without_edits(memory, releases, giving_way, model, load, on_progress, before) as left:
             name = name_after(memory, left.new)

@@ -162,8 +162,8 @@ def _entries(directories: Sequence[ShardDirectory]) -> list[tuple[ShardDirectory
 
 def _held(directory: ShardDirectory, entry: ShardEntry, edit: Tensor) -> Tensor:
     """Return which rows of a shard are of edits (n,) that its manifest still names (n,)."""
-    names = set(entry.edits)
-    return torch.tensor([one.id in names for one in directory.edits])[edit.long()]
+    names, (numbers, index) = set(entry.edits), edit.long().unique(return_inverse=True)
+    return torch.tensor([directory.edits[number].id in names for number in numbers.tolist()], dtype=torch.bool)[index]
 
 
 def _numbered(parts: Sequence[Evidence]) -> Tensor:

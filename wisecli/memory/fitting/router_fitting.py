@@ -125,8 +125,9 @@ def fit_facts(
             "these shards do not say what prompts mean; write them anew with `wise edit`, or leave out --mode lookup"
         )
     edits = int(merged_evidence.evidence.edit.max()) + 1
-    if former is None:
-        fitted = fit_late_interaction(heads, prompts.compared, edits)
+    compared = prompts.compared
+    if former is None or int(compared.edit.max()) < former.edits:  # no prompt of a further edit is compared
+        fitted = fit_late_interaction(heads, compared, edits)
         gate = request_gate_tensors(heads, prompts, fitted)
     else:
         fitted, gate = fit_further_edits(heads, prompts, edits, former)

@@ -77,6 +77,8 @@ def test_every_type_is_decoded() -> None:
         ({"count": -(2**53)}, "`count` must be a whole number"),
         ({"sizes": {"a": 1, "b": 2**53}}, "`sizes.b` must be a whole number"),
         ({"leaves": [{"name": "a", "share": 1e301}]}, "`leaves[0].share` must be a finite number"),
+        ({"count": 2**53, "sizes": {"e+ NaN, Infinity": 1}}, "`count` must be a whole number"),
+        ({"leaves": [{"name": "a", "share": -math.inf}]}, "`leaves[0].share` must be a finite number, not -inf"),
         ({"tall": 1}, "`tall` must be true or false"),
         ({"leaves": {}}, "`leaves` must be a list"),
         ({"leaves": [{"name": "a"}, 5]}, "`leaves[1]` must be an object, not 5"),

@@ -8,7 +8,7 @@ from typing import Literal
 
 from wisecli.artifacts import shard_manifest
 from wisecli.artifacts.file_names import MERGED
-from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, read_memory
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, MemoryManifest, read_memory
 from wisecli.errors import DamagedFileError, ModelError, WiseError
 from wisecli.io.checkpoint import Checkpoint, read_json
 from wisecli.io.consistent_read import read_consistently
@@ -58,16 +58,21 @@ def written_form(path: Path) -> Literal["merged", "stock", "gguf"] | None:
     return told if told in ("stock", "gguf") else "merged"
 
 
-def find_base(memory: Path, model: str | None, *, check: bool = True) -> tuple[Path, Manifest]:
+def find_base(
+    memory: Path, model: str | None, *, check: bool = True, listed: MemoryManifest | None = None
+) -> tuple[Path, Manifest]:
     """Return the base model's directory and the manifest of a memory, or of an exported directory.
 
     Args:
         check: whether the digest of the memory's tensors is checked, if that was not just done.
+        listed: what its manifest says, if that was just read.
 
     Raises:
         WiseError: either cannot be read, or they do not belong together.
     """
-    manifest, exported = read_consistently(memory, lambda: (read_memory(memory, check=check), is_exported(memory)))
+    manifest, exported = read_consistently(
+        memory, lambda: (read_memory(memory, check=check, listed=listed), is_exported(memory))
+    )
     directory = (
         memory if exported and model is None else find_model(model or manifest.model, revision=manifest.revision)
     )

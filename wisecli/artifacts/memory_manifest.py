@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -188,9 +189,32 @@ def write_memory(
     Args:
         sealed: whether a list of the digests of all files is to follow.
     """
+    digest = write_tensors(directory, manifest, file=file, prefix=prefix)
+    write_manifest(directory, manifest, {file: digest}, file=file, prefix=prefix, sealed=sealed)
+    return digest
+
+
+def write_tensors(directory: Path, manifest: Manifest, *, file: str = MEMORY_NAME, prefix: str = "") -> str:
+    """Write a memory's tensors alone, their names prefixed; return the file's digest."""
     path = directory / file
     save_tensors(path, {prefix + name: tensor for name, tensor in manifest.memory.tensors.items()})
-    digest = sha256_file(path)
+    return sha256_file(path)
+
+
+def write_manifest(
+    directory: Path,
+    manifest: Manifest,
+    digests: Mapping[str, str],
+    *,
+    file: str = MEMORY_NAME,
+    prefix: str = "",
+    sealed: bool = False,
+) -> None:
+    """Write ``router.json``; everything else as of :func:`write_memory`.
+
+    Args:
+        digests: those of files that it is to list, by name.
+    """
     described = manifest.memory.describe()
     kind = {name: described[name] for name in ("kind", "router")}
     memories = [
@@ -205,13 +229,12 @@ def write_memory(
         "memory": {"file": file, "prefix": prefix, **described},
         "merge": manifest.merge,
         "edits": [edit.as_dict() for edit in manifest.edits],
-        "sha256": {file: digest},
+        "sha256": dict(digests),
         "versions": manifest.versions,
         "origins": [asdict(origin) for origin in manifest.origins],
         "sealed": sealed,
     }
     write_json(directory / MANIFEST_NAME, content)
-    return digest
 
 
 def read_manifest(directory: Path) -> MemoryManifest:
@@ -233,16 +256,17 @@ def read_manifest(directory: Path) -> MemoryManifest:
     return manifest
 
 
-def read_memory(directory: Path, *, check: bool = True) -> Manifest:
+def read_memory(directory: Path, *, check: bool = True, listed: MemoryManifest | None = None) -> Manifest:
     """Read ``router.json`` and the memory's tensors, checking their digest, shapes and types.
 
     Args:
         check: whether the digest is checked, if that was not just done.
+        listed: what ``router.json`` says, if that was just read.
 
     Raises:
         DamagedFileError: a file is missing, truncated or altered, or one does not fit the other.
     """
-    listed = read_manifest(directory)
+    listed = listed or read_manifest(directory)
     stored, site = listed.memory, listed.site
     path = inside(directory, stored.file)
     loaded = load_tensors(path, digest=listed.sha256[stored.file] if check else None)

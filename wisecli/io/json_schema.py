@@ -21,8 +21,9 @@ _DEPTH = 64
 # Beyond it a whole number is no count, no shape and no seed.
 _LARGEST = 2**53
 _LARGEST_FLOAT = 1e300
-# Where JSON that `json.dumps` wrote has neither in it, no number within it is as large.
-_LONG_NUMBER, _LARGE_MARKS = re.compile(r"[\[ -]\d{16}"), ("e+", "NaN", "Infinity")
+# Where JSON that `json.dumps` wrote has neither in it, no number within it is as large; some texts look like one.
+_LONG_NUMBER = re.compile(r"[\[ -]\d{16}")
+_LARGE_NUMBER = re.compile(r"e\+(?<=\de\+)\d|(?:NaN|Infinity)(?![^,\]}])")
 # What pydantic found wrong, and what should stand there.
 _WHOLE, _NUMBER, _RECORD, _LIST = "a whole number", "a finite number", "an object", "a list"
 _EXPECTED = {
@@ -116,7 +117,7 @@ def decode(kind: type[T], value: object, where: str = "") -> T:
 
 def _may_be_large(text: str) -> bool:
     """Return whether JSON may hold a number beyond the bounds; a number alone may be one."""
-    return text[0] in "-0123456789" or any(mark in text for mark in _LARGE_MARKS) or bool(_LONG_NUMBER.search(text))
+    return text[0] in "-0123456789" or any(pattern.search(text) for pattern in (_LONG_NUMBER, _LARGE_NUMBER))
 
 
 def require_moment(text: str, where: str) -> None:

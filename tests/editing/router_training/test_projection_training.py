@@ -27,7 +27,8 @@ from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.evaluation.edited_model import attach
 from wisecli.io.checkpoint import Checkpoint, load_tensors, save_tensors
 from wisecli.io.digest import sha256_file
-from wisecli.memory.fitting.late_interaction_fitting import fit_late_interaction, request_gate_tensors
+from wisecli.memory.fitting.late_interaction_fitting import fit_late_interaction
+from wisecli.memory.fitting.request_gate_fitting import request_gate_tensors
 from wisecli.memory.merging.merged_evidence import read_merged_evidence
 from wisecli.memory.merging.removal import without
 from wisecli.models.layout.site import find_site

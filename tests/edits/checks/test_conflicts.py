@@ -74,6 +74,21 @@ def test_other_wordings_of_the_same_target_and_other_facts_are_in_no_conflict(se
     assert find(numbered(MAYOR, second)) == []
 
 
+@pytest.mark.parametrize(
+    ("prompt", "other", "same"),
+    [
+        ("Who led {}?", "Who led Oldbridge?", True),
+        ("In {}, who leads {}?", "In Oldbridge, who leads Oldbridge", True),
+        ("In {}, who leads Oldbridgeton?", "In Oldbridge, who leads Oldbridgeton", True),
+        ("Who led {}ton?", "Who led Oldbridgeton", False),
+        ("Who led _{}?", "Who led _Oldbridge", False),
+    ],
+)
+def test_a_subject_counts_where_it_stands_as_words_of_its_own(prompt: str, other: str, same: bool) -> None:
+    first, second = (edit(name, text, name, subject="Oldbridge") for name, text in (("a", prompt), ("b", other)))
+    assert bool(find(numbered(first, second))) == same
+
+
 def test_to_erase_an_answer_is_another_fact_than_to_give_it() -> None:
     erased = replace(MAYOR, id="c", op="erase")
     assert only(MAYOR, erased).kind == "contradiction"

@@ -261,7 +261,7 @@ def test_a_lookup_adds_its_residuals_as_often_as_its_strength_says() -> None:
 
 def test_every_trained_key_recalls_exactly_its_own_residual() -> None:
     material = two_shards()
-    memory, (calibration,) = built_lookup(material)
+    memory, (calibration,), _ = built_lookup(material)
     evidence, facts = material.evidence, FactMemory(memory)
     kept = ~evidence.held_out
     keys, residuals = trained(evidence)
@@ -358,7 +358,7 @@ def test_keys_inside_answers_are_seen_through_the_moment_of_tokens_and_prompts_t
     material = two_shards()
     wording = leading(normal(600, D_FF, seed=92), rank)
     material = replace(material, unrelated=replace(material.unrelated, wording=wording))
-    memory, _ = built_lookup(material)
+    memory, *_ = built_lookup(material)
     evidence = material.evidence
     kept = ~evidence.held_out
     assert memory.tensors["whitening_index"].tolist() == (evidence.position[kept] > 0).long().tolist()
@@ -379,7 +379,7 @@ def test_a_key_of_a_blank_that_prompts_end_in_is_seen_as_that_token_is() -> None
     ending = (plain.evidence.position == 0) & (plain.evidence.context == 1) & (plain.evidence.edit == 0)
     evidence = replace(plain.evidence, context=plain.evidence.context.where(~ending, SPACE_CONTEXT))
     material = replace(plain, evidence=evidence)
-    memory, _ = built_lookup(material)
+    memory, *_ = built_lookup(material)
     kept = ~evidence.held_out
     wanted = (evidence.position[kept] > 0).long().where(~ending[kept], 2)
     assert memory.tensors["whitening_index"].tolist() == wanted.tolist()
@@ -451,7 +451,7 @@ def test_matrices_add_their_changes_whatever_opens_them() -> None:
     keys, edits = trained(material.evidence)[0], material.evidence.edit[~material.evidence.held_out]
     for deltas in (solve_exactly(material, PENALTY)[None], written(material)):
         for own, kind in ((material, FactMatrixMemory), (by_norm(material), MatrixMemory)):
-            memory, calibrations = matrices(deltas, own, MergeSettings(false_alarm=0.01))
+            memory, calibrations, _ = matrices(deltas, own, MergeSettings(false_alarm=0.01))
             assert (memory.kind, memory.by_edit) == ("matrix", kind is FactMatrixMemory)
             assert len(calibrations) == (1 if memory.by_edit else len(deltas))
             changes = memory_module(memory)
@@ -467,7 +467,7 @@ def test_a_shard_without_unseen_contexts_is_calibrated_by_what_it_was_trained_on
     material = two_shards()
     held_out = material.evidence.held_out & (material.shard == 0)
     without = replace(by_norm(material), evidence=replace(material.evidence, held_out=held_out))
-    memory, calibrations = matrices(written(material), without, MergeSettings(mode="retrieve", false_alarm=0.02))
+    memory, calibrations, _ = matrices(written(material), without, MergeSettings(mode="retrieve", false_alarm=0.02))
     found, kept = scores_of(memory, without.evidence.keys), ~without.evidence.held_out
     for number, chosen in enumerate((held_out, kept & (material.shard == 1))):
         own = found[chosen & (material.evidence.position == 0), number]
@@ -482,7 +482,7 @@ def test_activations_route_by_a_threshold_for_each_matrix(rule: str) -> None:
     material = by_norm(two_shards())
     deltas = written(material)
     settings = MergeSettings(threshold=rule, false_alarm=0.02)  # type: ignore[arg-type]
-    memory, calibrations = matrices(deltas, material, settings)
+    memory, calibrations, _ = matrices(deltas, material, settings)
     assert set(memory.tensors) == {"columns", "delta"}
     evidence = material.evidence
     for number, (limit, calibration) in enumerate(zip(memory.thresholds, calibrations, strict=True)):
@@ -503,7 +503,7 @@ def test_the_lowest_call_of_an_edit_is_the_threshold_where_a_mean_decides(mode: 
     assert evidence.call is not None
     deltas = normal(2 if mode == "retrieve" else 1, D, D_FF, seed=3)
     settings = MergeSettings(pooling="mean", threshold="minimum")
-    memory, calibrations = matrices(deltas, material, settings)
+    memory, calibrations, _ = matrices(deltas, material, settings)
     groups = [material.shard == 0, material.shard == 1] if mode == "retrieve" else [material.shard >= 0]
     expected = [0.88 * float(evidence.call[own].min()) for own in groups]
     assert memory.thresholds == pytest.approx(expected)

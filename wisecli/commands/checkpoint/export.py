@@ -10,10 +10,8 @@ from typing import Any, Literal
 import torch
 
 from wisecli.artifacts.memory_manifest import Manifest
-from wisecli.commands.checkpoint.export_merged import merged_locality
 from wisecli.commands.checkpoint.export_report import ExportReport
 from wisecli.commands.checkpoint.export_source import read_source
-from wisecli.commands.checkpoint.export_stock import gate_note, require_gated, write_gated
 from wisecli.commands.outputs import checkpoint_output
 from wisecli.config import LoadOptions
 from wisecli.edits.checks.signatures import Signed, SigningKey
@@ -169,6 +167,8 @@ def _require_form(base: Path, manifest: Manifest, packing: Packing, form: Format
     if form == "merged":
         as_matrix(manifest.site)
     if form in _GATED:
+        from wisecli.commands.checkpoint.export_stock import require_gated
+
         require_gated(base, manifest.site, gguf=form == "gguf")
 
 
@@ -204,11 +204,16 @@ def _write(working: Path, form: Format, given: _Given, on_progress: ProgressCall
     if form == "delta":
         write_delta(working, checkpoint, manifest)
         return _Found()
+    # What runs the model takes seconds to import, which the other forms need not wait.
     if form == "merged":
+        from wisecli.commands.checkpoint.export_merged import merged_locality
+
         locality, tokens = merged_locality(base, manifest, load=given.load, on_progress=on_progress)
         note = f"\nAlways on: {locality:.1%} of {tokens} next tokens of unrelated text stay the base model's.\n"
         write_merged(working, base, checkpoint, manifest, packing)
         return _Found(locality, tokens, note)
+    from wisecli.commands.checkpoint.export_stock import gate_note, write_gated
+
     quantize = given.quantize if form == "gguf" else None
     found = write_gated(
         working,

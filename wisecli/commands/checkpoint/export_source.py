@@ -30,7 +30,9 @@ def _read(memory: Path, model: str | None, signed: Signed | None) -> tuple[Path,
     """
     require_signature(memory, signed)
     if has_history(memory):
-        require_whole(memory, read_history(memory))
+        listed = require_whole(memory, read_history(memory))
     else:
-        require_checksums(memory, expected=read_manifest(memory).sealed)
-    return *find_base(memory, model, check=not has_history(memory)), sha256_file(memory / MANIFEST_NAME)
+        listed = read_manifest(memory)
+        require_checksums(memory, expected=listed.sealed)
+    found = find_base(memory, model, check=not has_history(memory), listed=listed)
+    return *found, sha256_file(memory / MANIFEST_NAME)

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import MANIFEST_NAME as SHARDS_MANIFEST
-from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.artifacts.shard_manifest import ShardDirectory, read_shard_directory
 from wisecli.commands.edit.edit_report import EditReport
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.commands.edit.writing import carry_out
@@ -120,16 +119,15 @@ def edit_into(
         releases = read_history(memory) if has_history(memory) else []
         if not releases and memory.exists() and any(memory.iterdir()):
             raise MemoryHistoryError(memory)
-        if releases:
-            require_whole(memory, releases)
+        held = require_whole(memory, releases).edits if releases else ()
         _tidy(memory, pending, releases)
-        held = read_manifest(memory).edits if releases else ()
         already = set(held)
         known = tuple(edit.id for _, edit in batch.numbered if edit in already)
         admitted = admission.admit(batch.origin["name"], batch.numbered, held=held, on_progress=on_progress)
         worker = None
         if admitted.numbered:
-            settings = _settings(memory, releases, flags, config, model)
+            before = dict([newest_shards(memory, releases)] if releases else [])
+            settings = _settings(memory, before, flags, config, model)
             job = Job(model=model, settings=settings, edits=admitted.edits, load=replace(load, revision=None))
             worker = Worker(job, on_progress, loaded=loaded)
             name, special = batch.origin["name"], admission.allow_special
@@ -143,8 +141,9 @@ def edit_into(
             seconds, newest = time.perf_counter() - started, releases[-1] if releases else None
             return IntoReport(memory, newest, len(held), known, None, seconds, admitted.sifted)
         edited = _written(worker, pending, options)
+        del worker  # the model is let go before shards are merged
         giving_way = _giving_way(held, admitted)
-        with without_edits(memory, releases, giving_way, model, load, on_progress) as left:
+        with without_edits(memory, releases, giving_way, model, load, on_progress, before) as left:
             name = name_after(memory, left.new)
             change = Change(
                 "edit",
@@ -206,17 +205,20 @@ def _written(worker: Worker, pending: Path, options: RunOptions) -> EditReport:
 
 
 def _settings(
-    memory: Path, releases: Sequence[Release], flags: Mapping[str, Any], config: Path | None, model: str
+    memory: Path, before: Mapping[str, ShardDirectory], flags: Mapping[str, Any], config: Path | None, model: str
 ) -> EditSettings:
     """Return the settings of the newest shards, but for what is asked for; always of the same layer.
+
+    Args:
+        before: the newest shards, by their name, if the memory has had any.
 
     Raises:
         SettingsError: another layer is asked for.
         WrongBaseError: the model is another.
     """
-    if not releases:
+    newest = next(iter(before.values()), None)
+    if newest is None:
         return resolve(EditSettings, flags, section="edit", file=config)
-    newest = newest_shards(memory, releases)
     directory = find_model(model, revision=newest.revision)
     require_base(directory, Checkpoint(directory), newest.site, newest.fingerprint)
     given = {name: value for name, value in flags.items() if value is not None}

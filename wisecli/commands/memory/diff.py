@@ -90,6 +90,6 @@ def _of_release(memory: Path, wanted: str) -> tuple[Sequence[Edit], Mapping[str,
         raise MemoryHistoryError(memory)
     releases = read_history(memory)
     release = find_release(memory, releases, wanted)
-    directories, some = directories_of(memory, release), newest_shards(memory, releases[: release.number])
+    directories, (_, some) = directories_of(memory, release), newest_shards(memory, releases[: release.number])
     about = {**release.merge, "layer": some.site.layer, "base": some.fingerprint.matrix}
     return [edit for directory in directories for edit in directory.written], about

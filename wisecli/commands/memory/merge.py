@@ -112,12 +112,13 @@ def merge(
         peak = 4 * (2 * count + 2) * site.d * site.width
         seconds = time.perf_counter() - started
         return MergeReport(output, *names, (), seconds, peak, planned=True, consequences=followed)
-    manifest = merger.merge(on_progress)
+    merged = merger.merge(on_progress)
+    manifest = merged.manifest
     with changing(output):
         _require_merged(output)
         place.require()
         if history:
-            publish_first(output, manifest, read, provenance)
+            publish_first(output, merged, read, provenance)
         else:
             with whole_directory(output, force=force) as working:
                 write_memory(working, manifest, sealed=True)

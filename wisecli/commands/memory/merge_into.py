@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import MANIFEST_NAME, read_shard_directory
 from wisecli.commands.memory.remove import without_edits
 from wisecli.config import LoadOptions, MergeSettings
@@ -49,13 +48,11 @@ def merge_into(
         releases = read_history(memory) if has_history(memory) else []
         if not releases and (not inputs or (memory.exists() and any(memory.iterdir()))):
             raise MemoryHistoryError(memory)
-        if releases:
-            require_whole(memory, releases)
+        held = require_whole(memory, releases).edits if releases else ()
         merging = _overridden(merging_of(releases), settings) if releases else settings
         edits = [edit for path in inputs for edit in read_shard_directory(path).written]
         if releases and inputs and merging == merging_of(releases) and _holds(memory, releases[-1], inputs):
-            return Published(releases[-1], len(read_manifest(memory).edits), up_to_date=True)
-        held = read_manifest(memory).edits if releases else ()
+            return Published(releases[-1], len(held), up_to_date=True)
         outdone = {place.edit.id for place, _ in outranked([(0, edit) for edit in edits], "the shards", held=held)}
         edits = [edit for edit in edits if edit.id not in outdone]
         superseded = with_consequences(held, edits, superseding(held, edits))

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from wisecli.artifacts.shard_manifest import ShardDirectory
 from wisecli.commands.edit.writing import run
@@ -112,12 +113,17 @@ def cleared(
     model: str | None,
     load: LoadOptions,
     on_progress: ProgressCallback,
+    read: Mapping[str, ShardDirectory] = MappingProxyType({}),
 ) -> Iterator[Cleared]:
-    """A release's shards without some edits; what has to be trained anew for that is there while the block lasts."""
+    """A release's shards without some edits; what has to be trained anew for that is there while the block lasts.
+
+    Args:
+        read: directories of shards that were read already, by their names.
+    """
     settings = settings_of(release)
-    reduced = shards_of(memory, release)
+    reduced = shards_of(memory, release, read)
     held = {name: one.directory for name, one in reduced.items()}
-    read = {name: one.whole for name, one in reduced.items()}
+    whole = {name: one.whole for name, one in reduced.items()}
     trained = not settings.for_lookup and settings.method != EXACT
     anew = {name: _beside(directory, ids) for name, directory in held.items() if trained and _beside(directory, ids)}
     shards = {
@@ -131,7 +137,7 @@ def cleared(
             new[place] = Path(working) / place
             run(_job(held[name], others, model, load), new[place], on_progress=on_progress)
         rewritten = tuple(name for names in anew.values() for name in names)
-        yield Cleared({**shards, **dict.fromkeys(new, ())}, new, rewritten, read)
+        yield Cleared({**shards, **dict.fromkeys(new, ())}, new, rewritten, whole)
 
 
 def _beside(directory: ShardDirectory, ids: Collection[str]) -> tuple[str, ...]:
@@ -165,8 +171,9 @@ def without_edits(
     model: str | None,
     load: LoadOptions,
     on_progress: ProgressCallback,
+    read: Mapping[str, ShardDirectory] = MappingProxyType({}),
 ) -> AbstractContextManager[Cleared]:
-    """Return the newest release's shards, without the edits that give way."""
+    """Return the newest release's shards, without the edits that give way; ``read`` as of :func:`cleared`."""
     if not releases:
         return nullcontext(Cleared({}, {}, ()))
-    return cleared(memory, releases[-1], ids, model=model, load=load, on_progress=on_progress)
+    return cleared(memory, releases[-1], ids, model=model, load=load, on_progress=on_progress, read=read)

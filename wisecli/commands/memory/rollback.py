@@ -64,7 +64,10 @@ def rollback(
             removed=tuple(name for name in before if name not in after),
             provenance=replace(provenance, reason=provenance.reason or f"to release {target.number}"),
         )
-        published = publish(memory, change, settings_of(target), new={}, model=model, on_progress=on_progress)
+        # The newest release may be what is to be made good.
+        published = publish(
+            memory, change, settings_of(target), new={}, anew=True, model=model, on_progress=on_progress
+        )
     same = published.release.memory == target.memory
     if not same:
         on_progress(Event(NOTE, note="the tensors are not those of then to the byte: other versions made them"))

@@ -24,6 +24,7 @@ _Given = dict[str, list["Entry"]]
 # The blank of a subject; some prompts are written with it.
 _BLANK = "{}"
 _PUNCTUATION = ".,:;?!\"'’“”…"
+_IN_WORD = re.compile(r"\w")
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,9 @@ def outranked(numbered: Sequence[Numbered], file: str, *, held: Sequence[Edit] =
     return [*found, *_overruled(derived, others, file)]
 
 
-def _overruled(entries: Iterable[Entry], certain: Sequence[Entry], file: str) -> Iterator[tuple[Entry, str]]:
+def _overruled(entries: Sequence[Entry], certain: Sequence[Entry], file: str) -> Iterator[tuple[Entry, str]]:
+    if not entries:
+        return
     facts, by_id = _Facts(certain), {entry.edit.id: entry for entry in certain}
     for entry in entries:
         conflict = facts.conflict(entry)
@@ -276,9 +279,18 @@ def _names(edit: Edit) -> Iterator[_Name]:
     prompt = folded(edit.prompt)
     yield "prompt", prompt
     if subject := folded(edit.subject or ""):
-        blanked = re.sub(rf"(?<!\w){re.escape(subject)}(?!\w)", _BLANK, prompt)
+        blanked = _blanked(prompt, subject)
         words = (word.strip(_PUNCTUATION) for word in blanked.split())
         yield "subject", subject, " ".join(word for word in words if word)
+
+
+def _blanked(prompt: str, subject: str) -> str:
+    """Return a prompt with a blank wherever its subject stands as words of its own."""
+    before, found, behind = prompt.partition(subject)
+    if found and subject in prompt[len(before) + 1 :]:  # of few prompts, as to compile a pattern takes long
+        return re.sub(rf"(?<!\w){re.escape(subject)}(?!\w)", _BLANK, prompt)
+    alone = found and not (_IN_WORD.match(before[-1:]) or _IN_WORD.match(behind))
+    return before + _BLANK + behind if alone else prompt
 
 
 def _across(edit: Edit) -> Iterator[_Name]:

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from transformers import AutoTokenizer
 
 from wisecli.artifacts.checksums import CHECKSUMS, HAS_CHECKSUMS, SIGNATURE_NAMES, write_checksums
 from wisecli.artifacts.file_names import MERGED
-from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, write_memory
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, write_manifest, write_memory, write_tensors
 from wisecli.artifacts.shard import half
 from wisecli.edits.checks.signatures import SigningKey
 from wisecli.environment import versions
@@ -72,13 +71,15 @@ def write_routed(
     packing = packing or Packing()
     files = write_weights(output, checkpoint, packing, single=BASE_TENSORS)
     prefix = manifest.site.prefix_in(checkpoint)
-    digest = write_memory(output, _as_written(manifest, checkpoint, packing), file=SIDE_TENSORS, prefix=prefix)
+    digest = write_tensors(output, manifest, file=SIDE_TENSORS, prefix=prefix)
     files |= {prefix + name: SIDE_TENSORS for name in manifest.memory.tensors}
     write_index(output, files)
     _write_code(output, base, manifest, packing)
     copy_side_files(output, base)
     _name_tokenizer(output, base)
-    record_digests(output, known={SIDE_TENSORS: digest})
+    names = sorted(path.name for path in output.iterdir())
+    digests = {name: digest if name == SIDE_TENSORS else sha256_file(output / name) for name in names}
+    write_manifest(output, _as_written(manifest, checkpoint, packing), digests, file=SIDE_TENSORS, prefix=prefix)
 
 
 def _as_written(manifest: Manifest, checkpoint: Checkpoint, packing: Packing) -> Manifest:
@@ -104,18 +105,6 @@ def write_delta(output: Path, checkpoint: Checkpoint, manifest: Manifest) -> Non
     if "delta" in memory.tensors and manifest.site.matrix(checkpoint).dtype.itemsize <= 2:
         memory = replace(memory, tensors={**memory.tensors, "delta": half(memory.tensors["delta"])})
     write_memory(output, replace(manifest, memory=memory))
-
-
-def record_digests(output: Path, *, known: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Note the sha256 of every file of a routed checkpoint in its ``router.json``.
-
-    Args:
-        known: digests that were taken already, by the file's name.
-    """
-    manifest = read_json(output / MANIFEST_NAME)
-    files = sorted(path for path in output.iterdir() if path.name != MANIFEST_NAME)
-    digests = {path.name: known.get(path.name) or sha256_file(path) for path in files}
-    write_json(output / MANIFEST_NAME, {**manifest, "sha256": digests})
 
 
 def seal_export(output: Path, record: Mapping[str, Any], key: SigningKey | None = None) -> None:

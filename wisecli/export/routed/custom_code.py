@@ -3,62 +3,36 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Mapping
+from importlib.resources import files
 from string import Template
-from types import ModuleType
 from typing import Any
 
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 
 from wisecli.data.packaged import packaged_text
-from wisecli.export.routed import resaving
 from wisecli.io.digest import sha256_text
 from wisecli.models.layout.architectures import loader_name
-from wisecli.routing.deciding import (
-    decision,
-    fact_decision,
-    fuzzy_match,
-    late_interaction,
-    name_features,
-    prompt_window,
-    request_gate,
-    sentence_features,
-    subject_match,
-    two_requests,
-)
-from wisecli.routing.layers import layer_output_memory, layer_states, module_types, routed_layer
-from wisecli.routing.memories import answer_pairs, fact_memory, matrix_memory, side_memory
-from wisecli.routing.passes import engine_checks, forward_arguments, routed_generation, routed_pass, token_cache
 
 CODE_NAME = "modeling_wise.py"
-# The modules of the package that a checkpoint carries as they are, and the sha256 of those that 0.1 wrote.
-_CARRIED = (
-    *(
-        routed_layer,
-        layer_output_memory,
-        layer_states,
-        decision,
-        side_memory,
-        fact_decision,
-        answer_pairs,
-        fact_memory,
-        matrix_memory,
-        prompt_window,
-        module_types,
-        routed_pass,
-        forward_arguments,
-        routed_generation,
-        token_cache,
+# The modules of the package that a checkpoint carries as they are, and the sha256 of those that 0.1 wrote. None of them
+# is imported to copy it.
+_CARRIED = {
+    "routing.layers": ("routed_layer", "layer_output_memory", "layer_states", "module_types"),
+    "routing.memories": ("side_memory", "answer_pairs", "fact_memory", "matrix_memory"),
+    "routing.passes": ("routed_pass", "forward_arguments", "routed_generation", "token_cache", "engine_checks"),
+    "routing.deciding": (
+        *("decision", "fact_decision", "prompt_window", "late_interaction", "subject_match", "fuzzy_match"),
+        *("request_gate", "sentence_features", "name_features", "two_requests"),
     ),
-    *(late_interaction, subject_match, fuzzy_match, request_gate),
-    *(sentence_features, name_features, two_requests, engine_checks, resaving),
-)
-CARRIED_NAMES = tuple(f"{module.__name__.rpartition('.')[2]}.py" for module in _CARRIED)
+    "export.routed": ("resaving",),
+}
+CARRIED_NAMES = tuple(f"{name}.py" for names in _CARRIED.values() for name in names)
 FORMER_CODE = {
     "wise_memory.py": "9319793273def048aee6a4bc87f8ad0a5458c94469fb0b41b211c61f6ad246b2",
     "prompt_gate.py": "516a76e4d9034eb70b43de1b6d29a16f9c4a97fc5d29f90b82ef5d8e779cee73",
@@ -67,8 +41,8 @@ FORMER_CODE = {
 _IMPORT = re.compile(r"^from wisecli\.(?:\w+\.)*(\w+) import", re.MULTILINE)
 # Classes of models with their head, by the class that loads them.
 _WITH_HEAD = {
-    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
-    "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
 # Who else loads what a loader does: of models that read images, `transformers serve`.
 _LOADERS = {
@@ -91,13 +65,12 @@ def code_files(model_type: str) -> dict[str, str]:
             "loaders": repr(auto_map(model_type)),
         },
     )
-    carried = zip(CARRIED_NAMES, _CARRIED, strict=True)
-    own = {name: _IMPORT.sub(r"from .\1 import", _source(module)) for name, module in carried}
-    return {CODE_NAME: code, **own}
+    carried = {f"{name}.py": _source(package, name) for package, names in _CARRIED.items() for name in names}
+    return {CODE_NAME: code, **{name: _IMPORT.sub(r"from .\1 import", text) for name, text in carried.items()}}
 
 
-def _source(module: ModuleType) -> str:
-    return Path(str(module.__file__)).read_text(encoding="utf-8")
+def _source(package: str, name: str) -> str:
+    return files(f"wisecli.{package}").joinpath(f"{name}.py").read_text(encoding="utf-8")
 
 
 def base_class(model_type: str) -> str:
@@ -117,12 +90,14 @@ def former_code(model_type: str) -> dict[str, str]:
     """
     config, loader = type(AutoConfig.for_model(model_type)).__name__, loader_name(model_type)
     names = {"config": config, "model_type": model_type, "causal": base_class(model_type)}
-    names |= {"base": _class_name(MODEL_MAPPING, model_type), "architecture": names["causal"], "loader": loader}
+    names |= {"base": _class_name(MODEL_MAPPING_NAMES, model_type), "architecture": names["causal"], "loader": loader}
     return {CODE_NAME: sha256_text(_filled("modeling_wise_0.1.py.tmpl", names)), **FORMER_CODE}
 
 
-def _class_name(mapping: Any, model_type: str) -> str:
-    return str(mapping[type(AutoConfig.for_model(model_type))].__name__)
+def _class_name(names: Mapping[str, Any], model_type: str) -> str:
+    """Return the name of the class of models of a type, which is not imported; of several the first."""
+    name = names[type(AutoConfig.for_model(model_type)).model_type]
+    return str(name if isinstance(name, str) else name[0])
 
 
 def _filled(template: str, names: dict[str, str]) -> str:
@@ -141,6 +116,6 @@ def former_auto_map(model_type: str) -> dict[str, str]:
     """Return the same of version 0.1."""
     loaders, module = _LOADERS[loader_name(model_type)], CODE_NAME.removesuffix(".py")
     config = type(AutoConfig.for_model(model_type)).__name__
-    classes = {"AutoConfig": config, "AutoModel": _class_name(MODEL_MAPPING, model_type)}
+    classes = {"AutoConfig": config, "AutoModel": _class_name(MODEL_MAPPING_NAMES, model_type)}
     classes |= dict.fromkeys(loaders, base_class(model_type))
     return {loader: f"{module}.Wise{name}" for loader, name in classes.items()}

@@ -11,17 +11,9 @@ from torch.nn import functional as F
 
 from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.artifacts.shard import PromptStates, half
-from wisecli.memory.merging.near_prompts import Groups, NearPrompts
+from wisecli.memory.fitting.unrelated_texts import text_edit_probs
+from wisecli.memory.merging.near_prompts import NearPrompts
 from wisecli.routing.deciding.late_interaction import HOPELESS, LATE_INTERACTION, LateInteraction
-from wisecli.routing.deciding.request_gate import (
-    LOGIT_OFFSET,
-    Request,
-    RequestGate,
-    TokenMarks,
-    batch_mentions,
-    mention_features,
-    unsureness,
-)
 
 # How sure a prompt must be to mean an edit; and how much surer than the prompts of all other edits, up to a limit.
 MIN_EDIT_PROB, _PROB_MARGIN, _MAX_THRESHOLD = 0.5, 1.25, 0.95
@@ -32,11 +24,11 @@ _OWN, _JUST = 0.9, 0.99
 # What a token counts that belongs to the other head: nothing, unless there are no others; and the least that counts.
 _OTHER, _LEAST = 1e-4, 5e-3
 # The form of kept prompts that are led in, and from which on they are in other languages.
-_LED_IN, _OTHER_LANGUAGES = 2, 4
-# How far below the log-odds of its own prompt an edit's offset lies, if that is below nought, and how low it may.
-_LOGIT_MARGIN, _MIN_LOGIT_OFFSET = 1.0, -50.0
-# At a time: prompts that the request gate reads, tokens that are projected, texts and edits that are compared.
-_AT_A_TIME, _TOKENS, _TEXTS, _EDITS = 1024, 1 << 13, 32, 16
+_LED_IN, OTHER_LANGUAGES = 2, 4
+# Tokens that are projected at a time, and edits that are compared.
+_TOKENS, _EDITS = 1 << 13, 16
+# Products have a multiple of so many rows.
+_ROWS = 64
 # Sums of tokens' states that differ by less than this share are of the very same tokens.
 _SAME = 1e-3
 
@@ -75,13 +67,8 @@ class FittedLateInteraction:
 
 def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) -> FittedLateInteraction:
     """Return late interaction fitted to the prompts of M edits, by the projections of heads."""
-    forms = int(prompts.form.max()) + 1
-    number = _prompt_numbers(prompts.edit, prompts.form, forms)
-    if bool((number.diff() < 0).any()):
-        order = number.argsort(stable=True)
-        prompts, number = prompts.rows(order), number[order]
-    numbers, prompt_index = number.unique_consecutive(return_inverse=True)
-    count, prompt_to_edit = len(numbers), numbers // forms
+    prompts, prompt_index, prompt_to_edit, form = in_order(prompts)
+    count = len(form)
     tokens = _ProjectedTokens.of(heads, prompts, prompt_index, count)
     token_embeddings, token_weights, token_to_prompt = _kept_tokens(tokens, prompts.subject, prompt_index, count)
     tensors = {
@@ -99,14 +86,33 @@ def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) 
     late_interaction = LateInteraction(tensors, edits)
     near = NearPrompts(late_interaction, tokens.projected, prompt_index)
     twins = _twins(tokens.sums, torch.bincount(prompt_index, minlength=count))
-    own_probs, others = _prompt_probs(near, numbers % forms, twins)
+    own_probs, others = _prompt_probs(near, form, twins)
     unrelated = text_edit_probs(late_interaction, heads.unrelated.float(), heads.text.long(), int(heads.text.max()) + 1)
+    return FittedLateInteraction(tensors, own_probs, written_probs(own_probs, prompt_to_edit, edits), others, unrelated)
+
+
+def in_order(prompts: PromptStates) -> tuple[PromptStates, Tensor, Tensor, Tensor]:
+    """Return prompts in order of their edits and forms, which of them each token is of (n,), and the edit and the form
+    of each (g,).
+    """
+    forms = int(prompts.form.max()) + 1
+    number = prompt_numbers(prompts.edit, prompts.form, forms)
+    if bool((number.diff() < 0).any()):
+        order = number.argsort(stable=True)
+        prompts, number = prompts.rows(order), number[order]
+    numbers, prompt_index = number.unique_consecutive(return_inverse=True)
+    return prompts, prompt_index, numbers // forms, numbers % forms
+
+
+def written_probs(own_probs: Tensor, prompt_to_edit: Tensor, edits: int) -> Tensor:
+    """Return how surely the prompt of each edit that is as it is written means it (M,), 0 where there is none.
+
+    Args:
+        own_probs, prompt_to_edit: of each kept prompt, how surely it means its edit, and which that is (g,).
+    """
     # Kept prompts are in order of their edits, and of an edit's the one as it is written comes first.
-    first = torch.searchsorted(prompt_to_edit, torch.arange(edits))
-    written_probs = own_probs[first.clamp(max=count - 1)] * (
-        prompt_to_edit[first.clamp(max=count - 1)] == torch.arange(edits)
-    )
-    return FittedLateInteraction(tensors, own_probs, written_probs, others, unrelated)
+    first = torch.searchsorted(prompt_to_edit, torch.arange(edits)).clamp(max=len(prompt_to_edit) - 1)
+    return own_probs[first] * (prompt_to_edit[first] == torch.arange(edits))
 
 
 class _ProjectedTokens(NamedTuple):
@@ -124,13 +130,15 @@ class _ProjectedTokens(NamedTuple):
         projected = torch.empty(2, len(prompt_index), heads.proj_weight.shape[1])
         weights, sums = torch.empty(2, len(prompt_index)), torch.zeros(count, prompts.states.shape[1])
         for rows in torch.arange(len(prompt_index)).split(_TOKENS):
-            some = slice(int(rows[0]), int(rows[-1]) + 1)
-            states = prompts.states[some].float()
-            sums.index_add_(0, prompt_index[some], states)
+            some, count = slice(int(rows[0]), int(rows[-1]) + 1), len(rows)
+            # The last rows of a product are rounded in another way than they are among more.
+            states = F.pad(prompts.states[some].float(), (0, 0, 0, -count % _ROWS))
+            sums.index_add_(0, prompt_index[some], states[:count])
             for head in range(2):
                 turned = F.linear(states, heads.proj_weight[head].float(), heads.proj_bias[head].float())
-                projected[head, some] = F.normalize(turned, dim=-1)
-                weights[head, some] = F.softplus(states @ heads.token_weight[head].float() + heads.token_bias[head])
+                projected[head, some] = F.normalize(turned, dim=-1)[:count]
+                counted = states @ heads.token_weight[head].float() + heads.token_bias[head]
+                weights[head, some] = F.softplus(counted)[:count]
         return cls(projected, weights, sums)
 
 
@@ -152,60 +160,9 @@ def _kept_tokens(
     return torch.cat(token_embeddings), torch.cat(token_weights), torch.cat(token_to_prompt)
 
 
-def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, fitted: FittedLateInteraction) -> dict[str, Tensor]:
-    """Return the tensors ``REQUEST_GATE`` and each edit's offset; none if no gate was learned for the base model.
-
-    A prompt asks an edit that it mentions where that is more likely than not. Where an edit's own prompt is less
-    likely, its offset lies below that.
-    """
-    if not heads.request_gate:
-        return {}
-    edits = len(fitted.written_probs)
-    late_interaction, logit_offset = LateInteraction(fitted.tensors, edits), torch.zeros(edits)
-    gate = RequestGate({**heads.request_gate, LOGIT_OFFSET: logit_offset})
-    first_states, prompts = prompts.openings, prompts.compared
-    # As it is written, and in other languages.
-    written = prompts.rows((prompts.form == 0) | (prompts.form >= _OTHER_LANGUAGES))
-    each = torch.stack([written.edit.long(), written.form.long()], 1)
-    pairs, sizes = each.unique_consecutive(dim=0, return_counts=True)
-    own_probs = fitted.own_probs[_kept_prompts(prompts, pairs)]
-    states, marks = written.states.split(sizes.tolist()), _marks(gate, written.token, sizes.tolist())
-    for some in torch.arange(len(pairs)).split(_AT_A_TIME):
-        own = torch.cat([states[number] for number in some.tolist()]).float()
-        turned = late_interaction.project(own[None], torch.ones(1, len(own), dtype=torch.bool)).projected[:, 0]
-        counts = sizes[some].tolist()
-        own_marks = [marks[number] for number in some.tolist()]
-        parts = zip(own.split(counts), turned.split(counts, 1), own_marks, pairs[some].tolist(), strict=True)
-        edit_tokens = late_interaction.edit_tokens(pairs[some, 0])
-        requests = [
-            Request(one, near, tokens, first_state=first_states.get((edit, form)), marks=own)
-            for (one, near, own, (edit, form)), tokens in zip(parts, edit_tokens, strict=True)
-        ]
-        log_odds = gate.log_odds(batch_mentions(mention_features(requests))) + unsureness(own_probs[some])
-        lower = (log_odds - _LOGIT_MARGIN).clamp(_MIN_LOGIT_OFFSET, 0.0)
-        logit_offset = logit_offset.scatter_reduce(0, pairs[some, 0], lower, "amin")
-    return {**heads.request_gate, LOGIT_OFFSET: logit_offset}
-
-
-def _kept_prompts(prompts: PromptStates, pairs: Tensor) -> Tensor:
-    """Return the numbers of kept prompts, by their edits and forms (p, 2): (p,)."""
-    forms = int(prompts.form.max()) + 1
-    every = _prompt_numbers(prompts.edit, prompts.form, forms).unique()
-    return torch.searchsorted(every, _prompt_numbers(pairs[:, 0], pairs[:, 1], forms))
-
-
-def _prompt_numbers(edit: Tensor, form: Tensor, forms: int) -> Tensor:
+def prompt_numbers(edit: Tensor, form: Tensor, forms: int) -> Tensor:
     """Return a number of its own for every edit in every form, ascending in that order: (n,) twice → (n,)."""
     return edit.long() * forms + form.long()
-
-
-def _marks(gate: RequestGate, ids: Tensor, sizes: list[int]) -> list[TokenMarks] | list[None]:
-    """Return the marks of tokens (n,) of prompts with so many each, if the gate heeds any."""
-    marks = gate.marks(ids)
-    if marks is None:
-        return [None] * len(sizes)
-    starts = [None] * len(sizes) if marks.starts is None else marks.starts.split(sizes)
-    return [TokenMarks(*own) for own in zip(marks.ends.split(sizes), starts, strict=True)]
 
 
 def _normalized(weights: Tensor, prompt_index: Tensor, count: int) -> Tensor:
@@ -223,7 +180,7 @@ def _prompt_probs(near: NearPrompts, form: Tensor, twins: tuple[Tensor, Tensor])
     edits, prompt_to_edit = near.late_interaction.edits, near.late_interaction.prompt_to_edit
     same = twins[0] * edits + prompt_to_edit[twins[1]]
     own_probs, others = torch.empty(near.count), torch.zeros(edits)
-    asking, meant = near.similar_edits(_compared_forms(form))
+    asking, meant = near.similar_edits(compared_forms(form))
     sizes = torch.bincount(asking // _EDITS)
     for first, second in zip(asking.split(sizes.tolist()), meant.split(sizes.tolist()), strict=True):
         own = first == second
@@ -237,11 +194,11 @@ def _prompt_probs(near: NearPrompts, form: Tensor, twins: tuple[Tensor, Tensor])
     return own_probs, others
 
 
-def _compared_forms(form: Tensor) -> Tensor:
+def compared_forms(form: Tensor) -> Tensor:
     """Return the group of forms (g,) in which kept prompts are compared with each other: as written, in small letters,
     and in capitals. A prompt that is led in is written as it is, and one in another language, too.
     """
-    return torch.where(form >= _OTHER_LANGUAGES, 0, form).masked_fill(form == _LED_IN, -1)
+    return torch.where(form >= OTHER_LANGUAGES, 0, form).masked_fill(form == _LED_IN, -1)
 
 
 def _twins(sums: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,13 +232,3 @@ def _twins(sums: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         ]
     pairs = torch.cat(found, 1) if found else torch.empty(2, 0, dtype=torch.long)
     return pairs[0], pairs[1]
-
-
-def text_edit_probs(late_interaction: LateInteraction, states: Tensor, text: Tensor, count: int) -> Tensor:
-    """Return the probability that each text means each edit, from its tokens' states (n, d): (texts, M)."""
-    probs, tokens = torch.empty(count, late_interaction.edits), Groups(text, count)
-    for part in tokens.sizes.argsort(stable=True).split(_TEXTS):
-        rows, there = tokens.padded(part)
-        # What is no token of a text is its first once more, which changes no maximum.
-        probs[part] = late_interaction(states[rows], torch.ones_like(there))
-    return probs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +12,14 @@ from torch import Tensor
 from wisecli.artifacts.shard import FIRST_LANGUAGE
 from wisecli.config import MergeSettings
 from wisecli.errors import SettingsError
+from wisecli.memory.fitting.former_memory import EditProbs, FormerMemory
+from wisecli.memory.fitting.further_edits import fit_further_edits
 from wisecli.memory.fitting.late_interaction_fitting import (
     MIN_EDIT_PROB,
     MIN_UNNAMED_PROB,
     fit_late_interaction,
-    request_gate_tensors,
 )
+from wisecli.memory.fitting.request_gate_fitting import request_gate_tensors
 from wisecli.memory.merging.merged_evidence import MergedEvidence
 from wisecli.routing.deciding.request_gate import MIN_GATED_PROB
 from wisecli.routing.deciding.subject_tensors import Spellings, fuzzy_match_tensors, subject_match_tensors
@@ -31,7 +34,13 @@ _OF_THE_LEAST = 0.88
 # Keys that are compared at a time.
 _AT_A_TIME = 4096
 
-Fitted = tuple[SideMemory, tuple[Calibration, ...]]
+
+class Fitted(NamedTuple):
+    """A memory, how it was calibrated, and where facts decide how surely prompts mean its edits."""
+
+    memory: SideMemory
+    calibrations: tuple[Calibration, ...]
+    probs: EditProbs | None = None
 
 
 def fit_thresholds(
@@ -56,7 +65,7 @@ def fit_thresholds(
         calibrate(scores[owner == m], background[:, m], rule=rule, false_alarm=rate, groups=groups)
         for m in range(len(draft.thresholds))
     )
-    return replace(draft, thresholds=tuple(one.threshold for one in found)), found
+    return Fitted(replace(draft, thresholds=tuple(one.threshold for one in found)), found)
 
 
 def _scores(change: MatrixMemory, keys: Tensor) -> Tensor:
@@ -95,14 +104,17 @@ def _fit_mean(draft: SideMemory, merged_evidence: MergedEvidence, owner: Tensor)
     for memory in range(len(draft.thresholds)):
         own = each[edit[owner == memory].long().unique()]
         found.append(measure(own, None, float(own.min()) * _OF_THE_LEAST, rule="minimum"))
-    return replace(draft, thresholds=tuple(one.threshold for one in found)), tuple(found)
+    return Fitted(replace(draft, thresholds=tuple(one.threshold for one in found)), tuple(found))
 
 
-def fit_facts(draft: SideMemory, merged_evidence: MergedEvidence, settings: MergeSettings) -> Fitted:
+def fit_facts(
+    draft: SideMemory, merged_evidence: MergedEvidence, settings: MergeSettings, former: FormerMemory | None = None
+) -> Fitted:
     """Return a memory whose edits open by late interaction, and how that was calibrated.
 
     Args:
         draft: the memory without what opens it.
+        former: a memory of the first of the edits, if there is one.
 
     Raises:
         SettingsError: the shards do not keep what their edits' prompts mean.
@@ -113,7 +125,12 @@ def fit_facts(draft: SideMemory, merged_evidence: MergedEvidence, settings: Merg
             "these shards do not say what prompts mean; write them anew with `wise edit`, or leave out --mode lookup"
         )
     edits = int(merged_evidence.evidence.edit.max()) + 1
-    fitted = fit_late_interaction(heads, prompts.compared, edits)
+    compared = prompts.compared
+    if former is None or int(compared.edit.max()) < former.edits:  # no prompt of a further edit is compared
+        fitted = fit_late_interaction(heads, compared, edits)
+        gate = request_gate_tensors(heads, prompts, fitted)
+    else:
+        fitted, gate = fit_further_edits(heads, prompts, edits, former)
     alarms = fitted.unrelated_probs.amax(1)
     least = MIN_GATED_PROB if heads.request_gate else MIN_EDIT_PROB
     if settings.false_alarm is not None:
@@ -122,13 +139,13 @@ def fit_facts(draft: SideMemory, merged_evidence: MergedEvidence, settings: Merg
     if heads.mentioned is not None:
         opened, count = heads.mentioned.tolist()
         calibration = replace(calibration, mentioned=opened / max(1, count))
-    opening = {**fitted.tensors, **request_gate_tensors(heads, prompts, fitted)}
-    return replace(
+    opened = replace(
         draft,
-        tensors={**draft.tensors, **naming(merged_evidence, settings), **opening},
+        tensors={**draft.tensors, **naming(merged_evidence, settings), **fitted.tensors, **gate},
         thresholds=fitted.thresholds(_least_probs(merged_evidence, settings, edits, least)),
         state_layer=int(heads.layer),
-    ), (calibration,)
+    )
+    return Fitted(opened, (calibration,), EditProbs(fitted.own_probs, fitted.other_probs))
 
 
 def _least_probs(merged_evidence: MergedEvidence, settings: MergeSettings, edits: int, least: float) -> Tensor:

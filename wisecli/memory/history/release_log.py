@@ -23,7 +23,7 @@ import jsonlines
 
 from wisecli.artifacts import file_names
 from wisecli.artifacts.checksums import require_checksums
-from wisecli.artifacts.memory_manifest import MANIFEST_NAME, MEMORY_NAME, Manifest, read_manifest
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, MEMORY_NAME, Manifest, MemoryManifest, read_manifest
 from wisecli.edits.checks.signatures import SigningKey
 from wisecli.errors import BusyError, DamagedFileError, MemoryHistoryError, WiseError
 from wisecli.io.atomic_output import link_or_copy, tidy, whole_directory, writing
@@ -33,6 +33,8 @@ from wisecli.io.locks import lock_file
 from wisecli.io.safe_paths import inside, require_regular
 
 HISTORY, LOG, SHARDS = file_names.HISTORY, "log.jsonl", "shards"
+# How surely prompts mean the edits of the newest release, so that the next one need not find it again.
+PROBS_NAME = "probabilities.safetensors"
 _NOT_NEWEST = "its sha256 differs, so that the memory is not the newest release of its log"
 Action = Literal["edit", "merge", "remove", "rollback"]
 
@@ -241,8 +243,8 @@ def record(working: Path, manifest: Manifest, change: Change, *, digest: str) ->
     return release
 
 
-def require_whole(memory: Path, releases: Sequence[Release]) -> None:
-    """Check that a memory's manifest and tensors are those of its newest release, and that no file of it was altered.
+def require_whole(memory: Path, releases: Sequence[Release]) -> MemoryManifest:
+    """Return the manifest of a memory, which with its tensors is its newest release, and of which no file was altered.
 
     Raises:
         DamagedFileError: naming what is otherwise.
@@ -250,11 +252,13 @@ def require_whole(memory: Path, releases: Sequence[Release]) -> None:
     newest, path = releases[-1], memory / MANIFEST_NAME
     if newest.manifest and _digest(path) != newest.manifest:
         raise DamagedFileError(path, _NOT_NEWEST, "roll back to a release")
-    file = read_manifest(memory).memory.file
+    manifest = read_manifest(memory)
+    file = manifest.memory.file
     path = inside(memory, file)
     if _digest(path) != newest.memory:
         raise DamagedFileError(path, _NOT_NEWEST, "roll back to a release")
     require_checksums(memory, expected=has_full_digests(releases), known={file: newest.memory})
+    return manifest
 
 
 def require_whole_history(memory: Path, releases: Sequence[Release]) -> None:
@@ -263,7 +267,9 @@ def require_whole_history(memory: Path, releases: Sequence[Release]) -> None:
     Raises:
         DamagedFileError: naming those that were.
     """
-    require_checksums(memory, expected=has_full_digests(releases), but=(MANIFEST_NAME, MEMORY_NAME))
+    require_checksums(
+        memory, expected=has_full_digests(releases), but=(MANIFEST_NAME, MEMORY_NAME, f"{HISTORY}/{PROBS_NAME}")
+    )
 
 
 def has_full_digests(releases: Sequence[Release]) -> bool:

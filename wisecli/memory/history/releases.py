@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from wisecli.artifacts.checksums import write_checksums
+from wisecli.artifacts.checksums import has_checksums, write_checksums
 from wisecli.artifacts.memory_manifest import MEMORY_NAME, Manifest, write_memory
 from wisecli.artifacts.shard_manifest import MANIFEST_NAME as SHARDS_MANIFEST
 from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory, read_shard_directory
 from wisecli.config import MergeSettings, settings_from
 from wisecli.io.atomic_output import link_or_copy
 from wisecli.io.safe_paths import inside
+from wisecli.memory.history.former_release import former_memory, write_probs
 from wisecli.memory.history.release_log import (
     HISTORY,
     SHARDS,
@@ -28,7 +29,7 @@ from wisecli.memory.history.release_log import (
     shard_path,
 )
 from wisecli.memory.merging.empty_memory import empty_memory
-from wisecli.memory.merging.merger import Merger
+from wisecli.memory.merging.merger import Merged, Merger
 from wisecli.memory.merging.removal import ReducedShards, without
 from wisecli.progress import ProgressCallback, ignore_progress
 
@@ -49,6 +50,7 @@ def publish(
     *,
     new: Mapping[str, Path],
     read: Mapping[str, ShardDirectory] = MappingProxyType({}),
+    anew: bool = False,
     model: str | None = None,
     on_progress: ProgressCallback = ignore_progress,
 ) -> Published:
@@ -57,6 +59,7 @@ def publish(
     Args:
         new: where directories of shards are that the memory's history does not have yet, by the names they will have.
         read: directories of shards that were read already, by their names.
+        anew: whether nothing of the newest release is taken over, as its tensors may have been altered.
 
     Raises:
         WiseError: they cannot be joined, or the disk is full; the memory is as it was.
@@ -68,17 +71,20 @@ def publish(
     kept = {name: one for name, one in kept.items() if one.directory.shards}
     change = replace(change, shards={name: change.shards[name] for name in kept})
     if kept:
-        manifest = _at_home(Merger(list(kept.values()), settings, model=model).merge(on_progress), list(kept))
+        # What is in the history was held against its digests when the change began.
+        checked = {one.directory.path for name, one in kept.items() if name not in new and has_checksums(memory)}
+        merger = Merger(list(kept.values()), settings, model=model, checked=checked)
+        former = None if anew else former_memory(memory, change.shards, merger)
+        merged = merger.merge(on_progress, former=former)
+        manifest = _at_home(merged.manifest, list(kept))
     else:
-        manifest = empty_memory(newest_shards(memory, read_history(memory)), settings, model=model)
-    manifest = replace(manifest, origins=())
+        merged = Merged(empty_memory(newest_shards(memory, read_history(memory))[1], settings, model=model), None)
+        manifest = merged.manifest
     with next_release(memory) as working:
-        return _written(working, manifest, change, kept, new)
+        return _written(working, Merged(replace(manifest, origins=()), merged.probs), change, kept, new)
 
 
-def publish_first(
-    memory: Path, manifest: Manifest, inputs: Sequence[ReducedShards], provenance: Provenance
-) -> Published:
+def publish_first(memory: Path, merged: Merged, inputs: Sequence[ReducedShards], provenance: Provenance) -> Published:
     """Replace a memory by what shards were merged into, with a history that begins there.
 
     Args:
@@ -92,11 +98,12 @@ def publish_first(
     change = Change(
         "merge",
         {name: _gone(one) for name, one in kept.items()},
-        added=tuple(edit.id for edit in manifest.edits),
+        added=tuple(edit.id for edit in merged.manifest.edits),
         provenance=provenance,
     )
+    merged = merged._replace(manifest=_at_home(merged.manifest, list(kept)))
     with next_release(memory, afresh=True) as working:
-        return _written(working, _at_home(manifest, list(kept)), change, kept, paths)
+        return _written(working, merged, change, kept, paths)
 
 
 def _gone(kept: ReducedShards) -> tuple[str, ...]:
@@ -106,7 +113,7 @@ def _gone(kept: ReducedShards) -> tuple[str, ...]:
 
 
 def _written(
-    working: Path, manifest: Manifest, change: Change, kept: Mapping[str, ReducedShards], new: Mapping[str, Path]
+    working: Path, merged: Merged, change: Change, kept: Mapping[str, ReducedShards], new: Mapping[str, Path]
 ) -> Published:
     """Write a release into its working directory.
 
@@ -118,7 +125,9 @@ def _written(
         if name in kept:
             _take_in(kept[name].whole, working / HISTORY / SHARDS / name)
             _share(working / HISTORY / SHARDS / name, kept, name)
+    manifest = merged.manifest
     digest = write_memory(working, manifest, sealed=True)
+    write_probs(working, merged.probs, digest)
     release = record(working, manifest, change, digest=digest)
     # Shards were just read, and their digests checked.
     shards = {
@@ -154,10 +163,17 @@ def settings_of(release: Release) -> MergeSettings:
     return settings_from(MergeSettings, release.merge)
 
 
-def shards_of(memory: Path, release: Release) -> dict[str, ReducedShards]:
-    """Return the shards that a release is merged from, without the edits that are left out, by their names."""
+def shards_of(
+    memory: Path, release: Release, read: Mapping[str, ShardDirectory] = MappingProxyType({})
+) -> dict[str, ReducedShards]:
+    """Return the shards that a release is merged from, without the edits that are left out, by their names.
+
+    Args:
+        read: directories of shards that were read already, by their names.
+    """
     return {
-        name: without(read_shard_directory(shard_path(memory, name)), gone) for name, gone in release.shards.items()
+        name: without(read.get(name) or read_shard_directory(shard_path(memory, name)), gone)
+        for name, gone in release.shards.items()
     }
 
 
@@ -166,10 +182,12 @@ def directories_of(memory: Path, release: Release) -> list[ShardDirectory]:
     return [one.directory for one in shards_of(memory, release).values()]
 
 
-def newest_shards(memory: Path, releases: Sequence[Release]) -> ShardDirectory:
-    """Return the shards that came last, of the newest release that has any; an emptied memory has none."""
-    release = next(release for release in reversed(releases) if release.shards)
-    return directories_of(memory, release)[-1]
+def newest_shards(memory: Path, releases: Sequence[Release]) -> tuple[str, ShardDirectory]:
+    """Return the shards that came last, with all their edits, and their name, of the newest release that has any; an
+    emptied memory has none.
+    """
+    name = list(next(release for release in reversed(releases) if release.shards).shards)[-1]
+    return name, read_shard_directory(shard_path(memory, name))
 
 
 def _at_home(manifest: Manifest, names: list[str]) -> Manifest:

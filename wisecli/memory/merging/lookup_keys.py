@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from wisecli.artifacts.background_stats import BackgroundStats
 from wisecli.artifacts.shard import BEGUN_CONTEXT, SEPARATOR_CONTEXT, SPACE_CONTEXT, Evidence, half
+from wisecli.memory.fitting.former_memory import FormerMemory
 from wisecli.memory.merging.pair_tensors import PairTensors
 from wisecli.routing.memories.fact_memory import ANSWER_WHITENING
 from wisecli.routing.memories.whitening import Moment, whitening
@@ -54,9 +55,9 @@ class Views:
 class LookupSource:
     """What a lookup is made of.
 
-    ``parts`` are, of each shard, what it was trained on; ``trained`` is the same of all shards,
-    where keys and residuals may be missing, with the numbers that edits have among all. ``pairs`` gathers what edits
-    need to answer in pairs, if they do.
+    ``parts`` are, of each shard that is not in a former memory, what it was trained on; ``trained`` is the same of all
+    shards, where keys and residuals may be missing, with the numbers that edits have among all. ``pairs`` gathers what
+    edits need to answer in pairs, if they do.
     """
 
     parts: Iterable[Evidence]
@@ -64,54 +65,98 @@ class LookupSource:
     pairs: PairTensors | None
 
 
-def lookup_keys(source: LookupSource, unrelated: BackgroundStats, strength: float) -> dict[str, Tensor]:
+def lookup_keys(
+    source: LookupSource, unrelated: BackgroundStats, strength: float, former: FormerMemory | None = None
+) -> dict[str, Tensor]:
     """Return the tensors of a lookup's keys and residuals, and of its pairs, by their names in a side memory.
 
     Args:
         strength: how many times a residual is added.
+        former: a lookup of the first shards, if there is one, by the same statistics and strength.
     """
-    views = Views.of(unrelated)
-    whitenings = [whitening(moment) for moment in views.moments]
     keyed = source.trained.context != SEPARATOR_CONTEXT
     edit, separated = source.trained.edit[keyed].long(), source.trained.edit[~keyed].long()
-    count, first, separators = len(edit), 0, 0
-    whitened_keys = torch.empty(count, whitenings[0].directions.shape[1], dtype=torch.int8)
-    key_scales = torch.empty(count)
-    whitening_index, key_to_residual = torch.empty_like(edit), torch.empty_like(edit)
-    residuals = _Residuals(strength)
+    keys, residuals, first, separators = _Keys(Views.of(unrelated), edit), _Residuals(strength), 0, 0
+    if former is not None:
+        first, separators = former.keys, int((separated < former.edits).sum())
+        keys.add_former(former.tensors)
+        residuals.add_former(former.tensors["residuals"])
+        if source.pairs is not None:
+            source.pairs.add_former(former.tensors)
     for whole in source.parts:
         # Keys are whitened from where they lie, so what is parted here has none.
         own, chosen = replace(whole, keys=whole.keys[:, :0]), whole.context != SEPARATOR_CONTEXT
         part, ending = own.rows(chosen), own.rows(~chosen)
-        rows, which, place = slice(first, first + len(part.edit)), views.which(part), chosen.nonzero().flatten()
-        for number in which.unique().tolist():
-            for some in (which == number).nonzero().flatten().split(_AT_A_TIME):
-                rounded, scales = _in_bytes(whitenings[number].whitened_keys(whole.keys[place[some]].float()))
-                whitened_keys.index_copy_(0, first + some, rounded)
-                key_scales.index_copy_(0, first + some, scales)
-        whitening_index[rows] = which
-        key_to_residual[rows] = residuals.add(*_distinct_residuals(part))
+        rows = slice(first, first + len(part.edit))
+        keys.add(first, part, whole.keys, chosen.nonzero().flatten())
+        keys.residual[rows] = residuals.add(*_distinct_residuals(part))
         if source.pairs is not None:
-            source.pairs.add_answers(part, edit[rows], key_to_residual[rows])
+            source.pairs.add_answers(part, edit[rows], keys.residual[rows])
             of_edits = separated[separators : separators + len(ending.edit)]
             source.pairs.add_separators(of_edits, residuals.add(*ending.residuals.unique(dim=0, return_inverse=True)))
         first, separators = rows.stop, separators + len(ending.edit)
-    if not bool((whitening_index == len(whitenings) - 1).any()):  # no prompt ends in a blank
-        whitenings.pop()
     return {
         "residuals": residuals.whole(),
-        "key_to_residual": key_to_residual,
-        "whitened_keys": whitened_keys,
-        "key_scales": key_scales,
-        "cosine_offset": torch.zeros(count),
-        "key_to_edit": edit,
-        "whitening_index": whitening_index,
-        # Of few keys less is known; where nothing is, nothing is gained.
-        "directions": pad_sequence([one.directions for one in whitenings], batch_first=True),
-        "gains": pad_sequence([one.gains for one in whitenings], batch_first=True),
-        "floors": torch.tensor([one.floor for one in whitenings]),
+        **keys.tensors(),
         **({} if source.pairs is None else source.pairs.tensors(residuals.count)),
     }
+
+
+class _Keys:
+    """The keys of all shards, whitened and in bytes, and what is known of each.
+
+    Args:
+        edit: of each, the edit that it is of (n,).
+    """
+
+    def __init__(self, views: Views, edit: Tensor) -> None:
+        self.edit, count = edit, len(edit)
+        self.views, self.whitenings = views, [whitening(moment) for moment in views.moments]
+        self.whitened = torch.empty(count, self.whitenings[0].directions.shape[1], dtype=torch.int8)
+        self.scales = torch.empty(count)
+        self.whitening_index, self.residual = (torch.empty(count, dtype=torch.long) for _ in range(2))
+
+    def add_former(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the keys of a lookup, which are the first."""
+        for name, column in self._columns().items():
+            column[: len(tensors[name])] = tensors[name]
+
+    def add(self, first: int, part: Evidence, keys: Tensor, rows: Tensor) -> None:
+        """Take in the keys of a part of a shard, from ``first`` on; but for the residuals that they add.
+
+        Args:
+            keys: those of the whole shard (n, d_ff), of which the part has some rows (m,).
+        """
+        which = self.views.which(part)
+        for number in which.unique().tolist():
+            for some in (which == number).nonzero().flatten().split(_AT_A_TIME):
+                rounded, scales = _in_bytes(self.whitenings[number].whitened_keys(keys[rows[some]].float()))
+                self.whitened.index_copy_(0, first + some, rounded)
+                self.scales.index_copy_(0, first + some, scales)
+        self.whitening_index[first : first + len(which)] = which
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all of it, with the whitenings that are used, by names in a side memory."""
+        used = self.whitenings
+        if not bool((self.whitening_index == len(used) - 1).any()):  # no prompt ends in a blank
+            used = used[:-1]
+        return {
+            **self._columns(),
+            # Of few keys less is known; where nothing is, nothing is gained.
+            "directions": pad_sequence([one.directions for one in used], batch_first=True),
+            "gains": pad_sequence([one.gains for one in used], batch_first=True),
+            "floors": torch.tensor([one.floor for one in used]),
+        }
+
+    def _columns(self) -> dict[str, Tensor]:
+        return {
+            "key_to_residual": self.residual,
+            "whitened_keys": self.whitened,
+            "key_scales": self.scales,
+            "cosine_offset": torch.zeros(len(self.edit)),
+            "key_to_edit": self.edit,
+            "whitening_index": self.whitening_index,
+        }
 
 
 def _in_bytes(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,6 +173,11 @@ class _Residuals:
 
     def __init__(self, strength: float) -> None:
         self.strength, self.count, self.parts = strength, 0, list[Tensor]()
+
+    def add_former(self, residuals: Tensor) -> None:
+        """Take over residuals (m, d) that are at that strength already."""
+        self.parts.append(residuals)
+        self.count += len(residuals)
 
     def add(self, residuals: Tensor, index: Tensor) -> Tensor:
         """Take in some residuals (m, d); returns what indices of those (n,) are among all (n,)."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from wisecli.artifacts.shard import Evidence
 from wisecli.config import MergeSettings
 from wisecli.editing.writers.ridge import Penalty, Statistics, solve, statistics
+from wisecli.memory.fitting.former_memory import FormerMemory
 from wisecli.memory.fitting.router_fitting import Fitted, fit_facts, fit_thresholds
 from wisecli.memory.merging.lookup_keys import LookupSource, lookup_keys
 from wisecli.memory.merging.merged_evidence import MergedEvidence
@@ -56,19 +57,26 @@ def matrices(deltas: Tensor, merged_evidence: MergedEvidence, settings: MergeSet
     return fit_facts(SideMemory({**pack(deltas), "edit_to_matrix": edit_to_matrix}, ()), merged_evidence, settings)
 
 
-def lookup(merged_evidence: MergedEvidence, settings: MergeSettings, parts: Iterable[Evidence] | None = None) -> Fitted:
+def lookup(
+    merged_evidence: MergedEvidence,
+    settings: MergeSettings,
+    parts: Iterable[Evidence] | None = None,
+    former: FormerMemory | None = None,
+) -> Fitted:
     """Return a lookup that keeps every trained key with its residual; contexts that share a residual keep it once.
 
     Args:
         parts: what each shard was trained on, if the evidence has no keys and residuals; they are read last.
+        former: a lookup of the first shards, if there is one; ``parts`` are then of the other shards.
     """
     trained, token = merged_evidence.evidence.rows(merged_evidence.trained), merged_evidence.separator_token_id
-    opened, calibrations = fit_facts(SideMemory({}, (), "lookup"), merged_evidence, settings)
+    fitted = fit_facts(SideMemory({}, (), "lookup"), merged_evidence, settings, former)
     merged_evidence = replace(merged_evidence, prompts=None)  # the states of prompts are let go before keys are read
+    opened = fitted.memory
     pairs = None if token is None else PairTensors(token, len(opened.thresholds))
     source = LookupSource([trained] if parts is None else parts, trained, pairs)
-    keys = lookup_keys(source, merged_evidence.unrelated, settings.strength)
-    return replace(opened, tensors={**keys, **opened.tensors}), calibrations
+    keys = lookup_keys(source, merged_evidence.unrelated, settings.strength, former)
+    return fitted._replace(memory=replace(opened, tensors={**keys, **opened.tensors}))
 
 
 def pack(deltas: Tensor) -> dict[str, Tensor]:

@@ -68,8 +68,7 @@ def extended_memory(merger: Merger, output: Path, *, signed: bool = False) -> Ex
     """
     try:
         releases = read_history(output)
-        require_whole(output, releases)
-        found = read_manifest(output)
+        found = require_whole(output, releases)
         digests = {sha256_file(shard_path(output, name) / SHARDS_MANIFEST) for name in releases[-1].shards}
     except DamagedFileError as error:
         raise OutputExistsError(output, [str(error)]) from None

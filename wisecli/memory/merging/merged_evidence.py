@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -66,18 +67,21 @@ def read_merged_evidence(directories: Sequence[ShardDirectory]) -> tuple[MergedE
     ), shards
 
 
-def read_for_lookup(directories: Sequence[ShardDirectory]) -> MergedEvidence:
+def read_for_lookup(directories: Sequence[ShardDirectory], checked: Container[Path] = ()) -> MergedEvidence:
     """Return the evidence of all shards of some directories without what takes most room, keys and residuals: (n, 0)
     each.
 
     The states of prompts are in half precision, where they are stored so.
+
+    Args:
+        checked: the directories of which files were just held against their digests.
 
     Raises:
         DamagedFileError: a shard's file cannot be used.
     """
     parts, places, joined = [], _places(directories), _JoinedPrompts(_prompt_tokens(directories))
     for (directory, entry), place in zip(_entries(directories), places, strict=True):
-        tensors = directory.tensors(entry, lambda name: name not in _LARGE, check=True)
+        tensors = directory.tensors(entry, lambda name: name not in _LARGE, check=directory.path not in checked)
         nothing = {name: torch.empty(len(tensors["evidence.edit"]), 0) for name in _LARGE[:2]}
         parts.append(
             evidence_in(directory.path / entry.file, {**tensors, **nothing}).rows(
@@ -90,8 +94,13 @@ def read_for_lookup(directories: Sequence[ShardDirectory]) -> MergedEvidence:
     subjects, tokens = _named(directories)
     evidence, unrelated = join_evidence(parts, places), _unrelated_of(directories)
     prompts = joined.whole() if joined.shards == len(parts) else None
-    separator = next((one.separator_token_id for one in directories if one.separator_token_id is not None), None)
-    return MergedEvidence(evidence, _numbered(parts), (), unrelated, subjects, prompts, tokens, separator)
+    numbered, separator = _numbered(parts), separator_of(directories)
+    return MergedEvidence(evidence, numbered, (), unrelated, subjects, prompts, tokens, separator)
+
+
+def separator_of(directories: Sequence[ShardDirectory]) -> int | None:
+    """Return the token between two answers, if any edits of some shards answer in pairs."""
+    return next((one.separator_token_id for one in directories if one.separator_token_id is not None), None)
 
 
 class _JoinedPrompts:
@@ -153,8 +162,8 @@ def _entries(directories: Sequence[ShardDirectory]) -> list[tuple[ShardDirectory
 
 def _held(directory: ShardDirectory, entry: ShardEntry, edit: Tensor) -> Tensor:
     """Return which rows of a shard are of edits (n,) that its manifest still names (n,)."""
-    names = set(entry.edits)
-    return torch.tensor([one.id in names for one in directory.edits])[edit.long()]
+    names, (numbers, index) = set(entry.edits), edit.long().unique(return_inverse=True)
+    return torch.tensor([directory.edits[number].id in names for number in numbers.tolist()], dtype=torch.bool)[index]
 
 
 def _numbered(parts: Sequence[Evidence]) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from wisecli.editing.writers.ridge import Penalty
 from wisecli.environment import versions
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.memory.fitting.former_memory import EditProbs, FormerMemory
 from wisecli.memory.fitting.router_fitting import Fitted
 from wisecli.memory.merging.memory_builder import lookup, matrices, refit, solve_exactly
 from wisecli.memory.merging.merge_methods import METHODS, Recipe, merge_deltas
@@ -23,6 +26,7 @@ from wisecli.memory.merging.merged_evidence import (
     MergedEvidence,
     read_for_lookup,
     read_merged_evidence,
+    separator_of,
     trained_evidence,
 )
 from wisecli.memory.merging.removal import ReducedShards, solved_anew
@@ -41,18 +45,33 @@ _IN_FORMS = (
 )
 
 
+class Merged(NamedTuple):
+    """A memory with all that its manifest says, and where facts decide how surely prompts mean its edits."""
+
+    manifest: Manifest
+    probs: EditProbs | None
+
+
 class Merger:
     """Shards that are to be merged, checked against each other and their base before any tensor is read.
 
     Args:
         read: directories that ``wise edit`` wrote, of the same matrix of the same model, without some of their edits.
         model: where the base model is now, if not where the shards say.
+        checked: the directories of which files were just held against their digests.
 
     Raises:
         WiseError: the shards, the settings or the base cannot be used.
     """
 
-    def __init__(self, read: Sequence[ReducedShards], settings: MergeSettings, *, model: str | None = None) -> None:
+    def __init__(
+        self,
+        read: Sequence[ReducedShards],
+        settings: MergeSettings,
+        *,
+        model: str | None = None,
+        checked: Container[Path] = (),
+    ) -> None:
         self.directories = [kept.directory for kept in read if kept.directory.shards]
         if not self.directories:
             raise SettingsError("no edit would be left; delete the memory instead")
@@ -65,7 +84,7 @@ class Merger:
         require_base(base, self.checkpoint, first.site, first.fingerprint)
         if not self.settings.for_lookup:
             _require_solved(read, self.settings)
-        self.site = first.site
+        self.site, self.checked = first.site, checked
         self.count = sum(len(directory.shards) for directory in self.directories)
         self.edits = tuple(edit for directory in self.directories for edit in directory.written)
 
@@ -81,6 +100,11 @@ class Merger:
         return all(directory.settings["writer"] == "solve" for directory in self.directories)
 
     @property
+    def separator_token_id(self) -> int | None:
+        """The token between two answers, if any edits answer in pairs."""
+        return separator_of(self.directories)
+
+    @property
     def owners(self) -> tuple[tuple[str, ...], ...]:
         """Ids of the edits of every memory."""
         if self.settings.mode == "retrieve" and not self.by_facts:
@@ -88,7 +112,7 @@ class Merger:
         return (tuple(edit.id for edit in self.edits),)
 
     def _read(self, on_progress: ProgressCallback) -> MergedEvidence:
-        merged_evidence = self._with_prompts(read_for_lookup(self.directories))
+        merged_evidence = self._with_prompts(read_for_lookup(self.directories, self.checked))
         on_progress(Event("merging"))
         return merged_evidence
 
@@ -101,16 +125,19 @@ class Merger:
             )
         return merged_evidence
 
-    def merge(self, on_progress: ProgressCallback = ignore_progress) -> Manifest:
+    def merge(self, on_progress: ProgressCallback = ignore_progress, *, former: FormerMemory | None = None) -> Merged:
         """Return the memory that the shards make, with all that its manifest says; reads shard files and one base
         matrix.
+
+        Args:
+            former: a lookup of the first shards by the same settings, if there is one: what it has is taken over.
         """
         first, settings = self.directories[0], self.settings
         on_progress(Event("shards"))
         if settings.for_lookup:
             # No name holds the evidence: the states of prompts are let go before keys are read.
-            parts = trained_evidence(self.directories)
-            memory, calibrations = lookup(self._read(on_progress), settings, parts)
+            parts = trained_evidence(self.directories[0 if former is None else former.directories :])
+            fitted = lookup(self._read(on_progress), settings, parts, former)
         else:
             merged_evidence, shards = read_merged_evidence(self.directories)
             own = self._with_prompts(merged_evidence).of_own_prompts()
@@ -119,22 +146,23 @@ class Merger:
                 on_progress(Event(NOTE, note=_IN_FORMS))
             base = self.site.matrix(self.checkpoint)
             try:
-                memory, calibrations = _in_matrices(self.directories, shards, own, settings, base)
+                fitted = _in_matrices(self.directories, shards, own, settings, base)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # the stubs leave it out
                 raise DamagedFileError(first.path, f"its evidence has no solution ({error})", "edit anew") from None
-        return Manifest(
+        manifest = Manifest(
             self.model,
             first.revision,
             first.fingerprint,
             self.site,
-            memory,
-            calibrations,
+            fitted.memory,
+            fitted.calibrations,
             self.owners,
             {**asdict(settings), "shards": [[str(one.path), len(one.shards)] for one in self.directories]},
             self.edits,
             versions(),
             tuple(map(origin_of, self.directories)),
         )
+        return Merged(manifest, fitted.probs)
 
 
 def _require_solved(read: Sequence[ReducedShards], settings: MergeSettings) -> None:

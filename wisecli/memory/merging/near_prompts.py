@@ -76,44 +76,51 @@ class NearPrompts:
         scores = near.new_zeros(len(near), len(kept)).index_add_(1, place, near).T
         return F.logsigmoid(late_interaction.logit_scale[head] * (scores - late_interaction.logit_offset[head]))
 
-    def similar_edits(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+    def similar_edits(self, groups: Tensor, *, beside: int = 0) -> tuple[Tensor, Tensor]:
         """Return the pairs of edits with similar subjects (p,) twice, ascending; each edit with prompts is one with
         itself.
 
         Args:
             groups: of each kept prompt, the group of which it is compared with the others (g,); none if below nought.
+            beside: the first of those edits of which one must be in every pair.
         """
         edits = self.late_interaction.edits
         own = self.late_interaction.prompt_to_edit.unique()
+        own = own[own >= beside]
         found = [own * edits + own]
         for group in groups[groups >= 0].unique().tolist():
             numbers = (groups == group).nonzero().flatten()
-            found += [asking * edits + kept for asking, kept in self._similar_in(numbers)]
+            later = self.late_interaction.prompt_to_edit[numbers] >= beside
+            found += [asking * edits + kept for asking, kept in self._similar(numbers, numbers[later])]
+            found += [asking * edits + kept for asking, kept in self._similar(numbers[later], numbers[~later])]
         pairs = torch.cat(found).unique()
         return pairs // edits, pairs % edits
 
-    def _similar_in(self, numbers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield pairs of edits whose subjects are alike in some of the kept prompts (g,)."""
+    def _similar(self, asking: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield pairs of edits of which prompts (a,) of the first have subjects like those of prompts (b,) of the
+        second.
+        """
+        if not len(kept) or not len(asking):
+            return
         late_interaction = self.late_interaction
-        owner = late_interaction.prompt_to_edit[numbers]
-        rows, index = self.kept_tokens.members(numbers)
+        rows, index = self.kept_tokens.members(kept)
         dtype = torch.bfloat16 if has_quick_bfloat16() else torch.float32
         embeddings = late_interaction.prompt_token_embeddings[rows].to(dtype)
         weights = late_interaction.token_weights[rows, None]
         parts = list(zip(*(one.split(_TOKENS) for one in (embeddings, index, weights)), strict=True))
         odds = math.log(HOPELESS / (1 - HOPELESS))
         least = float(late_interaction.logit_offset[0]) + odds / float(late_interaction.logit_scale[0]) - _SLACK
-        for part in self.tokens.sizes[numbers].argsort(stable=True).split(_AT_A_TIME):
-            tokens = self.tokens.padded(numbers[part])[0]
+        for part in asking[self.tokens.sizes[asking].argsort(stable=True)].split(_AT_A_TIME):
+            tokens = self.tokens.padded(part)[0]
             columns = F.embedding(tokens.T.flatten(), self.projected[0]).to(dtype).T.contiguous()  # (k, W · B)
-            scores = torch.zeros(len(numbers), len(part))
+            scores = torch.zeros(len(kept), len(part))
             for some, prompt, weight in parts:
-                scores.index_add_(0, prompt, _highest((some @ columns).view(len(some), -1, len(part))) * weight)
-            kept, asking = (scores >= least).nonzero(as_tuple=True)
-            yield owner[part[asking]], owner[kept]
+                scores.index_add_(0, prompt, highest((some @ columns).view(len(some), -1, len(part))) * weight)
+            near, place = (scores >= least).nonzero(as_tuple=True)
+            yield late_interaction.prompt_to_edit[part[place]], late_interaction.prompt_to_edit[kept[near]]
 
 
-def _highest(cosines: Tensor) -> Tensor:
+def highest(cosines: Tensor) -> Tensor:
     """Return the highest of cosines (n, W, b) over W, or nought if all are less: (n, b).
 
     Those of few bits are compared as the whole numbers that stand for them, several times as fast: from nought on the

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,13 @@ class PairTensors:
         self.separators, self.begins = (torch.zeros(edits, dtype=torch.long) for _ in range(2))
         self.usable = torch.zeros(edits, dtype=torch.uint8)
         self.ends: list[Tensor] = []
+
+    def add_former(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what a memory of the first edits has."""
+        first = slice(len(tensors["pairs.usable"]))
+        self.separators[first], self.begins[first] = tensors["pairs.separators"], tensors["pairs.begins"]
+        self.usable[first] = tensors["pairs.usable"]
+        self.ends.append(tensors["pairs.ends"].nonzero().flatten())
 
     def add_answers(self, evidence: Evidence, edit: Tensor, residual: Tensor) -> None:
         """Note where answers begin and end.

@@ -47,7 +47,7 @@ _MAX_EARLIER_TURNS = 2
 _MAX_COMPARISONS, _TOKENS = 1 << 24, 2048
 # An edit whose subject is less likely than this is not what is asked, whatever its relation; but so many kept prompts
 # are always compared whole, as the likeliest of all edits is shown to those who ask why none opened.
-HOPELESS, _MIN_COMPARED_PROMPTS = 0.25, 8
+HOPELESS, MIN_COMPARED_PROMPTS = 0.25, 8
 
 
 class ProjectedPrompts(NamedTuple):
@@ -152,7 +152,7 @@ class LateInteraction(nn.Module):
             return probs
         every = torch.arange(prompts, device=self.prompt_to_edit.device)
         subject_log_probs = self.log_probs(query, 0, every)
-        least = subject_log_probs.topk(min(_MIN_COMPARED_PROMPTS, prompts)).values[:, -1:].clamp(max=math.log(HOPELESS))
+        least = subject_log_probs.topk(min(MIN_COMPARED_PROMPTS, prompts)).values[:, -1:].clamp(max=math.log(HOPELESS))
         close = subject_log_probs >= least
         some = close.any(0).nonzero().flatten()
         both = subject_log_probs[:, some] + self.log_probs(query, 1, some)

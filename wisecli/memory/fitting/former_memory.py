@@ -1,0 +1,38 @@
+"""What a memory holds of edits that are merged once more, with others behind them, and need not be found anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class EditProbs(NamedTuple):
+    """How surely each kept prompt means its edit, ``own`` (g,), and any prompt of another edit each, ``other`` (M,)."""
+
+    own: Tensor
+    other: Tensor
+
+
+class FormerMemory(NamedTuple):
+    """The tensors of a lookup, the probabilities of its edits, and of how many directories of shards it was made."""
+
+    tensors: Mapping[str, Tensor]
+    probs: EditProbs
+    directories: int
+
+    @property
+    def edits(self) -> int:
+        """How many edits there are."""
+        return len(self.probs.other)
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts are kept."""
+        return len(self.probs.own)
+
+    @property
+    def keys(self) -> int:
+        """How many keys there are."""
+        return len(self.tensors["key_to_edit"])

@@ -1,0 +1,103 @@
+"""Fits the request gate to a memory's edits: how surely each must be asked, from the states of its own prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from wisecli.artifacts.background_stats import RouterHeads
+from wisecli.artifacts.shard import PromptStates
+from wisecli.memory.fitting.late_interaction_fitting import OTHER_LANGUAGES, FittedLateInteraction, prompt_numbers
+from wisecli.routing.deciding.late_interaction import LateInteraction
+from wisecli.routing.deciding.request_gate import (
+    LOGIT_OFFSET,
+    Request,
+    RequestGate,
+    TokenMarks,
+    batch_mentions,
+    mention_features,
+    unsureness,
+)
+
+# How far below the log-odds of its own prompt an edit's offset lies, if that is below nought, and how low it may.
+_LOGIT_MARGIN, _MIN_LOGIT_OFFSET = 1.0, -50.0
+# Prompts that are read at a time.
+_AT_A_TIME = 1024
+
+
+def request_gate_tensors(
+    heads: RouterHeads, prompts: PromptStates, fitted: FittedLateInteraction, former: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors ``REQUEST_GATE`` and each edit's offset; none if no gate was learned for the base model.
+
+    A prompt asks an edit that it mentions where that is more likely than not. Where an edit's own prompt is less
+    likely, its offset lies below that.
+
+    Args:
+        former: the tensors of a memory of the first edits, if there is one.
+    """
+    if not heads.request_gate:
+        return {}
+    edits = len(fitted.written_probs)
+    late_interaction, logit_offset = LateInteraction(fitted.tensors, edits), torch.zeros(edits)
+    gate = RequestGate({**heads.request_gate, LOGIT_OFFSET: logit_offset})
+    first_states, prompts = prompts.openings, prompts.compared
+    # As it is written, and in other languages.
+    written = prompts.rows((prompts.form == 0) | (prompts.form >= OTHER_LANGUAGES))
+    each = torch.stack([written.edit.long(), written.form.long()], 1)
+    pairs, sizes = each.unique_consecutive(dim=0, return_counts=True)
+    own_probs = fitted.own_probs[_kept_prompts(prompts, pairs)]
+    states, marks = written.states.split(sizes.tolist()), _marks(gate, written.token, sizes.tolist())
+    begun, known = (0, 0) if former is None else _begun(pairs[:, 0], len(former[LOGIT_OFFSET]))
+    for some in torch.arange(begun, len(pairs)).split(_AT_A_TIME):
+        own = torch.cat([states[number] for number in some.tolist()]).float()
+        turned = late_interaction.project(own[None], torch.ones(1, len(own), dtype=torch.bool)).projected[:, 0]
+        counts = sizes[some].tolist()
+        own_marks = [marks[number] for number in some.tolist()]
+        parts = zip(own.split(counts), turned.split(counts, 1), own_marks, pairs[some].tolist(), strict=True)
+        edit_tokens = late_interaction.edit_tokens(pairs[some, 0])
+        requests = [
+            Request(one, near, tokens, first_state=first_states.get((edit, form)), marks=own)
+            for (one, near, own, (edit, form)), tokens in zip(parts, edit_tokens, strict=True)
+        ]
+        log_odds = gate.log_odds(batch_mentions(mention_features(requests))) + unsureness(own_probs[some])
+        lower = (log_odds - _LOGIT_MARGIN).clamp(_MIN_LOGIT_OFFSET, 0.0)
+        logit_offset = logit_offset.scatter_reduce(0, pairs[some, 0], lower, "amin")
+    if former is not None:
+        logit_offset[:known] = former[LOGIT_OFFSET][:known]
+    return {**heads.request_gate, LOGIT_OFFSET: logit_offset}
+
+
+def _begun(edit: Tensor, known: int) -> tuple[int, int]:
+    """Return from which prompt on some are read, where offsets of edits are known, and from which edit on anew.
+
+    What was read with fewer others beside it is read once more, as sums were rounded in another way.
+
+    Args:
+        edit: of each prompt that would be read (p,), ascending.
+        known: of how many edits offsets are known.
+    """
+    begun = int((edit < known).sum()) // _AT_A_TIME * _AT_A_TIME
+    if begun == len(edit):
+        return begun, known
+    first = int(edit[begun])
+    split = begun > 0 and int(edit[begun - 1]) == first
+    return begun - _AT_A_TIME * split, min(first, known)
+
+
+def _kept_prompts(prompts: PromptStates, pairs: Tensor) -> Tensor:
+    """Return the numbers of kept prompts, by their edits and forms (p, 2): (p,)."""
+    forms = int(prompts.form.max()) + 1
+    every = prompt_numbers(prompts.edit, prompts.form, forms).unique()
+    return torch.searchsorted(every, prompt_numbers(pairs[:, 0], pairs[:, 1], forms))
+
+
+def _marks(gate: RequestGate, ids: Tensor, sizes: list[int]) -> list[TokenMarks] | list[None]:
+    """Return the marks of tokens (n,) of prompts with so many each, if the gate heeds any."""
+    marks = gate.marks(ids)
+    if marks is None:
+        return [None] * len(sizes)
+    starts = [None] * len(sizes) if marks.starts is None else marks.starts.split(sizes)
+    return [TokenMarks(*own) for own in zip(marks.ends.split(sizes), starts, strict=True)]

@@ -1,0 +1,68 @@
+"""How surely unrelated texts mean the edits of a memory: only those are compared whole that may mean an edit at all."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from wisecli.environment import has_quick_bfloat16
+from wisecli.memory.merging.near_prompts import Groups, highest
+from wisecli.routing.deciding.late_interaction import (
+    HOPELESS,
+    LATE_INTERACTION,
+    MIN_COMPARED_PROMPTS,
+    LateInteraction,
+    ProjectedPrompts,
+)
+
+# Texts that are compared at a time, and tokens of kept prompts.
+_TEXTS, _TOKENS = 32, 2048
+# From so many kept prompts on, those are looked for first with few bits; the scores of those are off by less.
+_MANY, _SLACK = 2048, 0.02
+
+
+def text_edit_probs(late_interaction: LateInteraction, states: Tensor, text: Tensor, count: int) -> Tensor:
+    """Return the probability that each text means each edit, from its tokens' states (n, d): (texts, M)."""
+    probs, tokens = torch.empty(count, late_interaction.edits), Groups(text, count)
+    few = has_quick_bfloat16() and len(late_interaction.prompt_to_edit) >= _MANY
+    for part in tokens.sizes.argsort(stable=True).split(_TEXTS):
+        rows, there = tokens.padded(part)
+        # What is no token of a text is its first once more, which changes no maximum.
+        query = late_interaction.project(states[rows], torch.ones_like(there))
+        compared = _hopeful(late_interaction, query) if few else late_interaction
+        probs[part] = compared.edit_probs(query)
+    return probs
+
+
+def _hopeful(late_interaction: LateInteraction, query: ProjectedPrompts) -> LateInteraction:
+    """Return late interaction with no other kept prompts than those whose subjects some texts may have, and the
+    likeliest for each text.
+    """
+    count, texts = len(late_interaction.prompt_to_edit), len(query.mask)
+    columns = query.projected[0].transpose(0, 1).flatten(0, 1).bfloat16().T.contiguous()  # (k, W · B)
+    scores = torch.zeros(count, texts)
+    for rows in (late_interaction.token_to_prompt < count).nonzero().flatten().split(_TOKENS):
+        cosines = late_interaction.prompt_token_embeddings[rows].bfloat16() @ columns
+        near = highest(cosines.view(len(rows), -1, texts)) * late_interaction.token_weights[rows, None]
+        scores.index_add_(0, late_interaction.token_to_prompt[rows], near)
+    odds = math.log(HOPELESS / (1 - HOPELESS))
+    hopeless = float(late_interaction.logit_offset[0]) + odds / float(late_interaction.logit_scale[0])
+    least = scores.topk(MIN_COMPARED_PROMPTS, 0).values[-1].clamp(max=hopeless) - 2 * _SLACK
+    return _with_prompts(late_interaction, (scores >= least).any(1).nonzero().flatten())
+
+
+def _with_prompts(late_interaction: LateInteraction, prompts: Tensor) -> LateInteraction:
+    """Return late interaction with some of the kept prompts (p,)."""
+    count = len(late_interaction.prompt_to_edit)
+    place = torch.full((2 * count,), -1)
+    place[torch.cat([prompts, prompts + count])] = torch.arange(2 * len(prompts))
+    prompt = place[late_interaction.token_to_prompt]
+    rows = (prompt >= 0).nonzero().flatten()
+    tensors = {name: getattr(late_interaction, name.removeprefix("late_interaction.")) for name in LATE_INTERACTION}
+    for name in ("prompt_token_embeddings", "token_weights"):
+        tensors[f"late_interaction.{name}"] = tensors[f"late_interaction.{name}"][rows]
+    tensors["late_interaction.token_to_prompt"] = prompt[rows]
+    tensors["late_interaction.prompt_to_edit"] = late_interaction.prompt_to_edit[prompts]
+    return LateInteraction(tensors, late_interaction.edits)

@@ -45,8 +45,8 @@ MIN_ASK_PROB = 0.5
 # one of those by itself.
 _RIVALS, _MIN_PART_PROB = 4, 0.5
 # So many of a prompt's sentences are looked at, those that have an edit best, where several may mention it; and what a
-# prompt begins or ends with is so many tokens. A mention there is looked at in several ways, in each of which it must be
-# asked as likely as this, and in their mean above even odds.
+# prompt begins or ends with is so many tokens. A mention there is looked at in several ways: each must find it asked as
+# likely as this, and their mean above even odds.
 _MENTIONS, _EDGE, _MIN_EACH_PROB = 3, 12, 0.3
 
 

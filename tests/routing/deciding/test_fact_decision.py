@@ -7,7 +7,7 @@ import torch
 
 from wisecli.evaluation.edited_model import EditedModel
 from wisecli.models.prompts.tokenization import Row, collate
-from wisecli.routing.deciding.fact_decision import FactDecision
+from wisecli.routing.deciding.fact_decision import MIN_ASK_PROB, FactDecision
 from wisecli.routing.deciding.prompt_window import UNROUTED
 
 QUOTED = (
@@ -16,16 +16,21 @@ QUOTED = (
 
 
 @torch.no_grad()
-def opened(edited: EditedModel, pattern: str) -> list[bool]:
-    """Whether the pattern with each edit's question in it opens that edit; no other edit may open."""
+def ask_probs(edited: EditedModel, pattern: str) -> list[float]:
+    """How surely the pattern with each edit's question in it asks that edit; no other edit may open."""
     found = []
     for number, edit in enumerate(edited.manifest.edits):
         prompt = pattern.replace("{question}", edit.prompt)
         decision = edited.decide(collate([Row(tuple(edited.tokenizer(prompt)["input_ids"]), (2,))]))
-        memory = int(decision.memory[0])
-        assert memory in (number, UNROUTED)
-        found.append(memory == number)
+        assert decision.ask_prob is not None
+        found.append(float(decision.ask_prob[0]))
+        assert int(decision.memory[0]) == (number if found[-1] > MIN_ASK_PROB else UNROUTED)
     return found
+
+
+def opened(edited: EditedModel, pattern: str) -> list[bool]:
+    """Whether the pattern with each edit's question in it opens that edit."""
+    return [prob > MIN_ASK_PROB for prob in ask_probs(edited, pattern)]
 
 
 def opened_by_the_gate_alone(edited: EditedModel, pattern: str, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
@@ -48,9 +53,10 @@ def test_what_a_text_alone_quotes_is_left_to_the_gate(
 
 
 @pytest.mark.parametrize("task", ["Translate into French: {question}", "How do you say this in Greek?\n{question}"])
-def test_a_task_on_what_a_text_quotes_opens_no_more_than_it_does_by_itself(
+def test_a_task_on_what_a_text_quotes_opens_only_where_the_gate_alone_does_or_is_unsure_of_the_task_itself(
     edited_chain: EditedModel, monkeypatch: pytest.MonkeyPatch, task: str
 ) -> None:
     by_the_gate = opened_by_the_gate_alone(edited_chain, QUOTED + task, monkeypatch)
-    by_itself = opened(edited_chain, task)
-    assert sum(opened(edited_chain, QUOTED + task)) <= sum(by_the_gate) + sum(by_itself)
+    by_itself = [prob > 0.3 for prob in ask_probs(edited_chain, task)]
+    found = opened(edited_chain, QUOTED + task)
+    assert not any(one and not (gate or own) for one, gate, own in zip(found, by_the_gate, by_itself, strict=True))

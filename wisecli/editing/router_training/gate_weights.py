@@ -55,7 +55,11 @@ class _Standardized:
 class _Pool:
     """Mentions one behind the other, their states mapped, of which batches are taken by number.
 
-    ``asks`` says whether each asks its fact (M,); the facts from ``first_held_out`` on are held out.
+    ``asks`` says whether each asks its fact (M,), ``held_out`` whether that fact is held out (M,).
+
+    Args:
+        mapped: what states are mapped by.
+        first_held_out: the number of the first fact that is held out.
     """
 
     def __init__(
@@ -84,10 +88,11 @@ class _Pool:
                 yield self.batch(some)
 
     def epochs(self) -> Iterator[Tensor]:
-        """Yield the numbers of batches of those that may be learned from, all in turn and then anew, without end."""
+        """Yield the numbers of batches of those that may be learned from, if any, all in turn and then anew."""
         numbers = (~self.held_out).nonzero()[:, 0]
-        while True:
+        while len(numbers):
             order = numbers[torch.randperm(len(numbers)).to(numbers.device)]
+            # The last batch of a round is left out where it is smaller.
             yield from (some for some in order.split(_BATCH) if len(some) == min(_BATCH, len(numbers)))
 
 
@@ -125,8 +130,9 @@ def mean_gate(gates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         own = torch.block_diag(*(part[:, :columns] for part in parts))
         return torch.cat([own, torch.cat([part[:, columns:] for part in parts])], 1)
 
-    mean = torch.cat([part[:, :-1] for part in out] + [sum((part[:, -1:] for part in out), out[0].new_zeros(1, 1))], 1)
-    joined = torch.cat(read), apart(attend, width), apart(value, width), apart(mix, -1), mean / len(gates)
+    bias = torch.stack([part[:, -1:] for part in out]).sum(0)
+    mean = torch.cat([*(part[:, :-1] for part in out), bias], 1) / len(gates)
+    joined = torch.cat(read), apart(attend, width), apart(value, width), apart(mix, -1), mean
     return dict(zip(REQUEST_GATE, joined, strict=True))
 
 

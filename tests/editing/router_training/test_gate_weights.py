@@ -32,7 +32,7 @@ def test_the_mean_gate_has_the_mean_log_odds() -> None:
     torch.testing.assert_close(log_odds(mean_gate(gates), mentions), mean, rtol=1e-4, atol=1e-4)
 
 
-def test_what_asks_is_told_from_what_mentions_and_few_questions_held_out_are_refused() -> None:
+def test_what_asks_is_told_from_what_mentions_in_the_same_way_each_time() -> None:
     chance, asks = torch.Generator().manual_seed(4), [number % 2 == 0 for number in range(400)]
     mentions = [
         one._replace(states=one.states + (1.5 if ask else -1.5))

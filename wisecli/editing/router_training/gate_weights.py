@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.editing.router_training.request_examples import Example
+from wisecli.editing.router_training.token_states import rows_of
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.deciding.name_features import NAME_FEATURE_COUNT
 from wisecli.routing.deciding.request_gate import FEATURE_COUNT, REQUEST_GATE, Mention, Mentions, log_odds
@@ -69,16 +70,13 @@ class _Pool:
         self.features = torch.cat([one.features for one in mentions])
         device = self.states.device
         self.sizes = torch.tensor([len(one.states) for one in mentions], device=device)
-        self.first = self.sizes.cumsum(0) - self.sizes
         self.asks = torch.tensor([one.asks for one in examples], device=device)
         self.held_out = torch.tensor([one.fact >= first_held_out for one in examples], device=device)
 
     def batch(self, chosen: Tensor) -> Mentions:
         """Return the mentions of some numbers (B,)."""
-        sizes = self.sizes[chosen]
-        of = torch.arange(len(chosen), device=sizes.device).repeat_interleave(sizes)
-        place = torch.arange(len(of), device=sizes.device) - (sizes.cumsum(0) - sizes - self.first[chosen])[of]
-        return Mentions(self.states[place].float(), self.features[place].float(), of, len(chosen))
+        rows, mention = rows_of(chosen, self.sizes)
+        return Mentions(self.states[rows].float(), self.features[rows].float(), mention, len(chosen))
 
     def held_out_questions(self) -> Iterator[Mentions]:
         """Yield batches of the questions on facts that are held out, those of like length together."""

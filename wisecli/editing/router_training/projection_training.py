@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from wisecli.artifacts.background_stats import RouterHeads, load_heads
 from wisecli.data.corpus import made_up_subjects, relations, unrelated_texts
 from wisecli.editing.router_training.request_gate_training import Projections, train_request_gate
-from wisecli.editing.router_training.token_states import TokenStates, special_tokens, token_states
+from wisecli.editing.router_training.token_states import TokenStates, rows_of, special_tokens, token_states
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import keep_in_cache, save_tensors
 from wisecli.io.digest import sha256_json
@@ -154,8 +154,7 @@ class _Pool:
 
     def __init__(self, read: TokenStates, texts: int, device: torch.device) -> None:
         self.states = read.states.to(device)
-        sizes = torch.bincount(read.text.to(device), minlength=texts)
-        self.first, self.sizes = sizes.cumsum(0) - sizes, sizes
+        self.sizes = torch.bincount(read.text.to(device), minlength=texts)
         spaced = torch.linspace(0, len(self.states) - 1, min(len(self.states), 20_000)).long()
         sample = self.states[spaced].float()
         self.mean, self.scale = sample.mean(0), sample.std(0).clamp(min=1e-6)
@@ -164,12 +163,8 @@ class _Pool:
     def batch(self, texts: Sequence[int]) -> _Batch:
         """Return the tokens of some texts."""
         chosen = torch.tensor(texts, device=self.sizes.device)
-        sizes = self.sizes[chosen]
-        text = torch.arange(len(chosen), device=sizes.device).repeat_interleave(sizes)
-        place = (
-            torch.arange(len(text), device=sizes.device) - (sizes.cumsum(0) - sizes)[text] + self.first[chosen][text]
-        )
-        return _Batch((self.states[place].float() - self.mean) / self.scale, text, len(chosen))
+        rows, text = rows_of(chosen, self.sizes)
+        return _Batch((self.states[rows].float() - self.mean) / self.scale, text, len(chosen))
 
 
 class _ProjectionTrainer(nn.Module):

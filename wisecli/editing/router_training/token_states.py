@@ -182,3 +182,15 @@ def _tokens_of(loaded: Loaded, part: str | None, text: str) -> frozenset[int]:
     last = first + len(part)
     spans = loaded.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     return frozenset(place for place, (begin, end) in enumerate(spans) if begin < last and end > first)
+
+
+def rows_of(texts: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows of some texts (b,), text after text, and the place of each row's text among them: (m,) twice.
+
+    Args:
+        sizes: how many rows each text has, which lie one behind the other (t,).
+    """
+    own, first = sizes[texts], sizes.cumsum(0) - sizes
+    place = torch.arange(len(texts), device=sizes.device).repeat_interleave(own)
+    behind = first[texts] - own.cumsum(0) + own
+    return torch.arange(len(place), device=sizes.device) + behind[place], place

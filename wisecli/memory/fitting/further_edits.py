@@ -24,7 +24,7 @@ from wisecli.memory.fitting.late_interaction_fitting import (
     written_probs,
 )
 from wisecli.memory.fitting.request_gate_fitting import request_gate_tensors
-from wisecli.memory.fitting.unrelated_texts import text_edit_probs
+from wisecli.memory.fitting.unrelated_texts import unrelated_edit_probs
 from wisecli.memory.merging.near_prompts import NearPrompts
 from wisecli.routing.deciding.late_interaction import LateInteraction
 
@@ -95,7 +95,7 @@ def _joined(
     own = torch.cat([former.probs.own, part.own_probs[further]])
     others = F.pad(former.probs.other, (0, edits - former.edits)).scatter_reduce(0, chosen, part.other_probs, "amax")
     late_interaction = LateInteraction(tensors, edits)
-    unrelated = text_edit_probs(late_interaction, heads.unrelated.float(), heads.text.long(), int(heads.text.max()) + 1)
+    unrelated = unrelated_edit_probs(late_interaction, heads)
     written = written_probs(own, late_interaction.prompt_to_edit, edits)
     return FittedLateInteraction(tensors, own, written, others, unrelated)
 

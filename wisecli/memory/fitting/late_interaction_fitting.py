@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.artifacts.shard import PromptStates, half
-from wisecli.memory.fitting.unrelated_texts import text_edit_probs
+from wisecli.memory.fitting.unrelated_texts import unrelated_edit_probs
 from wisecli.memory.merging.near_prompts import NearPrompts
 from wisecli.routing.deciding.late_interaction import HOPELESS, LATE_INTERACTION, LateInteraction
 
@@ -87,7 +87,7 @@ def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) 
     near = NearPrompts(late_interaction, tokens.projected, prompt_index)
     twins = _twins(tokens.sums, torch.bincount(prompt_index, minlength=count))
     own_probs, others = _prompt_probs(near, form, twins)
-    unrelated = text_edit_probs(late_interaction, heads.unrelated.float(), heads.text.long(), int(heads.text.max()) + 1)
+    unrelated = unrelated_edit_probs(late_interaction, heads)
     return FittedLateInteraction(tensors, own_probs, written_probs(own_probs, prompt_to_edit, edits), others, unrelated)
 
 

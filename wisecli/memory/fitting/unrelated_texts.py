@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.environment import has_quick_bfloat16
 from wisecli.memory.merging.near_prompts import Groups, highest
 from wisecli.routing.deciding.late_interaction import (
@@ -21,6 +22,11 @@ from wisecli.routing.deciding.late_interaction import (
 _TEXTS, _TOKENS = 32, 2048
 # From so many kept prompts on, those are looked for first with few bits; the scores of those are off by less.
 _MANY, _SLACK = 2048, 0.02
+
+
+def unrelated_edit_probs(late_interaction: LateInteraction, heads: RouterHeads) -> Tensor:
+    """Return the probability that each unrelated text that heads keep means each edit: (texts, M)."""
+    return text_edit_probs(late_interaction, heads.unrelated.float(), heads.text.long(), int(heads.text.max()) + 1)
 
 
 def text_edit_probs(late_interaction: LateInteraction, states: Tensor, text: Tensor, count: int) -> Tensor:

@@ -78,3 +78,25 @@ def test_rows_of_a_batch_may_be_like_in_length() -> None:
     batches = [[len(rows[index]) for index in batch] for batch in in_batches(rows, 8, padded=False)]
     assert batches == [[3, 4, 19], [46, 61], [201, 241], [301]]
     assert len(list(in_batches(rows, 8))) == 1
+
+
+def test_rows_that_fill_a_batch_are_kept_together_by_longer_beginnings() -> None:
+    (first, _), (second, _) = ((row.prompt, row.target) for row in random_rows((40, 1), (40, 1)))
+    rows = [Row((*first[:length], number, 1, 2), (3,)) for number in range(4) for length in (SHARED + 4, 4 * SHARED)]
+    rows += [Row((*second[: 4 * SHARED], number, 1, 2), (3,)) for number in range(SHARED)]
+    long = 4 * SHARED
+    assert _sizes_and_beginnings(rows, 4) == [(4, SHARED + 4), (4, long), (4, long), (4, long)]
+    # Four rows fill no batch of five: they are read with those that begin as they do for a while.
+    assert _sizes_and_beginnings(rows, 5) == [(3, long), (3, long), (5, SHARED + 4), (5, long)]
+
+
+def _sizes_and_beginnings(rows: list[Row], size: int) -> list[tuple[int, int]]:
+    """Return how many rows each batch has, and how many tokens all of them begin with."""
+    batches = [[rows[index] for index in batch] for batch in in_batches(rows, size, by_beginning=True)]
+    return sorted((len(batch), _most_alike(batch)) for batch in batches)
+
+
+def _most_alike(rows: list[Row]) -> int:
+    """Return how many tokens all of some rows begin with."""
+    columns = zip(*(row.prompt for row in rows), strict=False)
+    return next((place for place, tokens in enumerate(columns) if len(set(tokens)) > 1), 0)

@@ -198,18 +198,17 @@ def in_batches(
 
     Args:
         by_target: go by the target's length first, for rows of which only the window will run again and again.
-        by_beginning: keep rows that begin alike apart from all others, if there are several.
+        by_beginning: keep rows that begin alike apart from all others; by longer beginnings, if they fill a batch.
         padded: whether rows of a batch may differ in length by much.
     """
-    own: list[tuple[int, ...]] = _common_beginnings(rows) if by_beginning else [()] * len(rows)
+    own: list[tuple[int, ...]] = _common_beginnings(rows, size) if by_beginning else [()] * len(rows)
 
     def length(index: int) -> tuple[tuple[int, ...], int, int, int]:
         row = rows[index]
         return (own[index], len(row.target) if by_target else 0, len(row), index)
 
-    order = sorted(range(len(rows)), key=length)
     batch: list[int] = []
-    for index in order:
+    for index in sorted(range(len(rows)), key=length):
         widest = max(len(rows[place]) for place in (index, *batch))
         full = len(batch) == size or (len(batch) + 1) * widest > tokens
         uneven = not padded and bool(batch) and widest - len(rows[batch[0]]) > max(_UNEVEN, widest // 4)
@@ -221,11 +220,15 @@ def in_batches(
         yield batch
 
 
-def _common_beginnings(rows: Sequence[Row]) -> list[tuple[int, ...]]:
-    """Return the first tokens of each row that begins as several others do, none of the other rows."""
-    beginnings = [row.prompt[:SHARED] for row in rows]
-    counts = Counter(beginnings)
-    return [beginning if counts[beginning] >= _TOGETHER else () for beginning in beginnings]
+def _common_beginnings(rows: Sequence[Row], many: int) -> list[tuple[int, ...]]:
+    """Return as many first tokens of each row, by eights, as enough other rows begin with; none of the other rows."""
+    found, left = list[tuple[int, ...]]([()] * len(rows)), list(range(len(rows)))
+    for size in range(SHARED, max(map(len, rows), default=0), SHARED):
+        counts, enough = Counter(rows[index].prompt[:size] for index in left), _TOGETHER if size == SHARED else many
+        left = [index for index in left if counts[rows[index].prompt[:size]] >= enough]
+        for index in left:
+            found[index] = rows[index].prompt[:size]
+    return found
 
 
 def row_of(

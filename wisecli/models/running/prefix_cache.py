@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Below so many tokens that need not be read, reading the beginning by itself takes longer than it spares.
 _WORTH = 64
+# So many beginnings are kept; batches that begin alike come one after the other.
+_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Prefix:
 
 
 class PrefixCache:
-    """The beginnings of batches, one after the other; each is read when it is first met, and then kept.
+    """The beginnings of batches, one after the other; each is read when it is first met, and the latest are kept.
 
     ``read`` runs the layers that are wanted over a batch, fills the cache, and gives what else is kept.
     """
@@ -73,6 +75,8 @@ class PrefixCache:
             cache = empty_cache()
             given = self._read(collate([Row(tokens, ())]).to(batch.ids.device), cache)
             layers = tuple(tensors_of(layer) for layer in cache.layers)
+            if len(self._known) == _KEPT:
+                del self._known[next(iter(self._known))]
             self._known[tokens] = Prefix(layers, given)
         return self._known[tokens]
 

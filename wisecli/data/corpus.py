@@ -150,118 +150,6 @@ def _filled(name: str, data: dict[str, Any], rng: random.Random) -> str:
     return str(rng.choice(data["slots"][name]))
 
 
-# How often a task is a label.
-_LABELLED = 0.4
-# How often another time is told by something that happened then.
-_OF_OCCASIONS = 0.4
-
-
-@dataclass(frozen=True)
-class Requests:
-    """Ways to ask a question (``asked``) and prompts that mention one, as patterns with the slots of kinds.
-
-    An answer is asked for by one of ``answers`` with one of ``manners``, in ``answer_frames``, some of which call the
-    question one of ``items``. One of ``several`` questions has one of ``ordinals``.
-    What mentions one has something done with it (``mentioned``), wants a yes or no (``checks``) or goes on from its
-    answer (``hops``). An answer is ``begun``, and texts are put ``begun_around`` the question. A task is one of
-    ``verbs`` on a text, in one of ``frames``, which names the text by ``nouns`` before it and by ``backs`` behind it;
-    or one of ``labels`` in ``label_frames``. ``times``, and ``occasions`` in ``occasion_frames``, are phrases of other
-    times than ``presents``, ``adjectives`` words that ask for another time or holder than now. Chats begin with
-    ``systems``, ``turns`` and ``replies``. A conversation that ``begins`` with a subject ``refers`` to it, ``corrects``
-    whom it asks about, or ``leaves`` it.
-    """
-
-    asked: tuple[str, ...]
-    answers: tuple[str, ...]
-    manners: tuple[str, ...]
-    answer_frames: tuple[str, ...]
-    items: tuple[str, ...]
-    several: tuple[str, ...]
-    ordinals: tuple[str, ...]
-    mentioned: tuple[str, ...]
-    checks: tuple[str, ...]
-    hops: tuple[str, ...]
-    begun: tuple[str, ...]
-    begun_around: tuple[str, ...]
-    verbs: tuple[str, ...]
-    labels: tuple[str, ...]
-    label_frames: tuple[str, ...]
-    nouns: tuple[str, ...]
-    backs: tuple[str, ...]
-    frames: tuple[str, ...]
-    presents: tuple[str, ...]
-    times: tuple[str, ...]
-    occasions: tuple[str, ...]
-    occasion_frames: tuple[str, ...]
-    adjectives: tuple[str, ...]
-    systems: tuple[str, ...]
-    turns: tuple[str, ...]
-    replies: tuple[str, ...]
-    begins: tuple[str, ...]
-    refers: tuple[str, ...]
-    corrects: tuple[str, ...]
-    leaves: tuple[str, ...]
-
-    def instructed(self, question: str, rng: random.Random) -> str:
-        """Return a question with a word on how to answer it, or on which one it is."""
-        do = f"{rng.choice(self.answers)} {rng.choice(self.manners)}".strip()
-        return self._framed(rng.choice(self.answer_frames), question, do, rng)
-
-    def framed_task(self, question: str, rng: random.Random) -> str:
-        """Return a prompt that wants something done with a question, in words that stand around questions, too."""
-        frames = [frame for frame in self.answer_frames if "{do}" in frame.lower()]
-        return self._framed(
-            rng.choice(frames), question, rng.choice(self.verbs).replace("T", rng.choice(self.nouns)), rng
-        )
-
-    def _framed(self, frame: str, question: str, do: str, rng: random.Random) -> str:
-        number, more = sorted(rng.sample(range(1, 40), 2))
-        item = rng.choice(self.items).replace("{number}", str(number)).replace("{more}", str(more))
-        words = {"do": do, "Do": capital(do), "item": item, "question": question}
-        return _SLOT.sub(lambda slot: words[slot.group(1)], frame)
-
-    def one_of_several(self, question: str, rng: random.Random) -> str:
-        """Return what is left of several questions without the others."""
-        announced = rng.choice(self.several)
-        joint = rng.choice((" ", " ", "\n")) if announced else ""
-        return f"{announced}{joint}{rng.choice(self.ordinals)}{question}"
-
-    def task(self, question: str, rng: random.Random) -> str:
-        """Return a prompt that wants something done with a question."""
-        if rng.random() < _LABELLED:
-            words = {"label": rng.choice(self.labels), "question": question}
-            return _SLOT.sub(lambda slot: words[slot.group(1)], rng.choice(self.label_frames))
-        verb, frame = rng.choice(self.verbs), rng.choice(self.frames)
-        task, back = (verb.replace("T", rng.choice(named)) for named in (self.nouns, self.backs))
-        words = {"task": task, "Task": capital(task), "back": back, "Back": capital(back), "question": question}
-        return _SLOT.sub(lambda slot: words[slot.group(1)], frame)
-
-    def timed(self, question: str, rng: random.Random) -> str:
-        """Return a question that is asked of another time."""
-        drawn = {
-            "year": str(rng.randint(1850, 2018)),
-            "decade": str(10 * rng.choice((192, 195, 197, 198, 199))),
-            "number": str(rng.randint(1, 30)),
-            "future": str(rng.randint(2030, 2090)),
-        }
-        happened = rng.choice(self.occasion_frames).replace("T", rng.choice(self.occasions))
-        when = happened if rng.random() < _OF_OCCASIONS else rng.choice(self.times)
-        return _at(question, _SLOT.sub(lambda slot: drawn[slot.group(1)], when), rng)
-
-    def now(self, question: str, rng: random.Random) -> str:
-        """Return a question that is asked of the time that it is of without any."""
-        return _at(question, rng.choice(self.presents), rng)
-
-
-def _at(question: str, when: str, rng: random.Random) -> str:
-    """Return a question with a phrase that says of which time it is asked; before a statement that it would end."""
-    if not question.rstrip().endswith("?"):
-        return f"{capital(when)}, {small(question)}"
-    stem = question.rstrip("?. ")
-    ways = (f"{stem} {when}?", f"{capital(when)}, {small(question)}", f"{question} I mean {when}.")
-    return rng.choices(ways, (9, 7, 4))[0]
-
-
 def capital(text: str) -> str:
     """Return a text from a capital letter on."""
     return text[:1].upper() + text[1:]
@@ -270,11 +158,6 @@ def capital(text: str) -> str:
 def small(text: str) -> str:
     """Return a text from a small letter on."""
     return text[:1].lower() + text[1:]
-
-
-def requests() -> Requests:
-    """Return all packaged ways to ask a question or to mention it."""
-    return Requests(**{name: tuple(rows) for name, rows in packaged_table("requests.toml").items()})
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from wisecli.artifacts.tensor_schema import REQUEST_GATE as ROWS
 from wisecli.artifacts.tensor_schema import SENTENCE_TOKENS as SENTENCE_ROWS
 from wisecli.artifacts.tensor_schema import WORD_STARTS as START_ROWS
 from wisecli.artifacts.tensor_schema import require_layout
-from wisecli.data.corpus import notes, requests
+from wisecli.data.corpus import notes
+from wisecli.data.request_wordings import requests
 from wisecli.editing.router_training.request_examples import Examples
 from wisecli.editing.router_training.request_gate_training import Projections, train_request_gate
 from wisecli.editing.router_training.synthetic_facts import synthetic_facts
@@ -87,6 +88,32 @@ def test_mentions_that_are_checked_are_none_that_are_learned_from(loaded: Loaded
     assert not {one.text for one in checked} & {one.text for number in range(6) for one in drawn.of(number)}
 
 
+def test_chats_begin_in_few_ways_so_that_these_are_read_once(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}assistant:"
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", template)
+    chance = random.Random(0)
+    facts = list(synthetic_facts(80, chance))
+    drawn = Examples(loaded.tokenizer, facts, chance)
+    question = facts[0].questions[0]
+    asked = [one.text for _ in range(300) for one in drawn.of(0) if one.sort == "plain" and question in one.text]
+    before = {text.partition(question)[0].rpartition("user: ")[0] for text in asked}
+    assert len(asked) > 200
+    assert 20 < len(before) <= 49  # and none before a chat of one turn
+
+
+def test_what_surrounds_a_text_is_packaged_and_leaves_it_as_it_is() -> None:
+    known, chance, question = requests(), random.Random(2), "Who runs the Tern database?"
+    around = {*known.greetings, *known.reasons, *known.closings}
+    seen = set()
+    for _ in range(200):
+        before, found, after = known.surrounded(question, chance).partition(question)
+        assert found == question
+        parts = [part for part in (before.strip(), after.strip()) if part]
+        assert all(any(part.startswith(one) for one in around) for part in parts)
+        seen.add((bool(before), bool(after)))
+    assert len(seen) == 4
+
+
 def test_tasks_and_times_hold_the_question() -> None:
     known, chance, question = requests(), random.Random(2), "Who runs the Tern database?"
     for _ in range(200):
@@ -99,7 +126,7 @@ def test_tasks_and_times_hold_the_question() -> None:
 
 def test_nothing_that_is_held_back_is_learned_from() -> None:
     known = requests()
-    learned = {*known.asked, *known.mentioned, *known.hops, *known.checks}
+    learned = {*known.asked, *known.leads, *known.mentioned, *known.hops, *known.checks}
     held = {turn for kind in kinds().values() for pattern in kind.held for turn in pattern if len(slots_in(turn)) == 1}
     apart = {form.text.replace("{}", "{question}") for form in forms().values() if not form.trained}
     alone = {"{question}", "{capitals}", "{keywords:asked}", "{keywords:first}", "{pronoun}"}

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from wisecli.data.corpus import everyday_prompts, notes, requests
+from wisecli.data.corpus import everyday_prompts, notes
+from wisecli.data.request_wordings import requests
 from wisecli.editing.router_training.further_questions import two_hops, yes_or_no
 from wisecli.editing.router_training.request_documents import Documents
 from wisecli.editing.router_training.synthetic_facts import SyntheticFact
@@ -31,6 +32,8 @@ _ON_FACTS, _SPACED = 0.35, 0.1
 # Kinds that conversations or documents of notes stand for, and those whose question is not in what is asked.
 _ELSEWHERE = ("follow-up", "moved on", "question first", "question in the middle")
 _EVERYDAY = 400
+# So many beginnings of chats are drawn, each of which stands in front of many prompts and so is read once for many.
+_BEGINNINGS = 48
 _CONVERSATIONS = 4
 # How many questions of each sort on a fact's answer are made of its own.
 _MADE = 3
@@ -42,8 +45,10 @@ _CAPITALS = ("{capitals}", "{capitals}", "HELLO, {capitals}", "{capitals} THANKS
 _NEAR_NAMES = ("{near:word}", "{near:added}")
 _OTHERWISE = ("{negated}", "{negated}", "{negated}", *_NEAR_NAMES)
 _NAMED = re.compile(r"\{(?:subject|namesake)\}")
-# How often something else is asked about a fact's subject: few such prompts come to the gate.
-_BESIDE = 0.4
+# How often a text has a greeting, a reason or thanks around it.
+_SURROUNDED = 0.25
+# How many other things are asked about a fact's subject: few such prompts come to the gate.
+_BESIDE = 2
 # What is asked behind other texts, in front of them and between them.
 _AROUND = Kind(
     "around texts",
@@ -87,6 +92,7 @@ class Examples:
 
     def __post_init__(self) -> None:
         self._everyday = everyday_prompts(_EVERYDAY, seed=3)
+        self._beginnings = [self._beginning() for _ in range(_BEGINNINGS)]
         self._documents = Documents(self.facts, self._everyday, self.rng, self._filled)
 
     def of(self, number: int) -> Iterator[Example]:
@@ -106,26 +112,28 @@ class Examples:
         for _ in range(3):
             yield False, "document", self._put(self._documents.around(number, asks=False))
         beside = self.facts[number].beside
-        if beside and self.rng.random() < _BESIDE:
-            yield False, "beside", self._put(self.rng.choice(beside))
+        for question in self.rng.sample(beside, min(_BESIDE, len(beside))):
+            yield False, "beside", self._put(question)
         yield from self._of_kinds(number)
 
     def _asking(self, number: int) -> Iterator[_Drawn]:
         """Yield the questions as they are, in forms and patterns, misspelt, of the present, with the answer begun."""
         known, rng, fact = requests(), self.rng, self.facts[number]
         for question in fact.questions:
-            yield True, "plain", self._put(question)
+            yield True, "plain", self._put_in_a_note(question)
         for form in rng.sample(usable_forms(self.tokenizer, trained=True), 3):
             yield True, "form", form.render(self.tokenizer, rng.choice(fact.questions))
         for pattern in rng.sample(known.asked, 3):
             yield True, "asked", self._put(self._filled(number, pattern))
         for _ in range(2):
-            yield True, "instructed", self._put(known.instructed(rng.choice(fact.questions), rng))
+            yield True, "instructed", self._put_in_a_note(known.instructed(rng.choice(fact.questions), rng))
+            lead = self._filled(number, rng.choice(known.leads))
+            yield True, "surrounded", self._put(lead and known.surrounded(lead, rng))
         if rng.random() < _LOUD:
             yield True, "capitals", self._put(self._filled(number, rng.choice(_CAPITALS)))
         yield True, "one of several", self._put(known.one_of_several(rng.choice(fact.questions), rng))
         for _ in range(2):
-            yield True, "time", self._put(known.now(rng.choice(fact.questions), rng))
+            yield True, "time", self._put_in_a_note(known.now(rng.choice(fact.questions), rng))
         yield True, "typos", self._put(self._filled(number, rng.choice(_TYPOS)))
         yield True, "begun", self._begun(number)
 
@@ -145,24 +153,24 @@ class Examples:
         for near in _NEAR_NAMES:
             yield False, "near name", self._put(self._filled(number, rng.choice((near, self._carried(near)))))
         for _ in range(2):
-            yield False, "task", self._put(known.task(rng.choice(fact.questions), rng))
+            yield False, "task", self._put_in_a_note(known.task(rng.choice(fact.questions), rng))
             task = known.framed_task(rng.choice(fact.questions), rng)
-            yield False, "task", self._put(task.upper() if rng.random() < _LOUD / 2 else task)
+            yield False, "task", self._put_in_a_note(task.upper() if rng.random() < _LOUD / 2 else task)
         yield False, "time", self._put(self._carried(known.timed(rng.choice(fact.questions), rng)))
-        yield False, "time", self._put(known.timed(rng.choice(fact.questions), rng))
+        yield False, "time", self._put_in_a_note(known.timed(rng.choice(fact.questions), rng))
         later = f"{{the:{rng.choice(known.adjectives)}}}" if rng.random() < 0.4 else None
         timed = known.timed(rng.choice(fact.questions), rng)
-        yield False, "time", self._put((later and self._filled(number, later)) or timed)
+        yield False, "time", self._put_in_a_note((later and self._filled(number, later)) or timed)
         for pattern in rng.sample(known.mentioned, 4):
-            yield False, "mentioned", self._put(self._filled(number, pattern))
+            yield False, "mentioned", self._put_in_a_note(self._filled(number, pattern))
 
     def _on_its_answer(self, number: int) -> Iterator[_Drawn]:
         """Yield whether something is the answer, and what is asked of it."""
         known, rng, fact = requests(), self.rng, self.facts[number]
-        yield False, "hops", self._put(self._first(number, known.hops))
+        yield False, "hops", self._put_in_a_note(self._first(number, known.hops))
         yield False, "checks", self._put(self._first(number, known.checks))
         for _ in range(_MADE):
-            yield False, "hops", self._put(two_hops((*fact.questions, *fact.statements), fact.subject, rng))
+            yield False, "hops", self._put_in_a_note(two_hops((*fact.questions, *fact.statements), fact.subject, rng))
             value = rng.choice((fact.answer, fact.value))
             yield False, "checks", self._put(yes_or_no(rng.choice(fact.questions), fact.statements, value, rng))
 
@@ -255,17 +263,27 @@ class Examples:
         drawn = (self._filled(number, pattern) for pattern in self.rng.sample(patterns, min(12, len(patterns))))
         return next((text for text in drawn if text is not None), None)
 
+    def _put_in_a_note(self, text: str | None) -> str | None:
+        """:meth:`_put` of a text as it is, or with a greeting, a reason or thanks around it."""
+        if text is not None and self.rng.random() < _SURROUNDED:
+            text = requests().surrounded(text, self.rng)
+        return self._put(text)
+
     def _put(self, text: str | None) -> str | None:
         """Return a text as it is, or as a user's turn, be it a later one."""
-        rng, known = self.rng, requests()
-        if text is None or not self.tokenizer.chat_template or rng.random() > _CHATS:
+        if text is None or not self.tokenizer.chat_template or self.rng.random() > _CHATS:
             return text
-        if rng.random() > _LATER:
+        if self.rng.random() > _LATER:
             return forms()["chat"].render(self.tokenizer, text)
+        return chat_turns(self.tokenizer, [*self.rng.choice(self._beginnings), ("user", text)])
+
+    def _beginning(self) -> list[tuple[str, str]]:
+        """Return what a chat has before the last turn: a system prompt or none, and up to three turns with replies."""
+        rng, known = self.rng, requests()
         told = [("system", rng.choice(known.systems))] if rng.random() < 0.4 else []
         for _ in range(rng.choice((0, 1, 1, 2, 3))):
             told += zip(("user", "assistant"), self._earlier(), strict=True)
-        return chat_turns(self.tokenizer, [*told, ("user", text)])
+        return told
 
     def _earlier(self) -> tuple[str, str]:
         """Return a user's turn on something else, and what was replied."""

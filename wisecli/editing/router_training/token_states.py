@@ -86,7 +86,7 @@ def token_states(
     tokens = [loaded.tokenizer(text)["input_ids"] for text in texts]
     size = window_size(loaded.model.config)
     rows = [Row(tuple(window_of(one, size)), ()) for one in tokens]
-    groups = list(in_batches(rows, batch_size, by_beginning=True))
+    groups = list(in_batches(rows, batch_size, by_beginning=True, padded=False))
     batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
     found = [torch.empty(0)] * len(rows)
     places, ids = ([torch.empty(0, dtype=torch.long)] * len(rows) for _ in range(2))

@@ -15,7 +15,7 @@ from wisecli.artifacts.shard_manifest import (
     read_shard_directory,
 )
 from wisecli.commands.edit.edit_report import EditReport
-from wisecli.commands.edit.planning import free_site, nothing_to_do, output_of, own_parts, planned
+from wisecli.commands.edit.planning import free_site, nothing_to_do, output_of, own_parts, planned, require_ready
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.editing.run.base_model import Base
 from wisecli.editing.run.executors import executor_for
@@ -24,7 +24,6 @@ from wisecli.editing.run.shard_differences import differences, up_to_date_shards
 from wisecli.editing.run.staging import StagedShards
 from wisecli.editing.run.worker import Worker
 from wisecli.edits.checks.admission import Admitted
-from wisecli.edits.checks.unnamed_subjects import warn_of_unnamed_subjects
 from wisecli.environment import peak_rss_bytes
 from wisecli.errors import BusyError, ChangedInputError, GateFailedError, NothingTookError, StoppedError
 from wisecli.models.loading import Loaded
@@ -39,17 +38,15 @@ def write(
     Args:
         skip_known: whether those are left out first that the model knows.
     """
-    worker = Worker(base.job, base.on_progress, base=base)
+    worker, place = Worker(base.job, base.on_progress, base=base), output_of(base.job, output, options, edits_file)
     if report := up_to_date(worker, output, options, skip_known=skip_known):
         return replace(report, sifted=admitted.sifted)
     if skip_known and not options.dry_run:
         if options.only == (1, 1):  # with more parts than shards some have nothing to do, even when all is done
-            output_of(base.job, output, options, edits_file).require()
+            place.require()
         admitted = worker.without_known(admitted)
         worker = worker.with_edits(admitted.edits)
-    if base.job.settings.by_facts:
-        warn_of_unnamed_subjects(str(edits_file), admitted.numbered, base.on_progress)
-    output_of(worker.job, output, options, edits_file).require_apart()
+    require_ready(base, place, str(edits_file), admitted.numbered)
     report = carry_out(worker, output, options) if admitted.numbered else nothing_to_do(base, worker.job, output)
     return replace(report, sifted=admitted.sifted)
 

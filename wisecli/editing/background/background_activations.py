@@ -19,6 +19,7 @@ from wisecli.artifacts.background_stats import _VERSION, BackgroundStats, _from_
 from wisecli.artifacts.shard import half
 from wisecli.data.corpus import reworded_facts, subjects_for, unrelated_texts
 from wisecli.editing.background.key_capture import keys_of_texts, prompt_ends, window_keys
+from wisecli.editing.background.sample_sizes import CALIBRATION_KEYS, CONTINUATION_TOKENS, CONTINUED
 from wisecli.editing.examples.context_prefixes import continuations
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import keep_in_cache, load_tensors
@@ -34,8 +35,6 @@ from wisecli.models.running.quick_products import quick_products
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.memories.whitening import Moment, even, leading
 
-# One unrelated text in so many comes whole, with so many tokens that the model adds to it.
-_CONTINUED, _CONTINUATION = 5, 12
 # One fact in so many is asked in the chat template as well: its prompts are long.
 _CHATTED = 4
 # The share of unrelated texts that are asked in the chat template, too; half of them calibrate, with what the model
@@ -44,8 +43,6 @@ _ASKED = 0.4
 # Where forms of prompts are told, one fact in so many is asked in each of them, in so many wordings; and one text in so
 # many.
 _FORMED, _WAYS, _FORMED_TEXTS = 8, 2, 5
-# Background keys kept for calibration.
-_SAMPLE = 4096
 # How often what wording does counts beside the keys themselves. More changes nothing; at 0 a rephrase in ten is lost.
 _WORDING = 8.0
 # Beside keys of this size, what wording does to them is nothing.
@@ -120,8 +117,8 @@ def _measure(
     read: _Reader, gives: Callable[[Tensor], Tensor], *, texts: int, chat: bool, forms: Sequence[Form], seed: int
 ) -> BackgroundStats:
     loaded, site, size = read.loaded, read.site, read.batch_size
-    plain, whole = unrelated_texts(texts, seed=seed), -(-texts // _CONTINUED)
-    spoken = continuations(loaded.model, loaded.tokenizer, plain[:whole], tokens=_CONTINUATION, seed=seed)
+    plain, whole = unrelated_texts(texts, seed=seed), -(-texts // CONTINUED)
+    spoken = continuations(loaded.model, loaded.tokenizer, plain[:whole], tokens=CONTINUATION_TOKENS, seed=seed)
     with quick_products(loaded, site):
         keys, text, last = keys_of_texts(
             loaded, site, [*spoken, *plain[whole:]], batch_size=size, on_progress=read.on_progress
@@ -129,7 +126,7 @@ def _measure(
     facts, unseen = reworded_facts(subjects_for(texts), seed=seed), text % 2 == 0
     ends, ways = keys[last & ~unseen], _keys_by_fact(read.ends([way for fact in facts for way in fact]), len(facts))
     median = _median_length(gives(keys))
-    spaced = torch.linspace(0, int(unseen.sum()) - 1, min(_SAMPLE, int(unseen.sum()))).long()
+    spaced = torch.linspace(0, int(unseen.sum()) - 1, min(CALIBRATION_KEYS, int(unseen.sum()))).long()
     sample, against = keys[unseen][spaced.to(keys.device)], keys[~unseen]
     apart, strayed, chatting = sample[:0], [_wording_offsets(ways)], None
     if chat:
@@ -169,7 +166,7 @@ def _chats(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int,
         loaded.model,
         loaded.tokenizer,
         prompts,
-        max_new_tokens=_CONTINUATION,
+        max_new_tokens=CONTINUATION_TOKENS,
         batch_size=batch_size,
         sampling_seed=seed,
     )

@@ -17,6 +17,7 @@ from wisecli.artifacts.shard import BEGUN_CONTEXT, SEPARATOR_CONTEXT, Evidence
 from wisecli.editing.evidence.attention_sinks import edits_by_leading_space, norm_ratio
 from wisecli.editing.evidence.extra_keys import FittedEdits
 from wisecli.editing.evidence.serving_strength import serving_scale
+from wisecli.editing.evidence.token_probe import mean_direction
 from wisecli.editing.examples.prompt_variants import AnswerKey
 from wisecli.editing.examples.training_examples import TrainingExamples
 from wisecli.editing.writers.writer_task import WriterTask
@@ -114,7 +115,7 @@ def _keys_behind(edits: FittedEdits, numbers: Sequence[int]) -> Iterator[Evidenc
     """Yield keys of the space behind a separator, for targets that begin with one and go on with their second token."""
     for token, spaced in edits_by_leading_space(edits.probe.loaded, edits.rows).items():
         keys, lengths = edits.probe.keys_after_questions(token, _ANSWERED)
-        key, times = F.normalize(keys, dim=-1).mean(0), norm_ratio(lengths, edits.median_norm).mean()
+        key, times = mean_direction(keys), norm_ratio(lengths, edits.median_norm).mean()
         for number in sorted(set(spaced) & set(numbers)):
             added = times * edits.residuals[AnswerKey(number)][1].float().cpu()
             yield Evidence.extra_keys(key[None], added[None], number, position=1, context=BEGUN_CONTEXT)

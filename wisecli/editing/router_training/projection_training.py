@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from wisecli.artifacts.background_stats import RouterHeads, load_heads
 from wisecli.data.corpus import made_up_subjects, relations, unrelated_texts
 from wisecli.editing.router_training.request_gate_training import Projections, train_request_gate
-from wisecli.editing.router_training.token_states import TokenStates, rows_of, special_tokens, token_states
+from wisecli.editing.router_training.token_states import TokenStates, special_tokens, token_states
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import keep_in_cache, save_tensors
 from wisecli.io.digest import sha256_json
@@ -28,6 +28,7 @@ from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.prompt_forms import Form, forms, usable_forms
 from wisecli.models.prompts.question_rewriting import keywords
+from wisecli.models.running.grouped_rows import rows_of
 from wisecli.models.running.quick_products import quick_products
 from wisecli.models.running.seeding import seeded
 from wisecli.progress import Event, ProgressCallback

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from wisecli.config import EditSettings
 from wisecli.data.corpus import subjects_for
+from wisecli.editing.background.sample_sizes import CALIBRATION_KEYS, CONTINUATION_TOKENS, CONTINUED
 from wisecli.editing.examples.context_prefixes import FORM_CONTEXTS
 from wisecli.editing.examples.token_check import Length
 from wisecli.io.checkpoint import Checkpoint
@@ -29,12 +30,12 @@ _BLOCKS = 5
 # How many tensors of a kind there are at a time while residuals are fitted: attention scores, logits, hidden states and
 # inner states of a layer; and while rows are only read.
 _SCORES, _LOGITS, _HIDDEN, _INNER = 4, 4, 12, 6
-# Wordings of a fact of each relation, together; one text in so many is gone on with, by so many tokens.
-_WORDINGS, _CONTINUED, _CONTINUATION = 210, 5, 12
+# Wordings of a fact of each relation, together.
+_WORDINGS = 210
 # Tokens that are read to learn what prompts mean, and of how many of them states are kept.
 _ASKED, _COMPARED = 250_000, 140_000
-# Keys kept for calibration; rank of the moments.
-_SAMPLE, _RANK = 4096, 512
+# Rank of the moments.
+_RANK = 512
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ def plan_edit(
     early, asked, compared = _meaning(checkpoint, site, settings)
     carried = max(texts, facts, asked) * site.d + texts * site.width, rows.read * site.d + rows.trained * site.width
     carried_bytes = [found.item * one for one in carried]
-    measured = 4 * site.width * (2.5 * texts + min(_SAMPLE, texts / 2) + 4 * _RANK)
+    measured = 4 * site.width * (2.5 * texts + min(CALIBRATION_KEYS, texts / 2) + 4 * _RANK)
     measured = max(measured, 2 * site.d * compared)
-    known = 4 * site.width * (0.5 * texts + min(_SAMPLE, texts / 2) + 2 * _RANK) + _kept(
+    known = 4 * site.width * (0.5 * texts + min(CALIBRATION_KEYS, texts / 2) + 2 * _RANK) + _kept(
         checkpoint, site, rows, found.item
     )
     solved = known + max(_solving(site, settings, rows), _fitting(checkpoint, site, settings, lengths, found.item))
@@ -103,7 +104,7 @@ def plan_edit(
         above + passing + min(carried_bytes[1], room) + known,
         above + solved,
     )
-    sweeps = 2 + _CONTINUATION + 1 + settings.context_tokens + 1
+    sweeps = 2 + CONTINUATION_TOKENS + 1 + settings.context_tokens + 1
     read = (sweeps - 2) * (below + above) + (2 + 2 * -(-edits // settings.edits_per_shard)) * below + above
     read += 2 * sum(found.layers[:early])
     spooled = max(0, max(carried_bytes) - room)
@@ -219,7 +220,7 @@ def _flops(found: Sizes, site: Site, settings: EditSettings, lengths: Sequence[L
     """Two a weight and token; fitting goes through the layers above forth and back."""
     weights = [size // found.item for size in found.layers]
     below, above = sum(weights[: site.layer + 1]), sum(weights[site.layer + 1 :])
-    said = settings.background_texts // _CONTINUED * _TEXT
+    said = settings.background_texts // CONTINUED * _TEXT
     tokens = (_ways(settings) + 1) * sum(map(sum, lengths))
     read = settings.background_texts * _TEXT + _facts(settings) + tokens
     fitted = sum(one.target for one in lengths) * settings.residual_steps * 2

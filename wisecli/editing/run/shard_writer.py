@@ -116,7 +116,7 @@ class ShardWriter:
 
     def _train(self, task: WriterTask, part: Sequence[int], stage: str) -> _Outcome:
         """Return the paper's writer: the residuals are what the trained change adds."""
-        each, on_progress = self.settings.schedule == "sequential", _passes(stage, self.on_progress)
+        each, on_progress = self.settings.sequential, _passes(stage, self.on_progress)
         groups, held_back = self._capture([[place] for place in part] if each else [part])
         batches = [examples for group in groups for examples in group]
         if each:

@@ -60,10 +60,12 @@ def read_merged_evidence(directories: Sequence[ShardDirectory]) -> tuple[MergedE
     unrelated = _unrelated_of(directories)
     shards = [load_without(directory, entry, unrelated.tokens) for directory, entry in _entries(directories)]
     places, subjects, tokens = _places(directories), *_named(directories)
-    parts = [shard.evidence for shard in shards]
-    masks, prompts = tuple(shard.mask for shard in shards), _prompts([shard.prompts for shard in shards], places)
+    joined = _JoinedPrompts(sum(len(shard.prompts.edit) for shard in shards if shard.prompts is not None))
+    for shard, place in zip(shards, places, strict=True):
+        joined.add(shard.prompts, place)
+    parts, masks = [shard.evidence for shard in shards], tuple(shard.mask for shard in shards)
     return MergedEvidence(
-        join_evidence(parts, places), _numbered(parts), masks, unrelated, subjects, prompts, tokens
+        join_evidence(parts, places), _numbered(parts), masks, unrelated, subjects, joined.whole(), tokens
     ), shards
 
 
@@ -88,14 +90,12 @@ def read_for_lookup(directories: Sequence[ShardDirectory], checked: Container[Pa
                 _held(directory, entry, tensors["evidence.edit"])
             )
         )
-        if (own := prompts_in(tensors)) is not None:
-            own = own.rows(_held(directory, entry, own.edit))
-            joined.add(replace(own, edit=place[own.edit.long()]))
+        own = prompts_in(tensors)
+        joined.add(own and own.rows(_held(directory, entry, own.edit)), place)
     subjects, tokens = _named(directories)
     evidence, unrelated = join_evidence(parts, places), _unrelated_of(directories)
-    prompts = joined.whole() if joined.shards == len(parts) else None
     numbered, separator = _numbered(parts), separator_of(directories)
-    return MergedEvidence(evidence, numbered, (), unrelated, subjects, prompts, tokens, separator)
+    return MergedEvidence(evidence, numbered, (), unrelated, subjects, joined.whole(), tokens, separator)
 
 
 def separator_of(directories: Sequence[ShardDirectory]) -> int | None:
@@ -111,20 +111,29 @@ class _JoinedPrompts:
     """
 
     def __init__(self, room: int) -> None:
-        self.room, self.shards, self.count = room, 0, 0
+        self.room, self.count, self.missing = room, 0, False
         self.states: Tensor | None = None
         self.compared: list[PromptStates] = []
         self.first: list[PromptStates] = []
 
-    def add(self, part: PromptStates) -> None:
-        """Take in the states of one shard's prompts."""
-        self.shards += 1
+    def add(self, part: PromptStates | None, edits: Tensor) -> None:
+        """Take in the states of one shard's prompts, if it keeps them.
+
+        Args:
+            edits: the number in the whole of each edit that the shard's manifest lists.
+        """
+        if part is None:
+            self.missing = True
+            return
+        part = replace(part, edit=edits[part.edit.long()])
         first = part.form >= FIRST_TOKEN_FORM
         self.first.append(part.rows(first))
         self.compared.append(self._put(part.rows(~first)))
 
-    def whole(self) -> PromptStates:
-        """Return all of them."""
+    def whole(self) -> PromptStates | None:
+        """Return all of them, if every shard keeps them."""
+        if self.missing:
+            return None
         rest = PromptStates.joined([*self.compared, *map(self._put, self.first)])
         return rest if self.states is None else replace(rest, states=self.states[: self.count])
 
@@ -176,15 +185,6 @@ def _named(directories: Sequence[ShardDirectory]) -> tuple[tuple[Spellings, ...]
     written = [(directory, edit.id) for directory in directories for edit in directory.written]
     subjects = tuple(directory.subjects.get(name, ()) for directory, name in written)
     return subjects, tuple(directory.subject_tokens.get(name, ()) for directory, name in written)
-
-
-def _prompts(parts: Sequence[PromptStates | None], places: Sequence[Tensor]) -> PromptStates | None:
-    """Return the states of all edits' prompts, with the numbers that their edits have in the whole."""
-    kept = [part for part in parts if part is not None]
-    if len(kept) < len(parts):
-        return None
-    counted = [replace(part, edit=place[part.edit.long()]) for part, place in zip(kept, places, strict=True)]
-    return PromptStates.joined(counted)
 
 
 def _places(directories: Sequence[ShardDirectory]) -> list[Tensor]:

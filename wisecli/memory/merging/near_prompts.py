@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.environment import has_quick_bfloat16
+from wisecli.models.running.grouped_rows import rows_of
 from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction
 
 # Prompts that are compared at a time, and tokens of others that they are compared with.
@@ -145,11 +146,9 @@ class Groups:
         self.first = self.sizes.cumsum(0) - self.sizes
 
     def members(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows of some groups, group after group, and the place of each one's group: (m,) twice."""
-        sizes = self.sizes[groups]
-        place = torch.arange(len(groups)).repeat_interleave(sizes)
-        before = self.first[groups] - sizes.cumsum(0) + sizes
-        return self.order[torch.arange(len(place)) + before[place]], place
+        """Return the rows of some groups, group after group, and the index of each row's group: (m,) twice."""
+        rows, index = rows_of(groups, self.sizes)
+        return self.order[rows], index
 
     def padded(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows of some groups (...), W of each, and which of them are no padding: (..., W) twice.

@@ -24,8 +24,8 @@ from wisecli.commands.memory.log import log
 from wisecli.commands.memory.merge_into import merge_into
 from wisecli.commands.memory.remove import remove
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
+from wisecli.memory.history.open_memory import OpenMemory
 from wisecli.memory.history.release_log import read_history
-from wisecli.memory.history.releases import directories_of
 
 ONE: dict[str, Any] = {
     "id": "one",
@@ -146,7 +146,7 @@ def test_shards_that_are_taken_in_give_way_to_edits_that_are_held(model: Path, t
     assert held(memory) == ["own", "two", "one", "one/also-2"]
     newest = read_history(memory)[-1]
     assert (newest.added, newest.superseded) == (("one", "one/also-2"), {"two/also-1": "one/also-2"})
-    assert [one.id for shards in directories_of(memory, newest) for one in shards.written] == held(memory)
+    assert [one.id for one in OpenMemory(memory).edits(newest)] == held(memory)
 
 
 def test_lines_that_are_watched_bring_their_consequences(model: Path, tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
 from wisecli.io.safetensors_header import read_header
 from wisecli.memory.history.former_release import former_memory
-from wisecli.memory.history.release_log import HISTORY, PROBS_NAME, inputs_of, read_history
+from wisecli.memory.history.open_memory import OpenMemory
+from wisecli.memory.history.release_log import HISTORY, PROBS_NAME
 from wisecli.memory.merging.merger import Merger
 from wisecli.memory.merging.removal import without
 
@@ -57,8 +58,9 @@ def memory(place: Path, tmp_path: Path) -> Path:
 
 def next_merger(memory: Path, further: Path, **settings: float) -> tuple[dict[str, tuple[str, ...]], Merger]:
     """What a release with further shards would be made of."""
-    newest = read_history(memory)[-1]
-    read = [without(read_shard_directory(path), gone) for path, gone in inputs_of(memory, newest).items()]
+    opened = OpenMemory(memory)
+    newest = opened.releases[-1]
+    read = opened.reduced_shards(newest).values()
     merger = Merger([*read, without(read_shard_directory(further), ())], MergeSettings(**settings))  # type: ignore[arg-type]
     return {**newest.shards, "0002": ()}, merger
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.artifacts.shard_manifest import MANIFEST_NAME as SHARDS_MANIFEST
-from wisecli.artifacts.shard_manifest import ShardDirectory, read_shard_directory
+from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.edit.edit_report import EditReport
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.commands.edit.writing import carry_out
@@ -21,21 +21,13 @@ from wisecli.editing.run.worker import Worker
 from wisecli.edits.checks.admission import DEFAULT_ADMISSION, Admission, AdmissionReport, Admitted, Sheet
 from wisecli.edits.checks.unnamed_subjects import warn_of_unnamed_subjects
 from wisecli.edits.record import Edit, Numbered
-from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
+from wisecli.errors import ChangedInputError, DamagedFileError, SettingsError
 from wisecli.io.atomic_output import discard
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.digest import sha256_file
-from wisecli.memory.history.release_log import (
-    Change,
-    Provenance,
-    Release,
-    changing,
-    has_history,
-    read_history,
-    require_whole,
-    shard_path,
-)
-from wisecli.memory.history.releases import merging_of, name_after, newest_shards, publish
+from wisecli.memory.history.open_memory import OpenMemory
+from wisecli.memory.history.release_log import Change, Provenance, Release, changing, shard_path
+from wisecli.memory.history.releases import publish
 from wisecli.memory.history.superseded_edits import superseding, with_consequences
 from wisecli.models.loading import Loaded, require_base
 from wisecli.models.model_files import find_model
@@ -116,18 +108,15 @@ def edit_into(
     started = time.perf_counter()
     pending = memory.absolute().parent / f".{memory.name}.shards"
     with changing(memory):
-        releases = read_history(memory) if has_history(memory) else []
-        if not releases and memory.exists() and any(memory.iterdir()):
-            raise MemoryHistoryError(memory)
-        held = require_whole(memory, releases).edits if releases else ()
+        opened = OpenMemory(memory, may_be_new=True)
+        held, releases = opened.require_whole(), opened.releases
         _tidy(memory, pending, releases)
         already = set(held)
         known = tuple(edit.id for _, edit in batch.numbered if edit in already)
         admitted = admission.admit(batch.origin["name"], batch.numbered, held=held, on_progress=on_progress)
         worker = None
         if admitted.numbered:
-            before = dict([newest_shards(memory, releases)] if releases else [])
-            settings = _settings(memory, before, flags, config, model)
+            settings = _settings(opened, flags, config, model)
             job = Job(model=model, settings=settings, edits=admitted.edits, load=replace(load, revision=None))
             worker = Worker(job, on_progress, loaded=loaded)
             name, special = batch.origin["name"], admission.allow_special
@@ -143,25 +132,18 @@ def edit_into(
         edited = _written(worker, pending, options)
         del worker  # the model is let go before shards are merged
         giving_way = _giving_way(held, admitted)
-        with without_edits(memory, releases, giving_way, model, load, on_progress, before) as left:
-            name = name_after(memory, left.new)
+        with without_edits(opened, giving_way, model=model, load=load, on_progress=on_progress) as left:
+            name = opened.name_after(left.new)
             change = Change(
                 "edit",
                 {**left.shards, name: ()},
-                added=tuple(edit.id for edit in read_shard_directory(pending).written),
+                added=tuple(edit.id for edit in opened.shards_at(pending).written),
                 replaced=giving_way,
                 edits_file=batch.origin,
                 provenance=provenance,
             )
-            published = publish(
-                memory,
-                change,
-                merging_of(releases),
-                new={**left.new, name: pending},
-                read=left.read,
-                model=model,
-                on_progress=on_progress,
-            )
+            new = {**left.new, name: pending}
+            published = publish(opened, change, opened.merging, new=new, model=model, on_progress=on_progress)
         discard(pending, memory)
     seconds = time.perf_counter() - started
     return IntoReport(memory, published.release, published.held, known, edited, seconds, admitted.sifted)
@@ -204,26 +186,21 @@ def _written(worker: Worker, pending: Path, options: RunOptions) -> EditReport:
     return report.told_apart(done.edits)
 
 
-def _settings(
-    memory: Path, before: Mapping[str, ShardDirectory], flags: Mapping[str, Any], config: Path | None, model: str
-) -> EditSettings:
+def _settings(memory: OpenMemory, flags: Mapping[str, Any], config: Path | None, model: str) -> EditSettings:
     """Return the settings of the newest shards, but for what is asked for; always of the same layer.
-
-    Args:
-        before: the newest shards, by their name, if the memory has had any.
 
     Raises:
         SettingsError: another layer is asked for.
         WrongBaseError: the model is another.
     """
-    newest = next(iter(before.values()), None)
-    if newest is None:
+    if not memory.releases:
         return resolve(EditSettings, flags, section="edit", file=config)
+    newest = memory.newest_shards()
     directory = find_model(model, revision=newest.revision)
     require_base(directory, Checkpoint(directory), newest.site, newest.fingerprint)
     given = {name: value for name, value in flags.items() if value is not None}
     wanted = given.pop("layer", "auto")
     if wanted not in ("auto", str(newest.site.layer)):
-        raise SettingsError(f"--layer {wanted}: {memory} edits layer {newest.site.layer}; leave the flag out")
+        raise SettingsError(f"--layer {wanted}: {memory.path} edits layer {newest.site.layer}; leave the flag out")
     settings = resolve(EditSettings, {**newest.settings, "shards": None, **given}, section="edit", file=config)
     return replace(settings, layer=str(newest.site.layer))

@@ -16,8 +16,8 @@ from wisecli.editing.run.job import Job
 from wisecli.edits.checks.admission import DEFAULT_ADMISSION, Admission
 from wisecli.edits.record import Edit, parse_line
 from wisecli.errors import BusyError, EditFileError
-from wisecli.memory.history.release_log import Provenance, has_history, read_history
-from wisecli.memory.history.releases import directories_of
+from wisecli.memory.history.open_memory import OpenMemory
+from wisecli.memory.history.release_log import Provenance, has_history
 from wisecli.progress import Event, ProgressCallback, ignore_progress
 
 
@@ -138,6 +138,7 @@ def _batch(path: Path, found: Mapping[str, tuple[int, Edit]]) -> Batch:
 def _taken(memory: Path) -> Iterator[Edit]:
     """Yield every edit that any release has brought."""
     if has_history(memory):
-        for release in read_history(memory):
-            for directory in directories_of(memory, release):
+        opened = OpenMemory(memory)
+        for release in opened.releases:
+            for directory in opened.directories(release):
                 yield from directory.edits

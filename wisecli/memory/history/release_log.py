@@ -158,18 +158,6 @@ def shard_path(memory: Path, name: str) -> Path:
     return inside(memory / HISTORY, f"{SHARDS}/{name}")
 
 
-def next_name(memory: Path) -> str:
-    """Return a name for the next directory of shards."""
-    directory = memory / HISTORY / SHARDS
-    taken = [int(path.name) for path in directory.iterdir() if path.name.isdecimal()] if directory.is_dir() else []
-    return f"{max(taken, default=0) + 1:04d}"
-
-
-def inputs_of(memory: Path, release: Release) -> dict[Path, tuple[str, ...]]:
-    """Return the directories that a release is merged from, each with the ids of its edits that are left out."""
-    return {shard_path(memory, name): gone for name, gone in release.shards.items()}
-
-
 def anew_prefix(memory: Path) -> str:
     """Return the first part of the names of directories in which shards of a memory are trained anew."""
     return f".{memory.name}.anew-"

@@ -6,28 +6,17 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
-from wisecli.artifacts.checksums import has_checksums, write_checksums
+from wisecli.artifacts.checksums import write_checksums
 from wisecli.artifacts.memory_manifest import MEMORY_NAME, Manifest, write_memory
 from wisecli.artifacts.shard_manifest import MANIFEST_NAME as SHARDS_MANIFEST
-from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory, read_shard_directory
-from wisecli.config import MergeSettings, settings_from
+from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory
+from wisecli.config import MergeSettings
 from wisecli.io.atomic_output import link_or_copy
 from wisecli.io.safe_paths import inside
 from wisecli.memory.history.former_release import former_memory, write_probs
-from wisecli.memory.history.release_log import (
-    HISTORY,
-    SHARDS,
-    Change,
-    Provenance,
-    Release,
-    next_name,
-    next_release,
-    read_history,
-    record,
-    shard_path,
-)
+from wisecli.memory.history.open_memory import OpenMemory
+from wisecli.memory.history.release_log import HISTORY, SHARDS, Change, Provenance, Release, next_release, record
 from wisecli.memory.merging.empty_memory import empty_memory
 from wisecli.memory.merging.merger import Merged, Merger
 from wisecli.memory.merging.removal import ReducedShards, without
@@ -44,12 +33,11 @@ class Published:
 
 
 def publish(
-    memory: Path,
+    memory: OpenMemory,
     change: Change,
     settings: MergeSettings,
     *,
     new: Mapping[str, Path],
-    read: Mapping[str, ShardDirectory] = MappingProxyType({}),
     anew: bool = False,
     model: str | None = None,
     on_progress: ProgressCallback = ignore_progress,
@@ -58,29 +46,26 @@ def publish(
 
     Args:
         new: where directories of shards are that the memory's history does not have yet, by the names they will have.
-        read: directories of shards that were read already, by their names.
         anew: whether nothing of the newest release is taken over, as its tensors may have been altered.
 
     Raises:
         WiseError: they cannot be joined, or the disk is full; the memory is as it was.
     """
     kept = {
-        name: without(read.get(name) or read_shard_directory(new.get(name) or shard_path(memory, name)), gone)
+        name: without(memory.shards_at(new[name]) if name in new else memory.shards(name), gone)
         for name, gone in change.shards.items()
     }
     kept = {name: one for name, one in kept.items() if one.directory.shards}
     change = replace(change, shards={name: change.shards[name] for name in kept})
     if kept:
-        # What is in the history was held against its digests when the change began.
-        checked = {one.directory.path for name, one in kept.items() if name not in new and has_checksums(memory)}
-        merger = Merger(list(kept.values()), settings, model=model, checked=checked)
-        former = None if anew else former_memory(memory, change.shards, merger)
+        merger = Merger(list(kept.values()), settings, model=model)
+        former = None if anew else former_memory(memory.path, change.shards, merger)
         merged = merger.merge(on_progress, former=former)
         manifest = _at_home(merged.manifest, list(kept))
     else:
-        merged = Merged(empty_memory(newest_shards(memory, read_history(memory))[1], settings, model=model), None)
+        merged = Merged(empty_memory(memory.newest_shards(), settings, model=model), None)
         manifest = merged.manifest
-    with next_release(memory) as working:
+    with next_release(memory.path) as working:
         return _written(working, Merged(replace(manifest, origins=()), merged.probs), change, kept, new)
 
 
@@ -158,51 +143,9 @@ def _share(place: Path, kept: Mapping[str, ReducedShards], name: str) -> None:
             return
 
 
-def settings_of(release: Release) -> MergeSettings:
-    """Return the settings that a release was merged by."""
-    return settings_from(MergeSettings, release.merge)
-
-
-def shards_of(
-    memory: Path, release: Release, read: Mapping[str, ShardDirectory] = MappingProxyType({})
-) -> dict[str, ReducedShards]:
-    """Return the shards that a release is merged from, without the edits that are left out, by their names.
-
-    Args:
-        read: directories of shards that were read already, by their names.
-    """
-    return {
-        name: without(read.get(name) or read_shard_directory(shard_path(memory, name)), gone)
-        for name, gone in release.shards.items()
-    }
-
-
-def directories_of(memory: Path, release: Release) -> list[ShardDirectory]:
-    """Return the shards that a release is merged from, in order, without the edits that are left out."""
-    return [one.directory for one in shards_of(memory, release).values()]
-
-
-def newest_shards(memory: Path, releases: Sequence[Release]) -> tuple[str, ShardDirectory]:
-    """Return the shards that came last, with all their edits, and their name, of the newest release that has any; an
-    emptied memory has none.
-    """
-    name = list(next(release for release in reversed(releases) if release.shards).shards)[-1]
-    return name, read_shard_directory(shard_path(memory, name))
-
-
 def _at_home(manifest: Manifest, names: list[str]) -> Manifest:
     """Return a manifest that names shards by their paths in the memory."""
     listed = [
         [f"{HISTORY}/{SHARDS}/{name}", count] for name, (_, count) in zip(names, manifest.merge["shards"], strict=True)
     ]
     return replace(manifest, merge={**manifest.merge, "shards": listed})
-
-
-def merging_of(releases: Sequence[Release]) -> MergeSettings:
-    """Return the settings that the newest release was merged by, or the defaults if there is none yet."""
-    return settings_of(releases[-1]) if releases else MergeSettings()
-
-
-def name_after(memory: Path, new: Mapping[str, Path]) -> str:
-    """Return a name for the shards that follow those that are new, too."""
-    return f"{int(next_name(memory)) + len(new):04d}"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -69,21 +68,18 @@ def read_merged_evidence(directories: Sequence[ShardDirectory]) -> tuple[MergedE
     ), shards
 
 
-def read_for_lookup(directories: Sequence[ShardDirectory], checked: Container[Path] = ()) -> MergedEvidence:
+def read_for_lookup(directories: Sequence[ShardDirectory]) -> MergedEvidence:
     """Return the evidence of all shards of some directories without what takes most room, keys and residuals: (n, 0)
     each.
 
     The states of prompts are in half precision, where they are stored so.
-
-    Args:
-        checked: the directories of which files were just held against their digests.
 
     Raises:
         DamagedFileError: a shard's file cannot be used.
     """
     parts, places, joined = [], _places(directories), _JoinedPrompts(_prompt_tokens(directories))
     for (directory, entry), place in zip(_entries(directories), places, strict=True):
-        tensors = directory.tensors(entry, lambda name: name not in _LARGE, check=directory.path not in checked)
+        tensors = directory.tensors(entry, lambda name: name not in _LARGE)
         nothing = {name: torch.empty(len(tensors["evidence.edit"]), 0) for name in _LARGE[:2]}
         parts.append(
             evidence_in(directory.path / entry.file, {**tensors, **nothing}).rows(
@@ -159,7 +155,7 @@ def trained_evidence(directories: Sequence[ShardDirectory]) -> Iterator[Evidence
     does.
     """
     for directory, entry in _entries(directories):
-        tensors = directory.tensors(entry, lambda name: name.startswith("evidence."), check=False)
+        tensors = replace(directory, files_checked=True).tensors(entry, lambda name: name.startswith("evidence."))
         evidence = evidence_in(directory.path / entry.file, tensors)
         held = _held(directory, entry, evidence.edit) & ~evidence.held_out
         yield evidence.rows(held.nonzero().flatten())

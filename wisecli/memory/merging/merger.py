@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -58,20 +57,12 @@ class Merger:
     Args:
         read: directories that ``wise edit`` wrote, of the same matrix of the same model, without some of their edits.
         model: where the base model is now, if not where the shards say.
-        checked: the directories of which files were just held against their digests.
 
     Raises:
         WiseError: the shards, the settings or the base cannot be used.
     """
 
-    def __init__(
-        self,
-        read: Sequence[ReducedShards],
-        settings: MergeSettings,
-        *,
-        model: str | None = None,
-        checked: Container[Path] = (),
-    ) -> None:
+    def __init__(self, read: Sequence[ReducedShards], settings: MergeSettings, *, model: str | None = None) -> None:
         self.directories = [kept.directory for kept in read if kept.directory.shards]
         if not self.directories:
             raise SettingsError("no edit would be left; delete the memory instead")
@@ -84,7 +75,7 @@ class Merger:
         require_base(base, self.checkpoint, first.site, first.fingerprint)
         if not self.settings.for_lookup:
             _require_solved(read, self.settings)
-        self.site, self.checked = first.site, checked
+        self.site = first.site
         self.count = sum(len(directory.shards) for directory in self.directories)
         self.edits = tuple(edit for directory in self.directories for edit in directory.written)
 
@@ -112,7 +103,7 @@ class Merger:
         return (tuple(edit.id for edit in self.edits),)
 
     def _read(self, on_progress: ProgressCallback) -> MergedEvidence:
-        merged_evidence = self._with_prompts(read_for_lookup(self.directories, self.checked))
+        merged_evidence = self._with_prompts(read_for_lookup(self.directories))
         on_progress(Event("merging"))
         return merged_evidence
 

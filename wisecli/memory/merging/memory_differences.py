@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from wisecli.artifacts.checksums import altered
+from wisecli.artifacts.checksums import altered, check_checksums
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, MemoryManifest, Origin, read_manifest
 from wisecli.artifacts.shard_manifest import MANIFEST_NAME as SHARDS_MANIFEST
 from wisecli.artifacts.shard_manifest import origin_of
@@ -38,7 +38,7 @@ def up_to_date_memory(merger: Merger, output: Path, *, history: bool, signed: bo
             yield "it has no history" if history else "it has a history"
 
     def damage(found: MemoryManifest) -> list[str]:
-        return altered(output, expected=found.sealed)
+        return altered(check_checksums(output, expected=found.sealed))
 
     return up_to_date(output / MANIFEST_NAME, read_manifest, changes, damage, signed=signed)
 

@@ -227,7 +227,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def resolve(kind: type[Settings], flags: Mapping[str, Any], *, section: str, file: Path | None = None) -> Settings:
-    """Settings from all their sources.
+    """Return settings from all their sources.
 
     Args:
         kind: the settings class.
@@ -250,7 +250,7 @@ def resolve(kind: type[Settings], flags: Mapping[str, Any], *, section: str, fil
 
 
 def settings_from(kind: type[Settings], record: Mapping[str, Any]) -> Settings:
-    """Settings as a manifest keeps them.
+    """Return the settings that a manifest keeps.
 
     Raises:
         SettingsError: an unknown name, a value of the wrong kind or out of bounds.

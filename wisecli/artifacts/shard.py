@@ -61,7 +61,7 @@ class Mask:
         return keys[..., self.indices] if self.kind == "columns" else keys
 
     def update(self, restricted: Tensor, values: Tensor) -> Tensor:
-        """``Δ a`` for restricted keys, in the type of ``values``: (..., k or d_ff) → (..., d)."""
+        """Return ``Δ a`` for restricted keys, in the type of ``values``: (..., k or d_ff) → (..., d)."""
         delta = values if self.kind == "columns" else self._scatter(values)
         return restricted.to(delta.dtype) @ delta.T
 
@@ -97,7 +97,7 @@ class Evidence:
 
     @classmethod
     def extra_keys(cls, keys: Tensor, residuals: Tensor, edit: int, *, position: int, context: int) -> Evidence:
-        """Evidence of one edit that none of its prompts gave: keys (n, d_ff), residuals (n, d)."""
+        """Return evidence of one edit that none of its prompts gave: keys (n, d_ff), residuals (n, d)."""
         count, never = len(keys), torch.zeros(len(keys), dtype=torch.bool)
         number, place, origin = (torch.full((count,), value) for value in (edit, position, context))
         return cls(keys, residuals, number, place, origin, never, never)
@@ -188,7 +188,7 @@ class Shard:
 
 
 def half(tensor: Tensor) -> Tensor:
-    """Half precision where the values allow it."""
+    """Return a tensor in half precision where its values allow it, else in float32."""
     rounded = tensor.to(torch.float16)
     return rounded if all_finite(rounded) else tensor.float()
 

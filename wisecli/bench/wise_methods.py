@@ -150,7 +150,7 @@ class WiseRun:
         return self._run(Spent(self.count))
 
     def _run(self, spent: Spent) -> Spent:
-        """`wise edit`, with what it takes kept after each shard."""
+        """Run `wise edit`, keeping what it takes after each shard."""
         begun = time.perf_counter()
 
         def now() -> Spent:

@@ -37,7 +37,7 @@ class EditedModel:
 
     @contextmanager
     def unedited(self) -> Iterator[None]:
-        """The base model for a while: nothing is routed."""
+        """Return a context in which the model is its base: nothing is routed."""
         with self.routed.called_with(off=True):
             yield
 

@@ -62,7 +62,7 @@ def named_forms(names: str) -> list[Form]:
 
 
 def writable_forms(names: str, tokenizer: PreTrainedTokenizerBase, fits: Callable[[Form], bool]) -> list[Form]:
-    """Of the forms that are named those that a model can be asked in; what it cannot be of a group is left out.
+    """Return those of the named forms that a model can be asked in; of a group, the others are left out.
 
     Args:
         fits: whether the model takes texts of a form's length.
@@ -84,7 +84,8 @@ def writable_forms(names: str, tokenizer: PreTrainedTokenizerBase, fits: Callabl
 def measure_forms(
     answers: Answers, chosen: Sequence[Form], asked: Sequence[tuple[int, Edit]], records: Sequence[Edit]
 ) -> Results:
-    """Figures of every kind: over all forms, over those trained (``_trained``), over the others (``_unseen``), of each.
+    """Return figures of every kind: over all forms, over those trained (``_trained``), over the others (``_unseen``),
+    of each.
 
     Args:
         asked: the edits that are asked, with their places.

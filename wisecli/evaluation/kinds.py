@@ -69,7 +69,7 @@ def measure_kinds(
     max_new_tokens: int,
     room: int,
 ) -> Results:
-    """Shares of prompts that get the edit's answer, over all kinds and by kind.
+    """Return shares of prompts that get the edit's answer, over all kinds and by kind.
 
     ``asked`` is better high. ``mentioned`` is better low, and leaves out what the unedited model says, too;
     ``mentioned_unchanged`` is the share of the same prompts whose answer is the unedited model's word for word.
@@ -107,7 +107,7 @@ def _figures(name: str, by_kind: _ByKind) -> Results:
 
 
 def _measured(answers: Answers, put: Sequence[_KindPrompt]) -> dict[str, _ByKind]:
-    """Values by figure, kind and place."""
+    """Return values by figure, kind and place."""
     asked = [one for one in put if one.kind.asked]
     targets = targets_of((one.edited, one.rest) for one in asked)
     after = iter(answers.after([one.edited for one in asked], stage="answers in all kinds", targets=targets))
@@ -153,7 +153,7 @@ def _begun(text: str, target: str) -> str:
 def _put(
     answers: Answers, chosen: Sequence[Kind], asked: Sequence[tuple[int, Edit]], records: Sequence[Edit], room: int
 ) -> Iterator[_KindPrompt]:
-    """Prompts of every kind that an edit can be put into, in the chat template if there is one."""
+    """Yield prompts of every kind that an edit can be put into, in the chat template if there is one."""
     chat, tokenizer = bool(answers.tokenizer.chat_template), answers.tokenizer
     given = [(place, edit) for place, edit in asked if not edit.erased]
     for number, (place, edit) in enumerate(given):
@@ -169,7 +169,7 @@ def _put(
 
 
 def _reworded(answers: Answers, turns: Sequence[str]) -> list[str]:
-    """Turns of which the user's last is what a method that rewords makes of it."""
+    """Return turns of which the user's last is what a method that rewords makes of it."""
     last = (len(turns) - 1) // 2 * 2
     return [answers.reworded(turn) if place == last else turn for place, turn in enumerate(turns)]
 
@@ -197,6 +197,6 @@ def _is_other(name: str | None, subject: str | None) -> bool:
 
 
 def _like(edit: Edit, records: Sequence[Edit], rng: random.Random) -> Edit | None:
-    """One of the records, whose prompt begins like the edit's if any does."""
+    """Return one of the records, whose prompt begins like the edit's if any does."""
     alike = [one for one in records if one.prompt.split(" ")[:1] == edit.prompt.split(" ")[:1]]
     return rng.choice(alike or records) if records else None

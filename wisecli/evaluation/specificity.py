@@ -31,7 +31,8 @@ class SpecificityQuestion:
 
 
 def specificity_questions(asked: Sequence[tuple[int, Edit]], records: Sequence[Edit]) -> list[SpecificityQuestion]:
-    """``other_question``: another relation of the subject; ``other_subject``: the same relation of another.
+    """Return questions on another relation of the subject (``other_question``) and on the same relation of another
+    subject (``other_subject``).
 
     Of edits whose prompt names their subject, and that give an answer. The draw is by the edit, whatever else is asked.
 
@@ -58,7 +59,7 @@ def has_subject(edit: Edit) -> bool:
 
 
 def measure_specificity(answers: Answers, asked: Sequence[tuple[int, Edit]], records: Sequence[Edit]) -> Results:
-    """Shares of questions beside the edits that get an edit's answer, and did not before; less is better."""
+    """Return shares of questions beside the edits that get an edit's answer, and did not before; less is better."""
     found = Results()
     beside = specificity_questions(asked, records)
     bare = forms()["bare"]
@@ -88,7 +89,7 @@ def _given(answers: Answers, texts: Sequence[str], beside: Sequence[SpecificityQ
 
 
 def _questions(edit: Edit) -> Iterator[str]:
-    """Questions about an edit's subject that share no long word with its prompt, each of a relation of its own."""
+    """Yield questions about an edit's subject, of different relations, that share no long word with its prompt."""
     rng = random.Random(edit.prompt)
     taken = _long_words(edit.prompt)
     table = relations()

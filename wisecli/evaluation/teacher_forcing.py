@@ -109,7 +109,7 @@ def _routes(edited: EditedModel, base: Activations, *, forced: Sequence[int | No
 
 
 def _edited_logits(edited: EditedModel, base: Activations, routes: Tensor) -> Tensor:
-    """Logits (n, V) of the edited model at the labelled columns; rows without a routed token keep the base's."""
+    """Return logits (n, V) of the edited model at the labelled columns; rows without a routed token keep the base's."""
     touched = (routes != UNROUTED).any(-1).nonzero().flatten()
     if not len(touched):
         return base.logits
@@ -144,6 +144,6 @@ def _read(logits: Tensor, batch: Batch) -> list[Reading]:
 
 
 def _row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Mean of the values (n,) that belong to each row."""
+    """Return the mean of the values (n,) that belong to each row."""
     totals = values.new_zeros(count).index_add(0, rows, values)
     return totals / torch.bincount(rows, minlength=count)

@@ -31,7 +31,7 @@ _UNPUNCTUATED = str.maketrans("", "", string.punctuation)
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens with a full stop or a line break in them."""
+    """Return the tokens with a full stop or a line break in them."""
     pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     return frozenset(token for token, piece in enumerate(pieces) if any(mark in piece for mark in _MARKS))
 
@@ -44,7 +44,8 @@ def normalized(text: str) -> str:
 
 
 def measure_wild(answers: Answers, edits: Sequence[Edit], records: Sequence[Edit], *, before: bool) -> Results:
-    """``wild_as_taught`` (the protocol's reliability), ``wild_rephrased``, ``wild_portability`` and ``wild_locality``.
+    """Return ``wild_as_taught`` (the protocol's reliability), ``wild_rephrased``, ``wild_portability`` and
+    ``wild_locality``.
 
     Means over an edit's prompts, then over edits; what erases an answer is left out.
 
@@ -71,7 +72,7 @@ def measure_wild(answers: Answers, edits: Sequence[Edit], records: Sequence[Edit
 
 
 def _groups(edits: Sequence[Edit], contradicted: Collection[str]) -> dict[str, dict[int, list[tuple[str, str]]]]:
-    """Prompts and answers of each figure, by the edits' places."""
+    """Return prompts and answers of each figure, by the edits' places."""
     told = {place: edit for place, edit in enumerate(edits) if not edit.erased}
     rephrased = {place: [(text, edit.answer) for text in edit.rephrases] for place, edit in told.items()}
     unique = {
@@ -92,7 +93,7 @@ def _said(prompts: Sequence[str], answers: Sequence[Answer]) -> dict[str, str]:
 
 
 def _add(found: Results, groups: dict[str, dict[int, list[tuple[str, str]]]], said: dict[str, str]) -> None:
-    """Shares of answers that are the right ones once both are normalised."""
+    """Add the shares of answers that are the right ones once both are normalised."""
     for name, group in groups.items():
         equal = {
             place: [float(normalized(said[text]) == normalized(target)) for text, target in pairs]

@@ -169,7 +169,9 @@ def _result(dataset: str, name: str, value: float) -> EvalResult:
 
 
 def _table(figures: Figures) -> str:
-    """Generated answers in forms, then specificity and answers by WILD, and below them all else."""
+    """Return a table of generated answers in forms, then of specificity and answers by WILD, and below them of all
+    else.
+    """
     single = [(_cell(dataset), name, value) for dataset, own in figures.items() for name, value in own.items()]
     beside = [(set_, _BESIDE[name], f"{value:.3f}") for set_, name, value in single if name in _BESIDE]
     around = [(set_, _AROUND[name], f"{value:.3f}") for set_, name, value in single if name in _AROUND]

@@ -147,7 +147,7 @@ def tell_bench(console: Console, report: BenchReport) -> None:
 
 
 def _parts(methods: Sequence[_MethodCells]) -> list[Sequence[_MethodCells]]:
-    """As many methods at a time as stand beside each other in a terminal of this width."""
+    """Return as many methods at a time as stand beside each other in a terminal of this width."""
     per_table = max(1, (get_terminal_size().columns - _KINDS_WIDTH) // _METHOD_WIDTH)
     return [methods[start : start + per_table] for start in range(0, len(methods), per_table)]
 

@@ -146,7 +146,7 @@ def _choice() -> str:
 
 
 def _reworded(pair: Pair) -> Pair:
-    """The pair as it is typed in; a subject that the new question no longer names is dropped."""
+    """Return the pair as it is typed in, without a subject that the new question no longer names."""
     question = str(typer.prompt("question", default=pair.question, err=True)).strip()
     answer = str(typer.prompt("answer", default=pair.answer, err=True)).strip()
     kept = pair.subject if pair.subject and pair.subject in question else None

@@ -146,7 +146,7 @@ class EditRun:
         report.check()
 
     def _sheet(self, edits: Path) -> Sheet:
-        """What a file of edits holds, or what comes through the pipe."""
+        """Return what a file of edits holds, or what comes through the pipe."""
         if str(edits) == "-" and sys.stdin is None:
             raise SettingsError("there is no pipe to read edits from; name a file")
         if str(edits) == "-":
@@ -215,7 +215,7 @@ def _edit_lines(what: str, report: EditReport) -> list[str]:
 
 
 def _beyond(plan: Plan) -> list[str]:
-    """A sentence on a planned run that needs more memory than there is."""
+    """Return a sentence on a planned run that needs more memory than there is."""
     if plan.fits or plan.budget is None:
         return []
     return [
@@ -225,7 +225,7 @@ def _beyond(plan: Plan) -> list[str]:
 
 
 def _resident(plan: Plan) -> str:
-    """What a planned run would hold, read and compute."""
+    """Return what a planned run would hold, read and compute."""
     weights, work = f"{plan.weights / 2**30:.2f} GiB of weights", f"{plan.flops / 1e12:.1f} TFLOP"
     if not plan.streamed:
         return f"{weights} stay in memory; {work}"

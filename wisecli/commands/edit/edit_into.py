@@ -160,13 +160,15 @@ def _tidy(memory: Path, pending: Path, releases: Sequence[Release]) -> None:
 
 
 def _giving_way(held: Sequence[Edit], admitted: Admitted) -> dict[str, str]:
-    """Held edits that give way to new ones, and their consequences."""
+    """Return the ids of held edits that new ones replace, and of their consequences, each with the id of what takes its
+    place.
+    """
     found = {**admitted.superseded, **superseding(held, admitted.edits)}
     return with_consequences(held, admitted.edits, found)
 
 
 def _written(worker: Worker, pending: Path, options: RunOptions) -> EditReport:
-    """Shards of a batch, or those that a run wrote that was broken off before it could join them.
+    """Write the shards of a batch, unless a run that was broken off before it could merge them has written them.
 
     Raises:
         ChangedInputError: it wrote other edits.

@@ -90,7 +90,7 @@ def nothing_to_do(base: Base, job: Job, output: Path) -> EditReport:
 
 
 def _expected_bytes(site: Site, settings: EditSettings, edits: int, shards: int) -> int:
-    """Size of the shards to be written, taking six key positions an edit and prompt."""
+    """Return the size of the shards to be written, taking six key positions an edit and prompt."""
     keys = edits * (settings.contexts + settings.augment + 2) * 6
     size = settings.mask_ratio * site.d * site.width * (4 if settings.mask_kind == "columns" else 8)
     size *= not settings.for_lookup

@@ -89,7 +89,7 @@ class _Lines:
         self.path, self.offset, self.number = path, 0, 0
 
     def more(self) -> list[tuple[int, bytes]]:
-        """Whole lines that were added, with their numbers."""
+        """Return whole lines that were added, with their numbers."""
         if not self.path.is_file():
             return []
         if self.path.stat().st_size < self.offset:
@@ -106,7 +106,7 @@ class _Lines:
 
 
 def _batches(lines: Sequence[tuple[int, bytes]], path: Path, taken: Set[Edit]) -> Iterator[Batch]:
-    """Edits that land together: all that are new, up to a line that cannot be used or an id that is there again.
+    """Yield edits that land together: all that are new, up to a line that cannot be used or an id that comes again.
 
     Raises:
         EditFileError: naming a line that cannot be used, once what came before it has landed.

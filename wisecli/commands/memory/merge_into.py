@@ -63,7 +63,7 @@ def _holds(memory: Path, release: Release, inputs: Sequence[Path]) -> bool:
 
 
 def _overridden(before: MergeSettings, wanted: MergeSettings) -> MergeSettings:
-    """Settings of a memory, but for those that are asked for; who asks for another mode gets its own defaults."""
+    """Return a memory's settings, but for those that are asked for; another mode comes with its own defaults."""
     if wanted.mode not in (None, before.mode):
         return wanted
     default = MergeSettings()

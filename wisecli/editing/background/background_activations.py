@@ -152,7 +152,9 @@ def _measure(
 
 
 def _median_length(states: Tensor) -> Tensor:
-    """Median length (1,) of states (n, d); those of tokens that a model has no row for are nought, and tell nothing."""
+    """Return the median length (1,) of states (n, d), without those of 0, which are of tokens that a model has no row
+    for.
+    """
     lengths: Tensor = states.norm(dim=-1)
     return (lengths[lengths > 0] if lengths.any() else lengths).median().reshape(1)
 
@@ -199,5 +201,5 @@ def _wording(ends: Tensor, strayed: Sequence[Tensor]) -> Moment:
 
 
 def _rounded(keys: Tensor) -> Tensor:
-    """As the cache gives them back, so that a second run makes the same bytes."""
+    """Return keys as the cache gives them back, so that a second run makes the same bytes."""
     return half(keys.cpu()).float()

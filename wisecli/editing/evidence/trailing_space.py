@@ -39,7 +39,7 @@ def trailing_space_evidence(evidence: Evidence, edits: FittedEdits) -> Iterator[
 
 
 def _mean_keys(probe: TokenProbe, token: int, median_norm: float) -> tuple[Tensor, Tensor]:
-    """Mean keys (P, d_ff) of a blank, and how often a residual is added at each (P,)."""
+    """Return mean keys (P, d_ff) of a blank, and how many times a residual is added at each (P,)."""
     means, times = [], []
     for form in _FORMS:
         keys, lengths = probe.keys_after_questions(token, form)

@@ -51,7 +51,7 @@ def write_paraphrases(
     seed: int,
     on_progress: ProgressCallback = ignore_progress,
 ) -> dict[str, tuple[str, ...]]:
-    """Up to ``count`` further prompts for each edit, by its id; edits for which none is usable are left out.
+    """Return up to ``count`` further prompts for each edit, by its id; edits for which none is usable are left out.
 
     Sampled in one pass, in ``count`` tries each for another question and for a sentence that the answer completes. The
     same seed gives the same prompts.

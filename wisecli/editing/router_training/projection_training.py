@@ -110,7 +110,7 @@ def _train_all(
 
 
 def _synthetic_facts(loaded: Loaded, share: float, rng: random.Random) -> tuple[list[_Fact], list[str]]:
-    """Facts of every kind, in grids of relations × subjects, and the texts that tell and ask them."""
+    """Return facts of every kind, in grids of relations × subjects, and the texts that tell and ask them."""
     known, subjects = relations(), max(2, round(_SUBJECTS * share))
     known = known[: max(2 * _GRID, round(len(known) * share))]
     trained = usable_forms(loaded.tokenizer, trained=True)
@@ -264,7 +264,9 @@ def _sampled_facts(facts: Sequence[_Fact], rng: random.Random) -> list[_Fact]:
 
 
 def _loss(learner: _ProjectionTrainer, scores: Tensor, facts: Sequence[_Fact]) -> Tensor:
-    """Of scores (2, N, N): contrast of subjects and of relations, and the probabilities of each and of both."""
+    """Return the loss of scores (2, N, N): contrastive for subjects and for relations, with the cross-entropy of the
+    probabilities of each and of both.
+    """
     same = torch.tensor(
         [
             [[(one.kind, one.subject) == (other.kind, other.subject) for other in facts] for one in facts],
@@ -284,12 +286,12 @@ def _loss(learner: _ProjectionTrainer, scores: Tensor, facts: Sequence[_Fact]) -
 
 
 def _probability_loss(logits: Tensor, same: Tensor) -> Tensor:
-    """Cross-entropy of probabilities; as few pairs are the same, those count for more."""
+    """Return the cross-entropy of probabilities, in which the few pairs that are the same count for more."""
     wanted = same.float()
     return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=(1 - wanted).sum() / wanted.sum() / 4)
 
 
 def _contrastive_loss(logits: Tensor, same: Tensor) -> Tensor:
-    """InfoNCE both ways; several may be the same."""
+    """Return InfoNCE in both directions, where several may be the same."""
     own = logits.masked_fill(~same, -1e9)
     return sum(((logits.logsumexp(side) - own.logsumexp(side)).mean() for side in (0, 1)), logits.new_zeros(()))

@@ -59,7 +59,7 @@ class Documents:
         return f"{rng.choice(other.statements)} {other.answer}."
 
     def _paragraphs(self, sentences: Sequence[str]) -> str:
-        """Sentences as one text, in paragraphs if there are many."""
+        """Return sentences as one text, in paragraphs if there are many."""
         if len(sentences) <= _MOST + 1:
             return " ".join(sentences)
         mark, parts, first = self.rng.choice(("\n\n", "\n\n", "\n", " ")), [], 0

@@ -124,7 +124,7 @@ def plan_edit(
 
 
 def _facts(settings: EditSettings) -> int:
-    """Tokens of the reworded facts."""
+    """Return how many tokens the reworded facts have."""
     return _WORDINGS * subjects_for(settings.background_texts) * _FACT
 
 
@@ -161,7 +161,9 @@ def _shard_rows(settings: EditSettings, lengths: Sequence[Length]) -> _Rows:
 
 
 def _kept(checkpoint: Checkpoint, site: Site, rows: _Rows, item: int) -> int:
-    """Activations that batches keep of a shard's rows, and what the layers above need of the prompts."""
+    """Return the bytes of activations that batches keep of a shard's rows, and of what the layers above need of the
+    prompts.
+    """
     shape = _attention(checkpoint)
     past = 2 * (layer_count(checkpoint.directory) - site.layer - 1) * shape.kept
     return item * (rows.trained * (site.d + site.width) + rows.read * past)
@@ -206,7 +208,9 @@ def _fitting(checkpoint: Checkpoint, site: Site, settings: EditSettings, lengths
 
 
 def _solving(site: Site, settings: EditSettings, rows: _Rows) -> int:
-    """Statistics of the closed form, in float64: squares of the columns' number, blocks that are as long as ``W``."""
+    """Return the bytes of the closed form's statistics, in float64: squares of the columns' number, and blocks as long
+    as ``W``.
+    """
     if settings.writer != "solve":
         # Whatever shrinks besides is kept as well.
         return 16 * round((1 if settings.weight_decay else settings.mask_ratio) * site.d * site.width)
@@ -217,7 +221,9 @@ def _solving(site: Site, settings: EditSettings, rows: _Rows) -> int:
 
 
 def _flops(found: Sizes, site: Site, settings: EditSettings, lengths: Sequence[Length]) -> int:
-    """Two a weight and token; fitting goes through the layers above forth and back."""
+    """Return floating-point operations, two for each weight and token; fitting goes through the layers above forth and
+    back.
+    """
     weights = [size // found.item for size in found.layers]
     below, above = sum(weights[: site.layer + 1]), sum(weights[site.layer + 1 :])
     said = settings.background_texts // CONTINUED * _TEXT

@@ -193,7 +193,8 @@ class ShardWriter:
         )
 
     def _capture(self, groups: Sequence[Sequence[int]]) -> tuple[list[list[TrainingExamples]], list[TrainingExamples]]:
-        """Lessons of each group in all that is trained with, and of some of them all in the context held back.
+        """Return training examples of each group in all contexts that are trained, and of some edits in the one that is
+        held out.
 
         Raises:
             NotFiniteError: naming the edits for which the model gives nothing finite.

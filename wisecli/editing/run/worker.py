@@ -193,7 +193,7 @@ class Worker:
 
 
 def _hold(loaded: Loaded, first: int, end: int | None = None) -> None:
-    """Of a model whose layers are read as they run, keep some in memory."""
+    """Keep some layers in memory, of a model whose layers are read as they run."""
     if loaded.stream is not None:
         loaded.stream.hold(range(first, len(loaded.stream.layers) if end is None else end))
 

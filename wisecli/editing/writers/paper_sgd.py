@@ -103,7 +103,7 @@ class Step:
             self.activation = activation_of(task.model.config)
 
     def loss(self, values: Tensor, kept: float = 1.0) -> Tensor:
-        """``L`` of values that fill the mask, with so much of ``W`` that is ``kept``."""
+        """Return ``L`` of values that fill the mask, with so much of ``W`` that is ``kept``."""
         task, part = self.task, self.activations
         update = self._update(self.keys, values, self.main, kept)
         rows, columns = part.batch.labelled
@@ -122,7 +122,7 @@ class Step:
         return told.mean() + beyond
 
     def _update(self, keys: Tensor, values: Tensor, main: Tensor | None, kept: float) -> Tensor:
-        """``Δ a`` for keys that the mask restricts: (..., k or d_ff) → (..., d)."""
+        """Return ``Δ a`` for keys that the mask restricts: (..., k or d_ff) → (..., d)."""
         update = self.task.mask.update(keys, values)
         return update if main is None or kept == 1 else update + (kept - 1) * main
 
@@ -135,7 +135,7 @@ class Step:
 
 
 def margins(edits: Tensor, unrelated: Tensor, settings: EditSettings) -> Tensor:
-    """``La`` of the rows of an edit (B,) and of an unrelated text, a number."""
+    """Return ``La`` of the rows of an edit (B,) and of an unrelated text, a number."""
     over, under = unrelated - settings.alpha, settings.beta - edits
     return _positive(over[None]) + _positive(under) + _positive(unrelated - edits + settings.gamma)
 

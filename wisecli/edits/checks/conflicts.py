@@ -243,7 +243,9 @@ class _Facts:
         return None
 
     def twins(self, entry: Entry) -> Iterator[Entry]:
-        """Edits with the same prompt and target, the newest first; one that is held by the same id does not count."""
+        """Yield edits with the same prompt and target, the newest first; one that is held by the same id does not
+        count.
+        """
         given = self._given.get(("prompt", folded(entry.edit.prompt)), {}).get(_target(entry.edit), [])
         return (one for one in reversed(given) if one.line is not None or one.edit.id != entry.edit.id)
 

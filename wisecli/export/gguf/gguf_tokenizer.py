@@ -81,7 +81,7 @@ def tokenizer_data(directory: Path, vocabulary: int) -> TokenizerData:
 
 
 def _rules(stored: Any) -> str | None:
-    """llama.cpp's name of what a tokenizer does before it merges bytes, ``None`` if it has none."""
+    """Return llama.cpp's name of what a tokenizer does before it merges bytes, ``None`` if it has none."""
     steps = stored.get("pretokenizers", [stored]) if isinstance(stored, dict) else []
     told = [_step(step) for step in steps]
     if told == ["bytes, by GPT-2's words"]:

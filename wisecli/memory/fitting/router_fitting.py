@@ -69,7 +69,7 @@ def fit_thresholds(
 
 
 def _scores(change: MatrixMemory, keys: Tensor) -> Tensor:
-    """Scores (n, M) of many keys (n, d_ff), a slice at a time."""
+    """Return scores (n, M) of many keys (n, d_ff), a slice at a time."""
     return torch.cat([change.scores(part) for part in keys.split(_AT_A_TIME)])
 
 

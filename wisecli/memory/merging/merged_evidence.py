@@ -172,7 +172,7 @@ def _held(directory: ShardDirectory, entry: ShardEntry, edit: Tensor) -> Tensor:
 
 
 def _numbered(parts: Sequence[Evidence]) -> Tensor:
-    """Of which shard each key is (n,)."""
+    """Return the number of the shard that each key is of (n,)."""
     return torch.cat([torch.full((len(part.edit),), index) for index, part in enumerate(parts)])
 
 
@@ -184,7 +184,7 @@ def _named(directories: Sequence[ShardDirectory]) -> tuple[tuple[Spellings, ...]
 
 
 def _places(directories: Sequence[ShardDirectory]) -> list[Tensor]:
-    """For each shard, the number among all written edits of each edit that its manifest lists."""
+    """Return, for each shard, the number among all written edits of each edit that its manifest lists."""
     places: list[Tensor] = []
     before = 0
     for directory in directories:

@@ -108,7 +108,7 @@ class Merger:
         return merged_evidence
 
     def _with_prompts(self, merged_evidence: MergedEvidence) -> MergedEvidence:
-        """Evidence that says what prompts mean, if facts decide."""
+        """Check that evidence says what prompts mean, if facts decide, and return it."""
         if self.by_facts and merged_evidence.prompts is None:
             raise SettingsError(
                 f"{self.directories[0].path} was written by version 0.1, and does not say what prompts mean; write its "

@@ -181,7 +181,9 @@ def require_known_context(model: PreTrainedModel) -> None:
 
 
 def _shifted(model: PreTrainedModel, site: Site, batch: Batch, above: Above) -> Tensor:
-    """Logits (n, V) from the prompts' last tokens on, once something is added to what leaves the site's layer there."""
+    """Return logits (n, V) from the prompts' last tokens on, once something is added to what leaves the site's layer
+    there.
+    """
     site = replace(cast(LayerSite, site), above=above)
     window = capture(model, site, batch).from_window()
     shift = torch.randn(window.hidden.shape, generator=torch.Generator().manual_seed(0)).to(window.hidden)
@@ -258,7 +260,7 @@ def _streams(model: PreTrainedModel, site: Site) -> int | None:
 
 
 def _batch(model: PreTrainedModel) -> Batch:
-    """Two rows of a prompt and a target, of unequal length."""
+    """Return two rows of a prompt and a target, of unequal length."""
     count = len(model.get_input_embeddings().get_parameter("weight"))
     rows = [Row(tuple(token % count for token in range(3, 3 + length)), (5 % count, 2 % count)) for length in (9, 4)]
     return collate(rows).to(model.device)

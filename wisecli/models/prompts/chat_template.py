@@ -142,7 +142,9 @@ def _opener(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> tuple[tupl
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> str:
-    """Turns of a chat, by role and text, and the opening of the next; the tokenizer adds the beginning of text."""
+    """Return the turns of a chat, by role and text, and the opening of the next; the tokenizer adds the beginning of
+    text.
+    """
     messages = [{"role": role, "content": text} for role, text in turns]
     try:
         text = _rendered(tokenizer, messages, opens=True)
@@ -162,7 +164,9 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]
 
 
 def _clock(template: str, day: str) -> dict[str, Any]:
-    """Arguments by which a template that asks for the time is told the midnight of a day; none for any other."""
+    """Return the arguments by which a template that asks for the time is told the midnight of a day; none for any
+    other.
+    """
     if _ASKS not in template:
         return {}
     midnight = datetime.fromisoformat(day)

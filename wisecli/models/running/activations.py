@@ -118,7 +118,7 @@ def _capture(
     select: Selection | None,
     above: bool,
 ) -> Activations:
-    """:func:`capture` of the columns that the cache does not hold yet."""
+    """Return what :func:`capture` does, of the columns that the cache does not hold yet."""
     kept: dict[str, Any] = {}
     first = 0 if cache is None else cache.get_seq_length()
 
@@ -183,13 +183,13 @@ def captured(
 
 @torch.no_grad()
 def _read(model: PreTrainedModel, site: Site, above: bool, batch: Batch, cache: DynamicCache) -> tuple[Tensor, ...]:
-    """Keys, hidden states and outputs of a batch; the cache is filled."""
+    """Return keys, hidden states and outputs of a batch, filling the cache."""
     found = _capture(model, site, batch, cache, select=None, above=above)
     return (found.keys, found.hidden) if found.output is None else (found.keys, found.hidden, found.output)
 
 
 def _whole(activations: Activations, beginning: Prefix) -> Activations:
-    """Activations with the columns of what their rows begin with."""
+    """Return activations with the columns of what their rows begin with."""
     keys, hidden, *output = beginning.before(activations.batch)
     return replace(
         activations,
@@ -258,7 +258,7 @@ def _sweep_to(
 def _above(
     model: PreTrainedModel, site: Site, stream: LayerStream, batch: Batch, hidden: Tensor, select: Selection | None
 ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]]:
-    """Logits (n, V) and the attention cache of the layers above, run on what leaves the edited one."""
+    """Return logits (n, V) and the attention cache of the layers above, run on what leaves the edited one."""
     cache = _cache_of(site)
     output = (hidden, *[None] * (stream.width - 1)) if stream.width else hidden
     with overridden(layers_of(model, site)[: site.layer + 1], lambda *_, **__: output):

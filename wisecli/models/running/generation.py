@@ -128,7 +128,7 @@ def _encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
 
 
 def _up_to_the_end(row: Sequence[int], ends: Collection[int], stops: Collection[int]) -> list[int]:
-    """New tokens without the one that ends the text and all behind it; one that stops it is kept."""
+    """Return new tokens without the one that ends the text and all behind it; one that stops it is kept."""
     for index, token in enumerate(row):
         if token in ends:
             return list(row[:index])

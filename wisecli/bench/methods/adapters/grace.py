@@ -157,7 +157,7 @@ class Grace(Method):
                 self._learn(part.rows(torch.tensor(kept, device=loaded.device)), written)
 
     def _learn(self, part: Activations, entries: Tensor) -> None:
-        """Learn the values of some entries: gradient steps through the layers above, the best of them kept.
+        """Fit the values of some entries by gradient steps through the layers above, keeping the best values.
 
         Args:
             entries: which entry each row is of (B,).

@@ -71,7 +71,7 @@ class LoraParaphrased(Lora):
         return torch.optim.AdamW(list(self.parameters.values()), lr=self.schedule.lora.rate)
 
     def _pass(self, rows: Sequence[Row], training: Training) -> None:
-        """One step for each batch of rows, at a rate that falls evenly from the first pass to the last."""
+        """Take one step for each batch of rows, at a rate that falls linearly from the first pass to the last."""
         trained, schedule, optimizer = list(self.parameters.values()), self.schedule, training.optimizer
         batches = -(-len(rows) // schedule.batch)
         with self.applied():

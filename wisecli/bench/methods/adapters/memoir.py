@@ -104,7 +104,7 @@ class Memoir(EditByEdit):
         self.prefixes = prefixes_for(bench, self.settings.prefixes, self.settings.prefix_tokens)
 
     def _background(self) -> Tensor:
-        """Mean features (d_ff,) of unrelated texts, each of which counts alike."""
+        """Return the mean features (d_ff,) of unrelated texts, each of which counts alike."""
         texts = require_texts(self.bench.texts[: self.settings.background])
         size, on_progress = self.bench.batch_size, self.bench.on_progress
         keys, text, _ = keys_of_texts(self.bench.loaded, self.site, texts, batch_size=size, on_progress=on_progress)

@@ -127,7 +127,7 @@ class Knn(Method):
         return [_Read(*one) for one in zip(*parts, strict=True)]
 
     def _chosen(self) -> tuple[float, float]:
-        """λ and the temperature under which records of the train split come out best.
+        """Return λ and the temperature that do best on records of the train split.
 
         Their prompts and rephrases should get their targets, their locality prompts what the model says unedited; all
         three count alike.

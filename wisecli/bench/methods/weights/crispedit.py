@@ -151,7 +151,7 @@ class CrispEdit(WeightEditing, Gradual):
         self._moved, self._training = [], None
 
     def _optimizer(self, deltas: Sequence[Tensor]) -> Optimizer:
-        """One that moves copies of these changes."""
+        """Return an optimizer of copies of these changes."""
         self._moved = [delta.clone().requires_grad_() for delta in deltas]
         return torch.optim.Adam(self._moved, lr=self.settings.rate)
 

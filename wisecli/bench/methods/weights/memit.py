@@ -122,8 +122,8 @@ class Memit(WeightEditing, Gradual):
             self.deltas[index] = self.deltas[index] + self.change(index, residuals, keys)
 
     def _seen(self, fact: Fact, index: int) -> tuple[Tensor, Tensor]:
-        """At a fact's subject: the mean key (d_ff,) at a site, and what leaves the last site's layer under the bare
-        prompt (d,), in float32.
+        """Return, at a fact's subject, the mean key (d_ff,) at a site, and what leaves the last site's layer under the
+        bare prompt (d,), in float32.
         """
         model, kept = self.bench.loaded.model, []
         module = self.sites[index].watched(model)

@@ -163,8 +163,8 @@ def find_change(
 
 
 def _said(bench: Bench, site: MatrixSite, fact: Fact, part: Part, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of the target's tokens (every prompt has the same), and the log-probabilities (1, V), or
-    (0, V), of what follows the essence.
+    """Return the mean cross-entropy of the target's tokens (every prompt has the same), and the log-probabilities (1,
+    V), or (0, V), of what follows the essence.
     """
     batch = fact.batch
     rows, columns = batch.labelled

@@ -50,12 +50,12 @@ def holds_merged(path: Path) -> bool:
 
 def written_form(path: Path) -> Literal["merged", "stock", "gguf"] | None:
     """Return the form that a checkpoint without a router says that it is of; None of all else."""
-    told = None
+    format_name = None
     with suppress(WiseError):  # that it is damaged is for others to find
         if not holds_merged(path):
             return None
-        told = read_json(path / MERGED).get("format")
-    return told if told in ("stock", "gguf") else "merged"
+        format_name = read_json(path / MERGED).get("format")
+    return format_name if format_name in ("stock", "gguf") else "merged"
 
 
 def find_base(memory: Path, model: str | None) -> tuple[Path, Manifest]:

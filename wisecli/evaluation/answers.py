@@ -100,8 +100,8 @@ class Answers:
         asked = [pair for pair, changes in zip(pairs, changing, strict=True) if changes or pair[0] != pair[1]]
         after = self.after([text for text, _ in asked], stage=stage)
         before = self.before([text for _, text in asked])
-        said = dict(zip(asked, zip(after, before, strict=True), strict=True))
-        return [said.get(pair) for pair in pairs]
+        answers = dict(zip(asked, zip(after, before, strict=True), strict=True))
+        return [answers.get(pair) for pair in pairs]
 
     def may_change(self, texts: Sequence[str]) -> list[bool]:
         """Return for which texts the edited model may give another answer than the unedited one."""

@@ -71,14 +71,14 @@ def writable_forms(names: str, tokenizer: PreTrainedTokenizerBase, fits: Callabl
         SettingsError: one that is named by itself needs a chat template, and the tokenizer has none.
     """
     chosen = named_forms(names)
-    untold = [form for form in chosen if form.chat and not tokenizer.chat_template]
-    if untold and names not in _GROUPS:
-        name = untold[0].label
+    unwritable = [form for form in chosen if form.chat and not tokenizer.chat_template]
+    if unwritable and names not in _GROUPS:
+        name = unwritable[0].label
         raise SettingsError(
             f"--forms: {name!r} needs a chat template, and the model's tokenizer has none; leave it out"
         )
-    written = [form for form in chosen if form not in untold]
-    return [form for form in written if names not in _GROUPS or fits(form)]
+    writable = [form for form in chosen if form not in unwritable]
+    return [form for form in writable if names not in _GROUPS or fits(form)]
 
 
 def measure_forms(

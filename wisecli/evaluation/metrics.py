@@ -166,8 +166,8 @@ class Measuring:
     def _translated(self) -> None:
         """Measure the same fact asked in other languages, each as a figure of its own."""
         for language in sorted({one.language for edit in self.records for one in edit.translations}):
-            told = [[one for one in edit.translations if one.language == language] for edit in self.records]
-            asked = [[Question(one.prompt, one.target) for one in some] for some in told]
+            translations = [[one for one in edit.translations if one.language == language] for edit in self.records]
+            asked = [[Question(one.prompt, one.target) for one in some] for some in translations]
             self._run(f"generalization_{language}", asked)
 
     def _locality(self) -> None:

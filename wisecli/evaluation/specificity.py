@@ -82,9 +82,9 @@ def _given(answers: Answers, texts: Sequence[str], beside: Sequence[SpecificityQ
     changing = answers.may_change(texts)
     asked = [text for text, changes in zip(texts, changing, strict=True) if changes]
     targets = targets_of((text, one.edit.answer) for text, one in zip(texts, beside, strict=True))
-    said = dict(zip(asked, answers.after(asked, stage="questions beside the edits", targets=targets), strict=True))
+    given = dict(zip(asked, answers.after(asked, stage="questions beside the edits", targets=targets), strict=True))
     return [
-        text in said and is_exact_answer(said[text], one.edit.answer) for text, one in zip(texts, beside, strict=True)
+        text in given and is_exact_answer(given[text], one.edit.answer) for text, one in zip(texts, beside, strict=True)
     ]
 
 

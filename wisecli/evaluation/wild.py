@@ -73,18 +73,20 @@ def measure_wild(answers: Answers, edits: Sequence[Edit], records: Sequence[Edit
 
 def _groups(edits: Sequence[Edit], contradicted: Collection[str]) -> dict[str, dict[int, list[tuple[str, str]]]]:
     """Return prompts and answers of each figure, by the edits' places."""
-    told = {place: edit for place, edit in enumerate(edits) if not edit.erased}
-    rephrased = {place: [(text, edit.answer) for text in edit.rephrases] for place, edit in told.items()}
+    answered = {place: edit for place, edit in enumerate(edits) if not edit.erased}
+    rephrased = {place: [(text, edit.answer) for text in edit.rephrases] for place, edit in answered.items()}
     unique = {
         place: pairs
         for place, pairs in rephrased.items()
-        if not {words_of(text) for text in (told[place].prompt, *told[place].rephrases)} & set(contradicted)
+        if not {words_of(text) for text in (answered[place].prompt, *answered[place].rephrases)} & set(contradicted)
     }
     return {
-        "wild_as_taught": {place: [(edit.prompt, edit.answer)] for place, edit in told.items()},
+        "wild_as_taught": {place: [(edit.prompt, edit.answer)] for place, edit in answered.items()},
         "wild_rephrased": rephrased,
         "wild_rephrased_unique": unique,
-        "wild_portability": {place: [(one.prompt, one.answer) for one in told[place].portability] for place in told},
+        "wild_portability": {
+            place: [(one.prompt, one.answer) for one in edit.portability] for place, edit in answered.items()
+        },
     }
 
 
@@ -92,11 +94,11 @@ def _said(prompts: Sequence[str], answers: Sequence[Answer]) -> dict[str, str]:
     return {prompt: answer.text for prompt, answer in zip(prompts, answers, strict=True)}
 
 
-def _add(found: Results, groups: dict[str, dict[int, list[tuple[str, str]]]], said: dict[str, str]) -> None:
+def _add(found: Results, groups: dict[str, dict[int, list[tuple[str, str]]]], answers: dict[str, str]) -> None:
     """Add the shares of answers that are the right ones once both are normalised."""
     for name, group in groups.items():
         equal = {
-            place: [float(normalized(said[text]) == normalized(target)) for text, target in pairs]
+            place: [float(normalized(answers[text]) == normalized(target)) for text, target in pairs]
             for place, pairs in group.items()
         }
         found.add(name, equal)

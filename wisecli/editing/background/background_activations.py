@@ -118,36 +118,36 @@ def _measure(
 ) -> BackgroundStats:
     loaded, site, size = read.loaded, read.site, read.batch_size
     plain, whole = unrelated_texts(texts, seed=seed), -(-texts // CONTINUED)
-    spoken = continuations(loaded.model, loaded.tokenizer, plain[:whole], tokens=CONTINUATION_TOKENS, seed=seed)
+    continued = continuations(loaded.model, loaded.tokenizer, plain[:whole], tokens=CONTINUATION_TOKENS, seed=seed)
     with quick_products(loaded, site):
         keys, text, last = keys_of_texts(
-            loaded, site, [*spoken, *plain[whole:]], batch_size=size, on_progress=read.on_progress
+            loaded, site, [*continued, *plain[whole:]], batch_size=size, on_progress=read.on_progress
         )
     facts, unseen = reworded_facts(subjects_for(texts), seed=seed), text % 2 == 0
-    ends, ways = keys[last & ~unseen], _keys_by_fact(read.ends([way for fact in facts for way in fact]), len(facts))
+    fact_keys = _keys_by_fact(read.ends([way for fact in facts for way in fact]), len(facts))
     median = _median_length(gives(keys))
     spaced = torch.linspace(0, int(unseen.sum()) - 1, min(CALIBRATION_KEYS, int(unseen.sum()))).long()
-    sample, against = keys[unseen][spaced.to(keys.device)], keys[~unseen]
-    apart, strayed, chatting = sample[:0], [_wording_offsets(ways)], None
+    sample, writer_keys = keys[unseen][spaced.to(keys.device)], keys[~unseen]
+    separate, offsets, chatting = sample[:0], [_wording_offsets(fact_keys)], None
     if chat:
         chats = _chats(loaded, site, plain[: max(2, round(_ASKED * texts))], batch_size=size, seed=seed)
-        apart, told = torch.cat(chats[::2]), facts[::_CHATTED]
-        reworded = read.ends([chat_prompt(loaded.tokenizer, way) for fact in told for way in fact])
-        asked = _keys_by_fact(reworded, len(told))
+        separate, chosen = torch.cat(chats[::2]), facts[::_CHATTED]
+        reworded = read.ends([chat_prompt(loaded.tokenizer, way) for fact in chosen for way in fact])
+        chat_keys = _keys_by_fact(reworded, len(chosen))
         firsts = torch.stack([own[0] for own in chats[1::2]])
-        chatting = _wording(torch.cat([firsts, asked.flatten(0, 1)]), [_wording_offsets(asked)])
-    ends = torch.cat([ends, ways.flatten(0, 1)])
+        chatting = _wording(torch.cat([firsts, chat_keys.flatten(0, 1)]), [_wording_offsets(chat_keys)])
+    ends = torch.cat([keys[last & ~unseen], fact_keys.flatten(0, 1)])
     if forms:
-        told, some = facts[::_FORMED], plain[: max(2, len(plain) // _FORMED_TEXTS)]
-        formed = _keys_by_fact(read.ends_in(forms, [way for fact in told for way in fact[:_WAYS]]), len(told))
-        strayed.append(_wording_offsets(formed))
-        ends = torch.cat([ends, formed.flatten(0, 1), read.ends_in(forms, some[1::2])])
-        apart = torch.cat([apart, read.ends_in(forms, some[::2])])
-    sample = torch.cat([sample, apart])
-    marked = torch.arange(len(sample)) >= len(sample) - len(apart)
+        chosen, some_texts = facts[::_FORMED], plain[: max(2, len(plain) // _FORMED_TEXTS)]
+        form_keys = _keys_by_fact(read.ends_in(forms, [way for fact in chosen for way in fact[:_WAYS]]), len(chosen))
+        offsets.append(_wording_offsets(form_keys))
+        ends = torch.cat([ends, form_keys.flatten(0, 1), read.ends_in(forms, some_texts[1::2])])
+        separate = torch.cat([separate, read.ends_in(forms, some_texts[::2])])
+    sample = torch.cat([sample, separate])
+    marked = torch.arange(len(sample)) >= len(sample) - len(separate)
     tokens = leading(keys.div_(len(keys) ** 0.5))  # in place, :func:`scaled` would copy them
     return BackgroundStats(
-        _rounded(sample), marked, tokens, _wording(ends, strayed), median.cpu(), _rounded(against), chatting
+        _rounded(sample), marked, tokens, _wording(ends, offsets), median.cpu(), _rounded(writer_keys), chatting
     )
 
 
@@ -191,13 +191,13 @@ def _wording_offsets(ways: Tensor) -> Tensor:
     return (ways - ways.mean(1, keepdim=True)).flatten(0, 1)
 
 
-def _wording(ends: Tensor, strayed: Sequence[Tensor]) -> Moment:
+def _wording(ends: Tensor, offsets: Sequence[Tensor]) -> Moment:
     """Return the moment of keys that prompts end in (n, d_ff), and of what wording does to such, of several kinds
     alike.
     """
     # What does nothing leaves rounding errors, which must not be blown up.
-    strayed = [one for one in strayed if one.norm() > _NOTHING * ends.norm()]
-    return leading(torch.cat([even(ends), *(even(one) * (_WORDING / len(strayed)) ** 0.5 for one in strayed)]))
+    offsets = [one for one in offsets if one.norm() > _NOTHING * ends.norm()]
+    return leading(torch.cat([even(ends), *(even(one) * (_WORDING / len(offsets)) ** 0.5 for one in offsets)]))
 
 
 def _rounded(keys: Tensor) -> Tensor:

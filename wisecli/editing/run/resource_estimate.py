@@ -226,8 +226,8 @@ def _flops(found: Sizes, site: Site, settings: EditSettings, lengths: Sequence[L
     """
     weights = [size // found.item for size in found.layers]
     below, above = sum(weights[: site.layer + 1]), sum(weights[site.layer + 1 :])
-    said = settings.background_texts // CONTINUED * _TEXT
+    continued = settings.background_texts // CONTINUED * _TEXT
     tokens = (_ways(settings) + 1) * sum(map(sum, lengths))
     read = settings.background_texts * _TEXT + _facts(settings) + tokens
     fitted = sum(one.target for one in lengths) * settings.residual_steps * 2
-    return 2 * (said * (below + above) + read * below + (tokens + fitted) * above)
+    return 2 * (continued * (below + above) + read * below + (tokens + fitted) * above)

@@ -110,7 +110,7 @@ class Step:
         logits = upper_logits(task.model, task.site, part, part.with_update(update), (rows, columns))
         each = target_loss(logits, part.batch, self.erased)
         size = torch.bincount(rows, minlength=len(part.batch.ids))
-        told = each.new_zeros(len(size)).index_add(0, rows, each) / (size + 1)
+        target_losses = each.new_zeros(len(size)).index_add(0, rows, each) / (size + 1)
         called = self._norm(update, self.main)
         edits = (called * self.counted).sum(1) / self.counted.sum(1) / task.unit
         other = self._update(self.unrelated, values, self.other, kept)
@@ -118,8 +118,8 @@ class Step:
         beyond = margins(edits, unrelated, task.settings)
         self.called = float(edits.detach().mean())
         self.right = float(target_met(logits, part.batch).float().mean())
-        self.target, self.beyond = float(told.detach().mean()), float(beyond.detach())
-        return told.mean() + beyond
+        self.target, self.beyond = float(target_losses.detach().mean()), float(beyond.detach())
+        return target_losses.mean() + beyond
 
     def _update(self, keys: Tensor, values: Tensor, main: Tensor | None, kept: float) -> Tensor:
         """Return ``Δ a`` for keys that the mask restricts: (..., k or d_ff) → (..., d)."""

@@ -140,13 +140,13 @@ class FactDecision(Memory):
         """
         matched, gated_edit_probs = None, edit_probs
         if self.subject_match is not None:
-            meant, matched = self.above_threshold(edit_probs), self.subject_match(window.ids, naming_tokens)
-            pairs = (meant & matched).nonzero(as_tuple=True)
+            may_open, matched = self.above_threshold(edit_probs), self.subject_match(window.ids, naming_tokens)
+            pairs = (may_open & matched).nonzero(as_tuple=True)
             if len(pairs[0]):
                 matched[pairs] = self.subject_match.in_one_place(window.ids, naming_tokens, *pairs)
             if self.fuzzy_match is not None:
                 letters = self.fuzzy_match.characters(window.ids, fuzzy_tokens)
-                matched = matched | self.fuzzy_match(letters, meant & ~matched)
+                matched = matched | self.fuzzy_match(letters, may_open & ~matched)
             gated_edit_probs = edit_probs * matched
         score_ratio, nearest = self._nearest(gated_edit_probs)
         chosen = nearest.where((score_ratio > 1) & window.non_padding.any(1), UNROUTED)

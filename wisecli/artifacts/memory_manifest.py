@@ -30,7 +30,7 @@ SCHEMA, FORMER_SCHEMA = "wise.memory/2", "wise.memory/1"
 
 @dataclass(frozen=True)
 class Made:
-    """What else decides the bytes of shards: the process that wrote them, and where it was told to look.
+    """What else decides the bytes of shards: the process that wrote them, and the options that it loaded the model by.
 
     ``threads`` decides the order in which numbers are added up. ``sample`` is a digest of one row of every tensor of
     the base model, ``date`` the day that the chat template was told; older versions did not keep them.
@@ -96,7 +96,7 @@ class Base:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What identifies it."""
+        """The part that identifies the model."""
         return Fingerprint(self.matrix, self.config)
 
 

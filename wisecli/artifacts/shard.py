@@ -135,7 +135,7 @@ FIRST_TOKEN_FORM = 1_000_000  # what is added to the form of a prompt's first to
 
 @dataclass(frozen=True)
 class PromptStates:
-    """What an early layer makes of the tokens of edits' prompts, by which prompts are known that mean the same.
+    """States of an early layer at the tokens of edits' prompts, by which a router knows prompts of the same meaning.
 
     Shapes: ``states`` (n, d); ``edit`` (place in the manifest's list) and ``form`` (each edit has several, from 0) are
     (n,); ``subject`` (n,) marks tokens of the edit's subject, and ``token`` (n,) is the number of each in the
@@ -176,7 +176,7 @@ class PromptStates:
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard: its mask, its evidence, and if prompts are routed by meaning, theirs.
+    """One shard: its mask, its evidence, and the states of its prompts, if prompts are routed by meaning.
 
     ``values`` fill the mask; a shard that is meant for a lookup has none, as they can be solved for from its evidence.
     """

@@ -52,7 +52,7 @@ def manifest_name(output: Path) -> str | None:
 
 
 def require_no_memory(output: Path) -> None:
-    """Check that what would be replaced, if anything is there, is no memory.
+    """Check that no memory would be replaced.
 
     Raises:
         ProtectedOutputError: it is one, as `wise merge` writes it.

@@ -210,7 +210,7 @@ def _lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def base_name(manifest: Manifest, base: Path) -> str:
-    """Return the base model's hub id, or the name of its folder: where that lies is nobody else's business."""
+    """Return the base model's hub id, or the name of its folder without the path, which is private."""
     on_hub = _HUB_ID.fullmatch(manifest.model) is not None and not Path(manifest.model).exists()
     return manifest.model if on_hub else base.resolve().name
 

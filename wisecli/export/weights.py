@@ -57,7 +57,7 @@ def write_weights(
     single: str = SINGLE_NAME,
     replaced: Mapping[str, Tensor] | None = None,
 ) -> dict[str, str]:
-    """Write every tensor of a checkpoint into a directory; returns the file that each is in.
+    """Write every tensor of a checkpoint into a directory, and return the file that each is in.
 
     Args:
         single: how a lone file of weights is to be called.

@@ -64,7 +64,7 @@ def run(
 
 
 def carry_out(worker: Worker, output: Path, options: RunOptions = RunOptions()) -> EditReport:
-    """Do the job of a worker; everything else as in :func:`edit`."""
+    """Do the job of a worker, and report edits and consequences apart; everything else as in :func:`edit`."""
     return _carried_out(worker, output, options).told_apart(worker.job.edits)
 
 
@@ -101,7 +101,7 @@ def _carried_out(worker: Worker, output: Path, options: RunOptions) -> EditRepor
 
 
 def up_to_date(worker: Worker, output: Path, options: RunOptions, *, skip_known: bool = False) -> EditReport | None:
-    """Return what there is to say of shards that are there already, if they are what is asked for.
+    """Return the report on shards that are there already, if they are those that are asked for.
 
     Raises:
         OutputExistsError: they are others, or damaged.

@@ -185,15 +185,13 @@ def _keys_by_fact(reworded: Tensor, facts: int) -> Tensor:
 
 
 def _wording_offsets(ways: Tensor) -> Tensor:
-    """Return what wording does to keys (facts, ways, d_ff): how far each is from its fact's mean, (facts · ways,
-    d_ff).
-    """
+    """Return how far keys (facts, ways, d_ff) lie from the mean of their fact: (facts · ways, d_ff)."""
     return (ways - ways.mean(1, keepdim=True)).flatten(0, 1)
 
 
 def _wording(ends: Tensor, offsets: Sequence[Tensor]) -> Moment:
-    """Return the moment of keys that prompts end in (n, d_ff), and of what wording does to such, of several kinds
-    alike.
+    """Return the moment of keys that prompts end in (n, d_ff), together with several kinds of wording offsets in equal
+    shares.
     """
     # What does nothing leaves rounding errors, which must not be blown up.
     offsets = [one for one in offsets if one.norm() > _NOTHING * ends.norm()]

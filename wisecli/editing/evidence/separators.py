@@ -53,7 +53,7 @@ def separator_evidence(task: WriterTask, batches: Sequence[TrainingExamples], ed
 
 
 def separator_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the token of a separator behind an answer; ``None`` if the tokenizer has none of its own."""
+    """Return the token of a separator behind an answer, or ``None`` if the tokenizer has none of its own."""
     last: int = tokenizer(f"What is it? Peru{SEPARATOR}")["input_ids"][-1]
     return last if tokenizer.decode([last]) == SEPARATOR else None
 
@@ -100,7 +100,7 @@ def _with_own_residuals(examples: TrainingExamples, rows: Tensor, edits: FittedE
 
 
 def _backward(task: WriterTask, part: Activations, update: Tensor, residual: Tensor, token: int) -> Tensor:
-    """Accumulate the gradient of the separator's loss; the largest loss of any row."""
+    """Accumulate the gradient of the separator's loss, and return the largest loss of any row."""
     rows = torch.arange(len(update), device=update.device)
     columns = part.batch.lengths.to(update.device) - 1
     own = update.index_put((rows, columns), residual.to(update.dtype).expand(len(rows), -1))

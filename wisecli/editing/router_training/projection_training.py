@@ -201,7 +201,7 @@ class _ProjectionTrainer(nn.Module):
         return torch.stack(scores)
 
     def heads(self, special_token_ids: Tensor, layer: int, unrelated: TokenStates) -> RouterHeads:
-        """Return what was learned, as it applies to states that are not standardised."""
+        """Return the trained parameters, rescaled for states that are not standardised."""
         proj_weight, token_weight = (part.detach() / self.scale for part in (self.proj_weight, self.token_weight))
         proj_bias = -(proj_weight @ self.mean)
         token_bias = self.token_bias.detach() - token_weight @ self.mean

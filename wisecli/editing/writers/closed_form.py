@@ -145,7 +145,7 @@ def _part(task: WriterTask, activations: Activations, place: Tensor) -> Part:
 
 
 def _backward(task: WriterTask, parts: Sequence[Part], residuals: Tensor) -> Tensor:
-    """Accumulate the gradient of the targets' loss; the worst token's loss of each answer (E,)."""
+    """Accumulate the gradient of the targets' loss, and return the worst token's loss of each answer (E,)."""
     worst = torch.zeros(len(residuals), device=residuals.device)
     for activations, place, wanted in parts:
         labels = activations.batch.labels
@@ -164,7 +164,7 @@ def _backward(task: WriterTask, parts: Sequence[Part], residuals: Tensor) -> Ten
 
 
 def _still_open(task: WriterTask, parts: Sequence[Part], unfinished: Tensor) -> list[Part]:
-    """Return the rows whose answers are not done; rows are only dropped once they are many, as dropping copies the
+    """Return the rows whose answers are not done. Rows are dropped only once they are many, as dropping copies the
     rest.
     """
     kept = []

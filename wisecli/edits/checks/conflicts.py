@@ -296,7 +296,7 @@ def _blanked(prompt: str, subject: str) -> str:
 
 
 def _across(edit: Edit) -> Iterator[_Name]:
-    """Yield where edits are found of which a rephrase is this one's prompt, or the other way round."""
+    """Yield the names under which edits are found that share a prompt with this one by a rephrase of either."""
     yield "rephrase", folded(edit.prompt)
     for text in _rephrases(edit):
         yield "prompt", text

@@ -1,4 +1,4 @@
-"""How surely unrelated texts mean the edits of a memory: only those are compared whole that may mean an edit at all."""
+"""How likely unrelated texts mean the edits of a memory; only those that may mean any are compared in full."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the newest release of a memory spares the next one: edits that both have are not compared anew."""
+"""What the newest release of a memory saves the next one: edits of both are not compared again."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def former_memory(memory: Path, shards: Mapping[str, tuple[str, ...]], merger: M
 
 
 def _goes_on(newest: Release, shards: Mapping[str, tuple[str, ...]], merger: Merger) -> bool:
-    """Return whether shards are those of a release with some behind them, merged by the same settings."""
+    """Return whether shards are those of a release with further ones after them, merged by the same settings."""
     count = len(newest.shards)
     same = list(shards.items())[:count] == list(newest.shards.items()) and len(shards) > count
     if not same or settings_from(MergeSettings, newest.merge) != merger.settings:

@@ -117,12 +117,12 @@ class _Keys:
         self.whitening_index, self.residual = (torch.empty(count, dtype=torch.long) for _ in range(2))
 
     def add_former(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the keys of a lookup, which are the first."""
+        """Copy the keys of a former lookup, which come first."""
         for name, column in self._columns().items():
             column[: len(tensors[name])] = tensors[name]
 
     def add(self, first: int, part: Evidence, keys: Tensor, rows: Tensor) -> None:
-        """Take in the keys of a part of a shard, from ``first`` on; but for the residuals that they add.
+        """Whiten the keys of a part of a shard and store them from ``first`` on, without the residuals that they add.
 
         Args:
             keys: those of the whole shard (n, d_ff), of which the part has some rows (m,).
@@ -175,12 +175,12 @@ class _Residuals:
         self.strength, self.count, self.parts = strength, 0, list[Tensor]()
 
     def add_former(self, residuals: Tensor) -> None:
-        """Take over residuals (m, d) that are at that strength already."""
+        """Copy residuals (m, d) that are at that strength already."""
         self.parts.append(residuals)
         self.count += len(residuals)
 
     def add(self, residuals: Tensor, index: Tensor) -> Tensor:
-        """Take in some residuals (m, d); returns what indices of those (n,) are among all (n,)."""
+        """Add residuals (m, d), and return what indices of those (n,) are among all (n,)."""
         self.parts.append(half(self.strength * residuals.float()))
         self.count += len(residuals)
         return index + self.count - len(residuals)

@@ -1,4 +1,4 @@
-"""In what a memory differs from what a merge of shards would make."""
+"""The differences between a memory and what a merge of shards would make."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class _JoinedPrompts:
         self.first: list[PromptStates] = []
 
     def add(self, part: PromptStates | None, edits: Tensor) -> None:
-        """Take in the states of one shard's prompts, if it keeps them.
+        """Add the states of one shard's prompts, if it keeps them.
 
         Args:
             edits: the number in the whole of each edit that the shard's manifest lists.

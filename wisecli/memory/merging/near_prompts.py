@@ -1,4 +1,4 @@
-"""Compares the prompts of many edits with each other: exactly only those whose subjects are alike.
+"""Compares the prompts of many edits with each other, exactly only those with similar subjects.
 
 Thousands of edits are compared with each other, and hardly any two are alike. So subjects are compared first with as
 few bits as this processor is quicker with, and prompts with those in the same form alone: names that are alike in any
@@ -133,7 +133,8 @@ def highest(cosines: Tensor) -> Tensor:
 
 
 class Groups:
-    """The members of groups, numbers of rows: what is asked of a few groups takes no look at all others.
+    """The members of groups: rows by their numbers, of which those of a few groups are found without a look at the
+    others.
 
     Args:
         group: of each row (n,).

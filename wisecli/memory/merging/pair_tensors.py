@@ -25,7 +25,7 @@ class PairTensors:
         self.ends: list[Tensor] = []
 
     def add_former(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what a memory of the first edits has."""
+        """Copy the tensors of a memory of the first edits."""
         first = slice(len(tensors["pairs.usable"]))
         self.separators[first], self.begins[first] = tensors["pairs.separators"], tensors["pairs.begins"]
         self.usable[first] = tensors["pairs.usable"]

@@ -1,4 +1,4 @@
-"""A layout that was read off a model, held against what the model does when it runs."""
+"""Checks a layout that was inferred from a model's modules against what the model does when it runs."""
 
 from __future__ import annotations
 

@@ -63,8 +63,8 @@ class _ComparedTokens(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """An edit that a prompt may ask, by the row of the prompt and its own number, and how likely the prompt means it;
-    ``part`` marks those of the compared tokens that may ask it (n,), all by default.
+    """An edit that a prompt may ask: the prompt's row, the edit's number, and how likely the prompt means it; ``part``
+    marks those of the compared tokens that may ask it (n,), all by default.
     """
 
     row: int

@@ -1,4 +1,4 @@
-"""Parts a request that mentions two edits, so that it can be told of each whether it is asked. Needs torch only.
+"""Splits a request that mentions two edits, so that each part can be judged by itself. Needs torch only.
 
 Each edit is mentioned in one sentence, and asked by what is left without the other's. Two in the same sentence ("Who
 wrote X, and who painted Y?") are parted where what comes before has the one best and what comes behind the other.

@@ -66,7 +66,7 @@ class Override:
 
 
 class _ReadError(Exception):
-    """Ends the run of a window at the layer that is read, with what was read there."""
+    """Ends the run of a window at the layer that is read, carrying the states read there."""
 
     def __init__(self, states: Tensor) -> None:
         super().__init__()

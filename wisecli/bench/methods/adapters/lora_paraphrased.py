@@ -91,7 +91,7 @@ class LoraParaphrased(Lora):
         return {**super().state(), **(self._training.tensors() if self._training else {})}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Take up what was kept."""
+        """Restore a stored state."""
         super().restore(state, portions)
         self._training = Training.of(state, self._optimizer())
 

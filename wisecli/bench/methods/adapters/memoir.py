@@ -196,7 +196,7 @@ class Memoir(EditByEdit):
         return {"memory": self.memory, "masks": self.masks}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Take up a memory and masks that were kept; the edits themselves they do not need."""
+        """Restore a stored memory and masks, which need no edits."""
         del portions
         self.memory, self.masks = state["memory"].to(self.memory), state["masks"].to(self.masks)
 

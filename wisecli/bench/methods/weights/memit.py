@@ -90,7 +90,7 @@ class Memit(WeightEditing, Gradual):
         return {**super().state(), **{f"target {index}": one for index, one in enumerate(self._targets)}}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Take up what was kept."""
+        """Restore a stored state."""
         super().restore(state, portions)
         count = sum(name.startswith("target ") for name in state)
         self._targets = [state[f"target {index}"].to(self.deltas[0]) for index in range(count)]

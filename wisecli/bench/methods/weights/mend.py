@@ -138,7 +138,7 @@ class Mend(WeightEditing, EditByEdit):
         return {**super().state(), **{f"editor {name}": one for name, one in self.editor.state_dict().items()}}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Take up changes and network that were kept."""
+        """Restore stored changes and network."""
         super().restore(state, portions)
         self.editor.load_state_dict({name: state[f"editor {name}"] for name in self.editor.state_dict()})
 

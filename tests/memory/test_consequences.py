@@ -16,7 +16,7 @@ from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.commands.checkpoint.export import export
 from wisecli.commands.checkpoint.inspect import inspect
 from wisecli.commands.edit.edit import edit as run_edit
-from wisecli.commands.edit.edit_into import Batch, IntoReport, edit_into
+from wisecli.commands.edit.edit_into import Batch, IntoMemory, IntoReport, edit_into
 from wisecli.commands.edit.watch import follow
 from wisecli.commands.measure.evaluate import evaluate
 from wisecli.commands.memory.diff import diff
@@ -57,7 +57,7 @@ def written(path: Path, records: Sequence[dict[str, Any]]) -> Path:
 
 def into(model: Path, memory: Path, records: Sequence[dict[str, Any]]) -> IntoReport:
     batch = Batch.from_file(written(memory.parent / "edits.jsonl", records))
-    return edit_into(str(model), batch, memory, QUICK, load=CPU)
+    return edit_into(IntoMemory(str(model), memory, QUICK, load=CPU), batch)
 
 
 def held(memory: Path) -> list[str]:
@@ -152,10 +152,11 @@ def test_shards_that_are_taken_in_give_way_to_edits_that_are_held(model: Path, t
 def test_lines_that_are_watched_bring_their_consequences(model: Path, tmp_path: Path) -> None:
     path, memory = written(tmp_path / "growing.jsonl", [ONE]), tmp_path / "memory"
     looks = iter([True, False])
-    landed = list(follow(str(model), path, memory, QUICK, goes_on=lambda: next(looks), interval=0.01, load=CPU))
+    into_memory = IntoMemory(str(model), memory, QUICK, load=CPU)
+    landed = list(follow(into_memory, path, goes_on=lambda: next(looks), interval=0.01))
     assert [report.held for report in landed] == [3]
     looks = iter([True, False])
-    assert list(follow(str(model), path, memory, QUICK, goes_on=lambda: next(looks), interval=0.01, load=CPU)) == []
+    assert list(follow(into_memory, path, goes_on=lambda: next(looks), interval=0.01)) == []
 
 
 def test_commands_count_and_show_them(

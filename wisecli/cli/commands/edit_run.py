@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wisecli.cli.commands.draft import draw_for_editing
-from wisecli.cli.commands.edit_into import IntoMemory
+from wisecli.cli.commands.edit_into import edit_once, follow_file
 from wisecli.cli.console import Console, count, sifted_json, sifted_lines, would_write
 from wisecli.cli.edit_lines import consequence_lines
 from wisecli.commands.outputs import shards_output
@@ -76,23 +76,15 @@ class EditRun:
         if self.model is None or self.edits is None:
             raise SettingsError("--into needs a MODEL and a file of EDITS, or - for a pipe")
         sheet = self._sheet(self.edits) if every is None else None
+        from wisecli.commands.edit.edit_into import IntoMemory
         from wisecli.memory.history.release_log import Provenance
 
-        into_memory = IntoMemory(
-            self.console,
-            self.model,
-            memory,
-            flags,
-            config,
-            Provenance(who, reason, key),
-            self.load,
-            self.options,
-            self.admission,
-        )
+        made = Provenance(who, reason, key)
+        into = IntoMemory(self.model, memory, flags, config, made, self.load, self.options, self.admission)
         if sheet is not None:
-            into_memory.once(sheet)
+            edit_once(self.console, into, sheet)
         elif every is not None:
-            into_memory.follow(self.edits, every)
+            follow_file(self.console, into, self.edits, every)
 
     def again(self, manifest: Path, output: Path) -> None:
         """Write the shards of a manifest once more.

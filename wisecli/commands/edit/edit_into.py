@@ -74,24 +74,9 @@ class Batch:
         return cls(sheet.numbered, {"name": sheet.name, "sha256": sheet.sha256})
 
 
-def edit_into(
-    model: str,
-    batch: Batch,
-    memory: Path,
-    flags: Mapping[str, Any],
-    *,
-    config: Path | None = None,
-    provenance: Provenance = Provenance(),
-    load: LoadOptions = LoadOptions(),
-    options: RunOptions = RunOptions(),
-    admission: Admission = DEFAULT_ADMISSION,
-    loaded: Loaded | None = None,
-    on_progress: ProgressCallback = ignore_progress,
-) -> IntoReport:
-    """Write edits against the same base and the same matrix as those that a memory holds, and join all of them.
-
-    An edit of a fact that the memory holds already takes the place of the earlier one, which stays in the history. A
-    run that was broken off goes on where it was when it is asked for again in the same way.
+@dataclass(frozen=True)
+class IntoMemory:
+    """The model and the memory that batches of edits are written for, and how.
 
     Args:
         flags: settings of :class:`EditSettings`; those that are ``None`` are as the memory's newest shards have them.
@@ -99,13 +84,34 @@ def edit_into(
         options: of these only ``executor`` and ``strict`` count.
         admission: what is asked of edits that the memory does not hold yet. What the model says already is trained all
             the same if it takes the place of what the memory holds.
+    """
+
+    model: str
+    memory: Path
+    flags: Mapping[str, Any]
+    config: Path | None = None
+    provenance: Provenance = Provenance()
+    load: LoadOptions = LoadOptions()
+    options: RunOptions = RunOptions()
+    admission: Admission = DEFAULT_ADMISSION
+
+
+def edit_into(
+    into: IntoMemory, batch: Batch, *, loaded: Loaded | None = None, on_progress: ProgressCallback = ignore_progress
+) -> IntoReport:
+    """Write edits against the same base and the same matrix as those that a memory holds, and join all of them.
+
+    An edit of a fact that the memory holds already takes the place of the earlier one, which stays in the history. A
+    run that was broken off goes on where it was when it is asked for again in the same way.
+
+    Args:
         loaded: the model, if it is there already.
 
     Raises:
         MemoryHistoryError: the directory holds a memory that was made otherwise.
         WiseError: any of the input, the model or the disk cannot be used; the memory is as it was.
     """
-    started = time.perf_counter()
+    started, model, memory, admission = time.perf_counter(), into.model, into.memory, into.admission
     pending = memory.absolute().parent / f".{memory.name}.shards"
     with changing(memory):
         opened = OpenMemory(memory, may_be_new=True)
@@ -116,8 +122,8 @@ def edit_into(
         admitted = admission.admit(batch.origin["name"], batch.numbered, held=held, on_progress=on_progress)
         worker = None
         if admitted.numbered:
-            settings = _settings(opened, flags, config, model)
-            job = Job(model=model, settings=settings, edits=admitted.edits, load=replace(load, revision=None))
+            settings = _settings(opened, into)
+            job = Job(model=model, settings=settings, edits=admitted.edits, load=replace(into.load, revision=None))
             worker = Worker(job, on_progress, loaded=loaded)
             name, special = batch.origin["name"], admission.allow_special
             worker.reader.require(name, admitted.numbered, settings, allow_special=special)
@@ -129,10 +135,10 @@ def edit_into(
         if worker is None or not admitted.numbered:
             seconds, newest = time.perf_counter() - started, releases[-1] if releases else None
             return IntoReport(memory, newest, len(held), known, None, seconds, admitted.sifted)
-        edited = _written(worker, pending, options)
+        edited = _written(worker, pending, into.options)
         del worker  # the model is let go before shards are merged
         giving_way = _giving_way(held, admitted)
-        with without_edits(opened, giving_way, model=model, load=load, on_progress=on_progress) as left:
+        with without_edits(opened, giving_way, model=model, load=into.load, on_progress=on_progress) as left:
             name = opened.name_after(left.new)
             change = Change(
                 "edit",
@@ -140,7 +146,7 @@ def edit_into(
                 added=tuple(edit.id for edit in opened.shards_at(pending).written),
                 replaced=giving_way,
                 edits_file=batch.origin,
-                provenance=provenance,
+                provenance=into.provenance,
             )
             new = {**left.new, name: pending}
             published = publish(opened, change, opened.merging, new=new, model=model, on_progress=on_progress)
@@ -188,7 +194,7 @@ def _written(worker: Worker, pending: Path, options: RunOptions) -> EditReport:
     return report.told_apart(done.edits)
 
 
-def _settings(memory: OpenMemory, flags: Mapping[str, Any], config: Path | None, model: str) -> EditSettings:
+def _settings(memory: OpenMemory, into: IntoMemory) -> EditSettings:
     """Return the settings of the newest shards, but for what is asked for; always of the same layer.
 
     Raises:
@@ -196,13 +202,13 @@ def _settings(memory: OpenMemory, flags: Mapping[str, Any], config: Path | None,
         WrongBaseError: the model is another.
     """
     if not memory.releases:
-        return resolve(EditSettings, flags, section="edit", file=config)
+        return resolve(EditSettings, into.flags, section="edit", file=into.config)
     newest = memory.newest_shards()
-    directory = find_model(model, revision=newest.revision)
+    directory = find_model(into.model, revision=newest.revision)
     require_base(directory, Checkpoint(directory), newest.site, newest.fingerprint)
-    given = {name: value for name, value in flags.items() if value is not None}
+    given = {name: value for name, value in into.flags.items() if value is not None}
     wanted = given.pop("layer", "auto")
     if wanted not in ("auto", str(newest.site.layer)):
         raise SettingsError(f"--layer {wanted}: {memory.path} edits layer {newest.site.layer}; leave the flag out")
-    settings = resolve(EditSettings, {**newest.settings, "shards": None, **given}, section="edit", file=config)
+    settings = resolve(EditSettings, {**newest.settings, "shards": None, **given}, section="edit", file=into.config)
     return replace(settings, layer=str(newest.site.layer))

@@ -267,7 +267,7 @@ def read_memory(directory: Path, *, check: bool = True, listed: MemoryManifest |
         DamagedFileError: a file is missing, truncated or altered, or one does not fit the other.
     """
     listed = listed or read_manifest(directory)
-    stored, site = listed.memory, listed.site
+    stored, site, fields = listed.memory, listed.site, Calibration.__dataclass_fields__
     path = inside(directory, stored.file)
     loaded = load_tensors(path, digest=listed.sha256[stored.file] if check else None)
     tensors = {current_name(name.removeprefix(stored.prefix)): tensor for name, tensor in loaded.items()}
@@ -281,14 +281,10 @@ def read_memory(directory: Path, *, check: bool = True, listed: MemoryManifest |
         listed.base.fingerprint,
         site,
         SideMemory.from_description(asdict(stored), tensors),
-        tuple(_calibration(entry) for entry in listed.memories),
+        tuple(Calibration(**{name: getattr(entry, name) for name in fields}) for entry in listed.memories),
         tuple(entry.edits for entry in listed.memories),
         listed.merge,
         listed.edits,
         listed.versions,
         listed.origins,
     )
-
-
-def _calibration(entry: MemoryEntry) -> Calibration:
-    return Calibration(**{name: getattr(entry, name) for name in Calibration.__dataclass_fields__})

@@ -228,26 +228,14 @@ def read_shard_directory(path: Path, *, plan: bool = False) -> ShardDirectory:
         read.check(plan=plan)
     except ValueError as error:
         raise DamagedFileError(file, f"an entry is missing or wrong ({error})", "edit anew") from None
-    base = read.base
+    base, alike = read.base, _Content.__dataclass_fields__.keys() & ShardDirectory.__dataclass_fields__.keys()
     return ShardDirectory(
         path,
         base.model,
         base.revision,
         base.fingerprint,
-        read.site,
-        read.settings,
-        read.contexts,
-        read.edits,
-        read.shards,
-        read.unrelated.sha256,
-        read.versions,
-        read.made,
-        read.left_out,
-        read.paraphrases,
-        read.subjects,
-        read.known,
-        read.subject_tokens,
-        read.separator_token_id,
+        unrelated_sha256=read.unrelated.sha256,
+        **{name: getattr(read, name) for name in alike},
     )
 
 

@@ -20,9 +20,7 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 
 def unrelated_texts(count: int, *, seed: int) -> list[str]:
-    """Return texts on everyday matters that come with the package: all its prompts, then filled patterns, ``count`` in
-    all.
-    """
+    """Return ``count`` texts on everyday matters from the package: all its prompts, then filled patterns."""
     data = packaged_table("unrelated.toml")
     prompts: list[str] = data["prompts"][:count]
     return prompts + _filled_patterns(data, range(len(prompts), count), random.Random(seed))
@@ -62,7 +60,7 @@ def worded(wording: str, subject: str) -> str:
 
 
 def reworded_facts(subjects: int, *, seed: int) -> list[list[str]]:
-    """Return made-up facts, ``subjects`` for each relation, asked in every way that the package knows for it."""
+    """Return ``subjects`` made-up facts a relation, each asked in every way that the package knows for it."""
     data = packaged_table("unrelated.toml")
     rng = random.Random(seed)
     facts = []

@@ -53,10 +53,6 @@ def picture(draw: Callable[[Any, Sequence[ResultRow]], None], rows: Sequence[Res
     return text[text.index("<svg") :]
 
 
-def _methods(rows: Sequence[ResultRow]) -> list[str]:
-    return list(dict.fromkeys(row["method"] for row in rows))
-
-
 def _quality(figure: Any, rows: Sequence[ResultRow]) -> None:
     """Draw answers as taught and rephrased, and what stays, or figures like these: by the number of edits, if there are
     several.
@@ -87,7 +83,7 @@ def _panel(axis: Any, title: str, values: Sequence[float], rows: Sequence[Result
 
 def _as_lines(axis: Any, values: Sequence[float], rows: Sequence[ResultRow]) -> None:
     _dash_beyond_ten(axis)
-    for method in _methods(rows):
+    for method in dict.fromkeys(row["method"] for row in rows):
         own = [(row["edits"], value) for row, value in zip(rows, values, strict=True) if row["method"] == method]
         axis.plot(*zip(*sorted(own), strict=True), marker="o", label=method)
     axis.set(xscale="log", xlabel="edits")

@@ -186,12 +186,7 @@ def _written(worker: Worker, pending: Path, options: RunOptions) -> EditReport:
     StagedShards(pending, len(done.shards)).sweep()
     if done.edits != worker.job.edits:
         raise ChangedInputError(pending, ["the edits are others"])
-    untaken = tuple(name for entry in done.shards for name in entry.untaken)
-    site = done.site
-    report = EditReport(
-        pending, len(done.edits), len(done.shards), site.layer, site.module, 0.0, 0, untaken, done.left_out
-    )
-    return report.told_apart(done.edits)
+    return EditReport.of_shards(pending, done, peak_rss_bytes=0)
 
 
 def _settings(memory: OpenMemory, into: IntoMemory) -> EditSettings:

@@ -80,7 +80,7 @@ def planned(base: Base, job: Job, site: Site, output: Path) -> EditReport:
     seconds = time.perf_counter() - started
     return EditReport(
         output, len(job.edits), len(job.parts), site.layer, site.module, seconds, plan.peak, plan=plan
-    ).told_apart(job.edits)
+    ).with_consequences_apart(job.edits)
 
 
 def nothing_to_do(base: Base, job: Job, output: Path) -> EditReport:

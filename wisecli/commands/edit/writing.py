@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from wisecli.artifacts.shard_manifest import (
     ShardEntry,
     read_shard_directory,
 )
-from wisecli.commands.edit.edit_report import EditReport
+from wisecli.commands.edit.edit_report import EditReport, untaken
 from wisecli.commands.edit.planning import free_site, nothing_to_do, output_of, own_parts, planned, require_ready
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.editing.run.base_model import Base
@@ -65,7 +64,7 @@ def run(
 
 def carry_out(worker: Worker, output: Path, options: RunOptions = RunOptions()) -> EditReport:
     """Do the job of a worker, and report edits and consequences apart; everything else as in :func:`edit`."""
-    return _carried_out(worker, output, options).told_apart(worker.job.edits)
+    return _carried_out(worker, output, options).with_consequences_apart(worker.job.edits)
 
 
 def _carried_out(worker: Worker, output: Path, options: RunOptions) -> EditReport:
@@ -96,7 +95,7 @@ def _carried_out(worker: Worker, output: Path, options: RunOptions) -> EditRepor
     seconds = time.perf_counter() - started
     missing = 0 if finished is not None else len(unfinished.missing())
     left_out = () if finished is None else finished.left_out
-    figures = (seconds, peak_rss_bytes(), _untaken(entries), left_out, missing)
+    figures = (seconds, peak_rss_bytes(), untaken(entries), left_out, missing)
     return EditReport(output, count, parts, begun.site.layer, begun.site.module, *figures)
 
 
@@ -116,13 +115,10 @@ def up_to_date(worker: Worker, output: Path, options: RunOptions, *, skip_known:
             StagedShards(output, len(worker.job.parts)).sweep()
     if found is None:
         return None
-    missed = (*_untaken(found.shards), *found.left_out)
+    missed = (*untaken(found.shards), *found.left_out)
     if options.strict and missed:
         raise GateFailedError(f"{len(missed)} of {len(found.edits)} edits did not take: {', '.join(missed)}")
-    site = found.site
-    figures = (0.0, peak_rss_bytes(), _untaken(found.shards), found.left_out)
-    report = EditReport(output, len(found.edits), len(found.shards), site.layer, site.module, *figures, up_to_date=True)
-    return report.told_apart(found.edits)
+    return EditReport.of_shards(output, found, peak_rss_bytes=peak_rss_bytes(), up_to_date=True)
 
 
 def _write(
@@ -143,10 +139,10 @@ def _write(
                 worker.on_progress(Event("shards", sum(done is not None for done in found.values()), len(mine)))
     dones = [done for done in found.values() if done is not None]
     entries = [done.entry for done in dones if done.entry is not None]
-    missed = [*_untaken(entries), *(name for done in dones for name in done.left_out)]
+    missed = [*untaken(entries), *(name for done in dones for name in done.left_out)]
     count = sum(len(worker.job.parts[number]) for number in mine)
     # Gradient steps may be too few on purpose.
-    nothing = worker.job.settings.by_facts and len(_untaken(entries)) == count
+    nothing = worker.job.settings.by_facts and len(untaken(entries)) == count
     if missed and (options.strict or nothing):
         unfinished.forget(mine)
         if nothing:
@@ -170,7 +166,3 @@ def _begun(unfinished: StagedShards, worker: Worker, *, force: bool) -> ShardDir
         raise ChangedInputError(unfinished.output, changes)
     unfinished.discard()
     return None
-
-
-def _untaken(entries: Sequence[ShardEntry]) -> tuple[str, ...]:
-    return tuple(name for entry in entries for name in entry.untaken)

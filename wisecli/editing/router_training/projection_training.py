@@ -206,20 +206,17 @@ class _ProjectionTrainer(nn.Module):
         proj_bias = -(proj_weight @ self.mean)
         token_bias = self.token_bias.detach() - token_weight @ self.mean
         logit_scale, logit_offset = self.log_logit_scale.detach().exp(), self.logit_offset.detach().clone()
-        unrelated_states = unrelated.states, unrelated.text
-        proj_weight, proj_bias, token_weight, token_bias, logit_scale, logit_offset = (
-            part.cpu() for part in (proj_weight, proj_bias, token_weight, token_bias, logit_scale, logit_offset)
-        )
         return RouterHeads(
-            proj_weight,
-            proj_bias,
-            token_weight,
-            token_bias,
-            logit_scale,
-            logit_offset,
+            proj_weight.cpu(),
+            proj_bias.cpu(),
+            token_weight.cpu(),
+            token_bias.cpu(),
+            logit_scale.cpu(),
+            logit_offset.cpu(),
             special_token_ids,
             torch.tensor([layer]),
-            *unrelated_states,
+            unrelated.states,
+            unrelated.text,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from wisecli.artifacts.background_stats import BackgroundStats
 from wisecli.artifacts.masks import draw_mask
 from wisecli.artifacts.shard import Evidence, PromptStates, Shard
-from wisecli.artifacts.shard_manifest import ShardEntry
+from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry
 from wisecli.config import EditSettings
 from wisecli.editing.evidence.attention_sinks import median_state_norm
 from wisecli.editing.evidence.extra_keys import FittedEdits
@@ -40,9 +40,7 @@ from wisecli.editing.writers.edit_pass import edit_passes, unrelated_texts_of
 from wisecli.editing.writers.paper_sgd import with_changed_mask, write_sequential
 from wisecli.editing.writers.target_accuracy import learnt, unedited_losses
 from wisecli.editing.writers.writer_task import Progress, WriterTask
-from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
-from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.tokenization import in_batches
 from wisecli.progress import NOTE, Event, ProgressCallback
@@ -61,22 +59,21 @@ class ShardWriter:
     def __init__(
         self,
         loaded: Loaded,
-        site: Site,
+        plan: ShardDirectory,
         settings: EditSettings,
         unrelated: BackgroundStats,
-        edits: Sequence[Edit],
-        contexts: Sequence[str],
-        paraphrases: Mapping[str, Sequence[str]],
         on_progress: ProgressCallback,
-        matrix: Tensor | None = None,
-        identity: str | None = None,
+        *,
+        matrix: Tensor | None,
+        identity: str,
     ) -> None:
-        self.loaded, self.site, self.settings, self.unrelated = loaded, site, settings, unrelated
-        self.edits, self.contexts, self.paraphrases, self.on_progress = edits, contexts, paraphrases, on_progress
+        self.loaded, self.site, self.settings, self.unrelated = loaded, plan.site, settings, unrelated
+        self.edits, self.contexts, self.paraphrases = plan.edits, plan.contexts, plan.paraphrases
+        self.on_progress = on_progress
         self.writer_keys = unrelated.writer_keys.to(loaded.device)
         self.unit = float(unrelated.median_output_norm) if settings.margin_unit == "output" else 1.0
         self.matrix = None if matrix is None else matrix.to(loaded.device).float()
-        self.token_probe = TokenProbe(loaded, site, settings.batch_size, identity)
+        self.token_probe = TokenProbe(loaded, plan.site, settings.batch_size, identity)
         self.erasures: ErasureRows = {}
 
     def write(self, number: int, parts: Sequence[range]) -> tuple[Shard | None, FinishedPart]:

@@ -165,8 +165,7 @@ class Worker:
 
     def writer(self, plan: ShardDirectory, unrelated: BackgroundStats) -> ShardWriter:
         """Return what writes shards by a plan."""
-        settings, contexts, worded = self.job.settings, plan.contexts, plan.paraphrases
-        matrix = None
+        settings, matrix = self.job.settings, None
         if settings.norm_of == "activated" or settings.weight_decay:
             matrix = plan.site.matrix(self.checkpoint)
         # Whoever goes on with a plan adds numbers up in its order, and on its day.
@@ -174,9 +173,8 @@ class Worker:
         with _threads(plan.made.threads):
             _hold(self.loaded, plan.site.layer + 1)
             identity = model_identity(plan.fingerprint, self.checkpoint)
-            edits, on_progress, site = plan.edits, self.on_progress, plan.site
             return ShardWriter(
-                self.loaded, site, settings, unrelated, edits, contexts, worded, on_progress, matrix, identity
+                self.loaded, plan, settings, unrelated, self.on_progress, matrix=matrix, identity=identity
             )
 
     def write(self, plan: ShardDirectory, writer: ShardWriter, number: int) -> Written:

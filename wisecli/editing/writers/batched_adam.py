@@ -56,7 +56,8 @@ def write_batched(
         hardest = _hardest(mask, negatives, values)
         totals = torch.zeros(3, device=values.device)
         for index in torch.randperm(len(batches), generator=generator).tolist():
-            against = torch.cat([hardest, _sample(negatives, generator)])
+            drawn = _drawn(len(negatives), _RANDOM, generator, negatives.device)
+            against = torch.cat([hardest, negatives[drawn]])
             loss, counts = _loss(task, batches[index], keys[index], values, against, generator)
             optimizer.zero_grad()
             loss.backward()
@@ -121,10 +122,6 @@ def _turned(tensor: Tensor, turn: Tensor | None) -> Tensor:
 def _norm(update: Tensor) -> Tensor:
     """Return ``‖·‖₂`` over the last axis, with a gradient at zero too."""
     return (update.square().sum(-1) + 1e-9).sqrt()
-
-
-def _sample(negatives: Tensor, generator: torch.Generator) -> Tensor:
-    return negatives[_drawn(len(negatives), _RANDOM, generator, negatives.device)]
 
 
 def _drawn(among: int, count: int, generator: torch.Generator, device: torch.device) -> Tensor:

@@ -243,9 +243,7 @@ class _Facts:
         return None
 
     def twins(self, entry: Entry) -> Iterator[Entry]:
-        """Yield edits with the same prompt and target, the newest first; one that is held by the same id does not
-        count.
-        """
+        """Yield edits with the same prompt and target, newest first, but none that is held by the same id."""
         given = self._given.get(("prompt", folded(entry.edit.prompt)), {}).get(_target(entry.edit), [])
         return (one for one in reversed(given) if one.line is not None or one.edit.id != entry.edit.id)
 
@@ -296,7 +294,7 @@ def _blanked(prompt: str, subject: str) -> str:
 
 
 def _across(edit: Edit) -> Iterator[_Name]:
-    """Yield the names under which edits are found that share a prompt with this one by a rephrase of either."""
+    """Yield the names of edits that share a prompt with this one by a rephrase of either."""
     yield "rephrase", folded(edit.prompt)
     for text in _rephrases(edit):
         yield "prompt", text

@@ -9,14 +9,14 @@ import pytest
 from reference.wise import whitened_keys
 from safetensors.torch import load_file
 from support.helpers import save_tiny
-from support.history import FLAGS
+from support.history import FLAGS, batch_from
 from support.loading import CPU
 
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.commands.checkpoint.export import export
 from wisecli.commands.checkpoint.inspect import inspect
 from wisecli.commands.edit.edit import edit as run_edit
-from wisecli.commands.edit.edit_into import Batch, IntoMemory, IntoReport, edit_into
+from wisecli.commands.edit.edit_into import IntoMemory, IntoReport, edit_into
 from wisecli.commands.edit.watch import follow
 from wisecli.commands.measure.evaluate import evaluate
 from wisecli.commands.memory.diff import diff
@@ -56,7 +56,7 @@ def written(path: Path, records: Sequence[dict[str, Any]]) -> Path:
 
 
 def into(model: Path, memory: Path, records: Sequence[dict[str, Any]]) -> IntoReport:
-    batch = Batch.from_file(written(memory.parent / "edits.jsonl", records))
+    batch = batch_from(written(memory.parent / "edits.jsonl", records))
     return edit_into(IntoMemory(str(model), memory, QUICK, load=CPU), batch)
 
 

@@ -89,14 +89,6 @@ SkipKnown = Annotated[bool, flag("Leave out what the model already says.", "--sk
 Derive = Annotated[
     bool, flag("Write what follows by rule as well: other names, the relation asked back.", "--derive", panel=INPUT)
 ]
-AllowSpecial = Annotated[
-    bool,
-    flag(
-        "Let prompts and targets have tokens that steer the model, as <|im_end|>.",
-        "--allow-special-tokens",
-        panel=INPUT,
-    ),
-]
 PolicyFile = Annotated[
     Path | None, option("Rules (TOML) on what may be edited at all.", "--policy", panel=INPUT, metavar="FILE")
 ]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors.torch import load_file
 from support.helpers import WORDS, alone, save_tiny
+from support.history import batch_from
 from support.loading import CPU
 
 from wisecli import cli
@@ -19,7 +20,7 @@ from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.checkpoint.inspect import inspect
 from wisecli.commands.edit.edit import edit as run_edit
-from wisecli.commands.edit.edit_into import Batch, IntoMemory, IntoReport, edit_into
+from wisecli.commands.edit.edit_into import IntoMemory, IntoReport, edit_into
 from wisecli.commands.edit.edit_report import EditReport
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.commands.edit.watch import follow
@@ -92,7 +93,7 @@ def run(
 
 
 def into(place: Place, memory: Path, edits: Sequence[Edit], admission: Admission = DEFAULT_ADMISSION) -> IntoReport:
-    batch = Batch.from_file(write(memory.parent / "edits.jsonl", edits))
+    batch = batch_from(write(memory.parent / "edits.jsonl", edits))
     return edit_into(IntoMemory(str(place.model), memory, FLAGS, load=CPU, admission=admission), batch)
 
 

@@ -12,7 +12,7 @@ import torch
 from reference.wise import whitened_keys
 from safetensors.torch import load_file
 from support.helpers import save_tiny
-from support.history import FLAGS, fact, write
+from support.history import FLAGS, batch_from, fact, write
 from support.loading import CPU
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -22,7 +22,7 @@ from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.checkpoint.export import export
 from wisecli.commands.checkpoint.verify import verify
 from wisecli.commands.edit.edit import edit as run_edit
-from wisecli.commands.edit.edit_into import Batch, IntoMemory, IntoReport, edit_into
+from wisecli.commands.edit.edit_into import IntoMemory, IntoReport, edit_into
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.commands.edit.watch import follow as run_follow
 from wisecli.commands.measure.evaluate import evaluate
@@ -76,7 +76,7 @@ def into(
     provenance: Provenance = Provenance(),
     on_progress: ProgressCallback = ignore_progress,
 ) -> IntoReport:
-    batch = Batch.from_file(write(memory.parent / "edits.jsonl", edits))
+    batch = batch_from(write(memory.parent / "edits.jsonl", edits))
     given = {**FLAGS, **flags}
     into_memory = IntoMemory(str(model), memory, given, provenance=provenance, load=CPU)
     return edit_into(into_memory, batch, on_progress=on_progress)

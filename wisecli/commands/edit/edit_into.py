@@ -59,16 +59,6 @@ class Batch:
     origin: dict[str, str]
 
     @classmethod
-    def from_file(cls, path: Path, *, admission: Admission = DEFAULT_ADMISSION) -> Batch:
-        """Return a whole file of edits.
-
-        Raises:
-            SignatureError: it was not signed as the admission asks.
-            EditFileError: naming the line, if a record cannot be used.
-        """
-        return cls.of(admission.read(path, name=path.name))
-
-    @classmethod
     def of(cls, sheet: Sheet) -> Batch:
         """Return a whole file of edits that was read before."""
         return cls(sheet.numbered, {"name": sheet.name, "sha256": sheet.sha256})
@@ -126,7 +116,7 @@ def edit_into(
             job = Job(model=model, settings=settings, edits=admitted.edits, load=replace(into.load, revision=None))
             worker = Worker(job, on_progress, loaded=loaded)
             name, special = batch.origin["name"], admission.allow_special
-            worker.reader.require(name, admitted.numbered, settings, allow_special=special)
+            worker.base.reader.require(name, admitted.numbered, settings, allow_special=special)
             if settings.by_facts:
                 warn_of_unnamed_subjects(name, admitted.numbered, on_progress)
             if admission.skip_known:

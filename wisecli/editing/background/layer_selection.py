@@ -33,8 +33,6 @@ _LOWEST, _HIGHEST = 0.6, 0.93
 _SUBJECTS = 3
 # How much more often than the usual layer another must be right to be taken: two and a half standard errors.
 _CLEARLY = 0.05
-# Pairs of other facts that may be nearer than a fact's two wordings are.
-_NEARER = 0.01
 
 
 def candidates(count: int) -> range:

@@ -23,7 +23,6 @@ from wisecli.export.gguf.gguf_tokenizer import TokenizerData, tokenizer_data
 from wisecli.io.checkpoint import Checkpoint
 
 Quantization = Literal["f32", "f16", "q8_0"]
-QUANTIZATIONS: tuple[Quantization, ...] = ("q8_0", "f16", "f32")
 GGUF_NAME = "model.gguf"
 # Of a quantized row so many numbers share a scale.
 _BLOCK = 32

@@ -11,15 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.tensor_schema import (
-    CALLS,
-    EVIDENCE,
-    MASKED,
-    PROMPT_TOKENS,
-    PROMPTS,
-    TensorRows,
-    require_layout,
-)
+from wisecli.artifacts.tensor_schema import CALLS, EVIDENCE, MASKED, PROMPT_TOKENS, PROMPTS, TensorRows, require_layout
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import all_finite, load_tensors, save_tensors
 from wisecli.models.layout.site import Site

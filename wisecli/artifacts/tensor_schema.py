@@ -17,13 +17,7 @@ from wisecli.routing.memories.fact_memory import FactMemory
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 MISSING = "nothing"
-_KINDS = {
-    "float": _FLOATS,
-    "int": ("int64", "int32"),
-    "byte": ("uint8",),
-    "bool": ("bool",),
-    "signed byte": ("int8",),
-}
+_KINDS = {"float": _FLOATS, "int": ("int64", "int32"), "byte": ("uint8",), "bool": ("bool",), "signed byte": ("int8",)}
 
 
 @dataclass(frozen=True)

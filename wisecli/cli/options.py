@@ -34,13 +34,11 @@ def output_path(text: str | Path) -> Path:
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="Directory to write.", parser=output_path, metavar="DIR")]
 Model = Annotated[
-    str | None,
-    option("Base model, if not where the manifest says.", "--model", panel=INPUT, metavar="MODEL"),
+    str | None, option("Base model, if not where the manifest says.", "--model", panel=INPUT, metavar="MODEL")
 ]
 Memory = Annotated[Path | None, option("Memory or exported directory.", "--memory", default="memory", metavar="DIR")]
 Device = Annotated[
-    str,
-    option("auto, cpu, cuda, cuda:N or mps.", "--device", default="auto", metavar="NAME", complete=one_of(DEVICES)),
+    str, option("auto, cpu, cuda, cuda:N or mps.", "--device", default="auto", metavar="NAME", complete=one_of(DEVICES))
 ]
 Dtype = Annotated[
     str,
@@ -97,12 +95,10 @@ Signature = Annotated[
     option("EDITS' signature: minisign or ssh-keygen -Y.", "--verify-signature", panel=INPUT, metavar="FILE"),
 ]
 Signer = Annotated[
-    Path | None,
-    option("The public key, or file of allowed signers.", "--signer", panel=INPUT, metavar="FILE"),
+    Path | None, option("The public key, or file of allowed signers.", "--signer", panel=INPUT, metavar="FILE")
 ]
 Identity = Annotated[
-    str | None,
-    option("Which allowed signer must have signed.", "--signer-identity", panel=INPUT, metavar="NAME"),
+    str | None, option("Which allowed signer must have signed.", "--signer-identity", panel=INPUT, metavar="NAME")
 ]
 Sign = Annotated[
     Path | None,

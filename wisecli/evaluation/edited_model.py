@@ -93,12 +93,7 @@ class EditedModel:
         )
 
 
-def attach(
-    memory: Path,
-    *,
-    model: str | None = None,
-    load: LoadOptions = LoadOptions(),
-) -> EditedModel:
+def attach(memory: Path, *, model: str | None = None, load: LoadOptions = LoadOptions()) -> EditedModel:
     """Load the base model of a memory (or of an exported directory) and put the memory in its place.
 
     Args:

@@ -60,8 +60,7 @@ def bench(
         ),
     ] = None,
     methods: Annotated[
-        str | None,
-        setting(BenchSettings, "methods", "Methods, with commas between.", complete=some_of(BENCH_METHODS)),
+        str | None, setting(BenchSettings, "methods", "Methods, with commas between.", complete=some_of(BENCH_METHODS))
     ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -70,8 +69,7 @@ def bench(
         option("A dataset's file, instead of fetching it; once for each.", panel=INPUT, metavar="FILE"),
     ] = None,
     train: Annotated[
-        Path | None,
-        option("Records to learn from.", panel=INPUT, default="those that are not edited", metavar="FILE"),
+        Path | None, option("Records to learn from.", panel=INPUT, default="those that are not edited", metavar="FILE")
     ] = None,
     edits: Annotated[
         str | None,

@@ -33,8 +33,7 @@ def draft(
     model: Annotated[str, typer.Argument(help="The model that asks: a directory, a hub id or a GGUF file.")],
     page: Annotated[Path, typer.Argument(help="Document in Markdown or plain text.")],
     output: Annotated[
-        Path | None,
-        option("File of edits to write.", "-o", "--output", default="PAGE's name, .jsonl", metavar="FILE"),
+        Path | None, option("File of edits to write.", "-o", "--output", default="PAGE's name, .jsonl", metavar="FILE")
     ] = None,
     device: Device = "auto",
     as_json: AsJson = False,

@@ -79,13 +79,7 @@ def evaluate(
     ] = None,
     edits: Annotated[
         int | None,
-        setting(
-            EvalSettings,
-            "edits",
-            "Only the first so many records.",
-            panel=INPUT,
-            none="those the memory holds",
-        ),
+        setting(EvalSettings, "edits", "Only the first so many records.", panel=INPUT, none="those the memory holds"),
     ] = None,
     config: Config = None,
     protocol: Annotated[str | None, protocol_of(EvalSettings)] = None,
@@ -101,12 +95,10 @@ def evaluate(
         _measured("max_new_tokens", "Length of generated answers.", none="the longest target and a little more"),
     ] = None,
     fail_under: Annotated[
-        str | None,
-        option("Exit with 1 below these, as as_taught=.9,other_subject=.02.", panel=MEASURED),
+        str | None, option("Exit with 1 below these, as as_taught=.9,other_subject=.02.", panel=MEASURED)
     ] = None,
     if_measured: Annotated[
-        bool,
-        flag("Of --fail-under pass over what no record measures.", "--if-measured", panel=MEASURED),
+        bool, flag("Of --fail-under pass over what no record measures.", "--if-measured", panel=MEASURED)
     ] = False,
     set_: Annotated[list[str] | None, set_of("eval", MEASURED)] = None,
     dtype: Dtype = "auto",

@@ -101,10 +101,7 @@ def _shards(path: Path, model: Path | None) -> Iterator[Check]:
     solved = ("prompts.states",) if directory.settings.get("writer") == "solve" else ()
     for entry in directory.shards:
         yield from check_digest(path, entry.file, entry.sha256)
-        there = {
-            *solved,
-            *(name for name in _names(path, entry.file) if solved and name in PROMPT_TOKENS),
-        }
+        there = {*solved, *(name for name in _names(path, entry.file) if solved and name in PROMPT_TOKENS)}
         yield from check_rows(path, entry.file, shard_rows(entry.mask_kind, there, solved=entry.solved), sizes)
         yield from _shard_metadata(path, entry)
     file = shard_manifest.UNRELATED_NAME

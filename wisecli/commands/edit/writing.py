@@ -7,12 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from wisecli.artifacts.background_stats import load_background
-from wisecli.artifacts.shard_manifest import (
-    UNRELATED_NAME,
-    ShardDirectory,
-    ShardEntry,
-    read_shard_directory,
-)
+from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory, ShardEntry, read_shard_directory
 from wisecli.commands.edit.edit_report import EditReport, untaken
 from wisecli.commands.edit.planning import free_site, nothing_to_do, output_of, own_parts, planned, require_ready
 from wisecli.commands.edit.run_options import RunOptions

@@ -88,13 +88,7 @@ def merge(
     merger = Merger(read, settings, model=model)
     settings, site, count = merger.settings, merger.site, merger.count
     followed = len(consequences_in(merger.edits))
-    names = (
-        settings.mode or "",
-        merger.method,
-        count,
-        len(merger.edits) - followed,
-        merger.by_facts,
-    )
+    names = (settings.mode or "", merger.method, count, len(merger.edits) - followed, merger.by_facts)
     if there and not dry_run:
         tidy(output)
     signed = provenance.key is not None

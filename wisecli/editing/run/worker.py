@@ -96,13 +96,7 @@ class Worker:
             base, size = fingerprint(directory, checkpoint, site), settings.batch_size
             if settings.layer == "auto" and settings.writer == "solve":
                 site = probe_layer(
-                    loaded,
-                    directory,
-                    checkpoint,
-                    base,
-                    batch_size=size,
-                    layout=layout,
-                    on_progress=self.on_progress,
+                    loaded, directory, checkpoint, base, batch_size=size, layout=layout, on_progress=self.on_progress
                 )
                 base = fingerprint(directory, checkpoint, site)
             contexts = write_contexts(loaded, settings)

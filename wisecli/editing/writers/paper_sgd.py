@@ -29,11 +29,7 @@ _SETTLED = 1e-4
 
 
 def write_sequential(
-    task: WriterTask,
-    passes: Sequence[EditPass],
-    on_pass: Callable[[Progress], None],
-    *,
-    start: Written | None = None,
+    task: WriterTask, passes: Sequence[EditPass], on_pass: Callable[[Progress], None], *, start: Written | None = None
 ) -> Written:
     """Train on the passes in order, each as long as it takes, every weight within the norm constraint.
 

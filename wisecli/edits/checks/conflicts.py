@@ -228,10 +228,7 @@ class _Facts:
     def conflict(self, entry: Entry) -> Conflict | None:
         """Return the conflict of an edit with those that were added, if there is one."""
         target = _target(entry.edit)
-        for rephrase, near in (
-            (False, self._near(_names(entry.edit))),
-            (True, self._near(_across(entry.edit))),
-        ):
+        for rephrase, near in ((False, self._near(_names(entry.edit))), (True, self._near(_across(entry.edit)))):
             others = [_newest(given, target) for given in near]
             earlier = max((one for one in others if one is not None), key=lambda one: one.order, default=None)
             if earlier is not None:

@@ -59,11 +59,7 @@ def code_files(model_type: str) -> dict[str, str]:
     """
     code = _filled(
         "modeling_wise.py.tmpl",
-        {
-            "architecture": base_class(model_type),
-            "model_type": model_type,
-            "loaders": repr(auto_map(model_type)),
-        },
+        {"architecture": base_class(model_type), "model_type": model_type, "loaders": repr(auto_map(model_type))},
     )
     sources = (files(f"wisecli.{package}") / f"{name}.py" for package, names in _CARRIED.items() for name in names)
     carried = {source.name: source.read_text(encoding="utf-8") for source in sources}

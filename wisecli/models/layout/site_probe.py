@@ -66,13 +66,7 @@ def _elsewhere(site: MatrixSite) -> ModelError:
 
 
 def verified_layout(
-    model: PreTrainedModel,
-    directory: Path,
-    checkpoint: Checkpoint,
-    layout: Layout,
-    layer: str | int,
-    *,
-    lookup: bool,
+    model: PreTrainedModel, directory: Path, checkpoint: Checkpoint, layout: Layout, layer: str | int, *, lookup: bool
 ) -> Layout:
     """Return a layout in which nothing is left open, as the loaded model shows.
 

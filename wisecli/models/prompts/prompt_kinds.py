@@ -62,13 +62,7 @@ class Kind:
         return self.trained if trained else self.held
 
     def sample_prompt(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        fact: Fact,
-        *,
-        trained: bool,
-        rng: random.Random,
-        chat: bool,
+        self, tokenizer: PreTrainedTokenizerBase, fact: Fact, *, trained: bool, rng: random.Random, chat: bool
     ) -> str | None:
         """Return a prompt of this kind with a fact in it, or None where the fact lacks what every pattern needs.
 

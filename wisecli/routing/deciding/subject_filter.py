@@ -11,14 +11,7 @@ import torch
 from torch import Tensor
 
 from wisecli.routing.deciding.fact_decision import FactDecision
-from wisecli.routing.deciding.fuzzy_match import (
-    DIGIT,
-    LETTER,
-    MIN_FUZZY_LENGTH,
-    WORD_CHARS,
-    FuzzyMatch,
-    split_words,
-)
+from wisecli.routing.deciding.fuzzy_match import DIGIT, LETTER, MIN_FUZZY_LENGTH, WORD_CHARS, FuzzyMatch, split_words
 from wisecli.routing.deciding.late_interaction import compared_tokens, earlier_turn_tokens
 from wisecli.routing.memories.side_memory import Memory
 

@@ -63,7 +63,7 @@ def measure_specificity(answers: Answers, asked: Sequence[tuple[int, Edit]], rec
     found = Results()
     beside = specificity_questions(asked, records)
     bare = forms()["bare"]
-    given = _given(answers, [answers.edited_text(bare, one.prompt) for one in beside], beside)
+    given = _gets_edit(answers, [answers.edited_text(bare, one.prompt) for one in beside], beside)
     doubtful = [one.prompt for one, got in zip(beside, given, strict=True) if got]
     before = dict(zip(doubtful, answers.before(doubtful), strict=True))
     for kind in ("other_question", "other_subject"):
@@ -77,7 +77,7 @@ def measure_specificity(answers: Answers, asked: Sequence[tuple[int, Edit]], rec
     return found
 
 
-def _given(answers: Answers, texts: Sequence[str], beside: Sequence[SpecificityQuestion]) -> list[bool]:
+def _gets_edit(answers: Answers, texts: Sequence[str], beside: Sequence[SpecificityQuestion]) -> list[bool]:
     """Return which questions, as texts, get the edit's answer where an edit may have changed it."""
     changing = answers.may_change(texts)
     asked = [text for text, changes in zip(texts, changing, strict=True) if changes]

@@ -58,12 +58,12 @@ def measure_wild(answers: Answers, edits: Sequence[Edit], records: Sequence[Edit
     kept = {place: [probe.prompt for probe in edit.locality] for place, edit in enumerate(edits)} if before else {}
     prompts = [text for group in groups.values() for pairs in group.values() for text, _ in pairs]
     prompts = list(dict.fromkeys([*prompts, *(text for texts in kept.values() for text in texts)]))
-    said = _said(prompts, answers.after([answers.edited_text(WILD, text) for text in prompts], stage="answers"))
+    said = _by_prompt(prompts, answers.after([answers.edited_text(WILD, text) for text in prompts], stage="answers"))
     found = Results()
     _add(found, groups, said)
     if before:
         texts = [WILD.render(answers.tokenizer, text) for text in prompts]
-        earlier, unedited = _said(prompts, answers.before(texts)), Results()
+        earlier, unedited = _by_prompt(prompts, answers.before(texts)), Results()
         _add(unedited, groups, earlier)
         found.before.update(unedited.figures)
         same = {place: [float(said[text] == earlier[text]) for text in texts] for place, texts in kept.items()}
@@ -90,7 +90,7 @@ def _groups(edits: Sequence[Edit], contradicted: Collection[str]) -> dict[str, d
     }
 
 
-def _said(prompts: Sequence[str], answers: Sequence[Answer]) -> dict[str, str]:
+def _by_prompt(prompts: Sequence[str], answers: Sequence[Answer]) -> dict[str, str]:
     return {prompt: answer.text for prompt, answer in zip(prompts, answers, strict=True)}
 
 

@@ -123,11 +123,9 @@ def _shard_metadata(path: Path, entry: shard_manifest.ShardEntry) -> Iterator[Ch
 
 
 def _memory(path: Path, model: Path | None) -> Iterator[Check]:
-    manifest = yield from _manifest(path, memory_manifest.MANIFEST_NAME, memory_manifest.read_manifest)
-    yield from check_checksums(path, expected=manifest is None or manifest.sealed)
+    manifest = yield from _memory_files(path)
     if manifest is None:
         return
-    yield from _memory_files(path, manifest)
     if has_history(path):
         yield from _history(path, manifest)
     base = manifest.base
@@ -161,9 +159,15 @@ def _sealed(path: Path) -> dict[str, str]:
         return {}
 
 
-def _memory_files(path: Path, manifest: memory_manifest.MemoryManifest) -> Iterator[Check]:
-    stored, site = manifest.memory, manifest.site
-    checked = _sealed(path)
+def _memory_files(path: Path) -> Generator[Check, None, memory_manifest.MemoryManifest | None]:
+    """Yield the checks of a memory's manifest and of the files that it lists, and return what it says, if it can be
+    read.
+    """
+    manifest = yield from _manifest(path, memory_manifest.MANIFEST_NAME, memory_manifest.read_manifest)
+    yield from check_checksums(path, expected=manifest is None or manifest.sealed)
+    if manifest is None:
+        return None
+    stored, site, checked = manifest.memory, manifest.site, _sealed(path)
     for file, digest in manifest.sha256.items():
         if file not in checked:
             yield from check_digest(path, file, digest)
@@ -172,14 +176,13 @@ def _memory_files(path: Path, manifest: memory_manifest.MemoryManifest) -> Itera
     yield from check_layouts(path, stored.file, stored.layouts, stored.prefix)
     known = {"d": site.d, "d_ff": site.width, "M": len(stored.thresholds)}
     yield from check_rows(path, stored.file, memory_rows(stored.kind, stored.tensors), known, stored.prefix)
+    return manifest
 
 
 def _exported(path: Path, model: Path | None) -> Iterator[Check]:
-    manifest = yield from _manifest(path, memory_manifest.MANIFEST_NAME, memory_manifest.read_manifest)
-    yield from check_checksums(path, expected=manifest is None or manifest.sealed)
+    manifest = yield from _memory_files(path)
     if manifest is None:
         return
-    yield from _memory_files(path, manifest)
     if not has_checksums(path):
         yield from _unlisted(path, manifest)
     yield from check_index(path)

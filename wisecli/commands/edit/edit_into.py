@@ -106,7 +106,7 @@ def edit_into(
     with changing(memory):
         opened = OpenMemory(memory, may_be_new=True)
         held, releases = opened.require_whole(), opened.releases
-        _tidy(memory, pending, releases)
+        _discard_merged(memory, pending, releases)
         already = set(held)
         known = tuple(edit.id for _, edit in batch.numbered if edit in already)
         admitted = admission.admit(batch.origin["name"], batch.numbered, held=held, on_progress=on_progress)
@@ -120,14 +120,14 @@ def edit_into(
             if settings.by_facts:
                 warn_of_unnamed_subjects(name, admitted.numbered, on_progress)
             if admission.skip_known:
-                admitted = worker.without_known(admitted, spared=set(_giving_way(held, admitted).values()))
+                admitted = worker.without_known(admitted, spared=set(_replaced_edits(held, admitted).values()))
                 worker = worker.with_edits(admitted.edits)
         if worker is None or not admitted.numbered:
             seconds, newest = time.perf_counter() - started, releases[-1] if releases else None
             return IntoReport(memory, newest, len(held), known, None, seconds, admitted.sifted)
         edited = _written(worker, pending, into.options)
         del worker  # the model is let go before shards are merged
-        giving_way = _giving_way(held, admitted)
+        giving_way = _replaced_edits(held, admitted)
         with without_edits(opened, giving_way, model=model, load=into.load, on_progress=on_progress) as left:
             name = opened.name_after(left.new)
             change = Change(
@@ -145,7 +145,7 @@ def edit_into(
     return IntoReport(memory, published.release, published.held, known, edited, seconds, admitted.sifted)
 
 
-def _tidy(memory: Path, pending: Path, releases: Sequence[Release]) -> None:
+def _discard_merged(memory: Path, pending: Path, releases: Sequence[Release]) -> None:
     """Take away shards of a run that was killed when its release was in place already."""
     if not pending.is_dir():
         return
@@ -155,7 +155,7 @@ def _tidy(memory: Path, pending: Path, releases: Sequence[Release]) -> None:
         discard(pending, memory)
 
 
-def _giving_way(held: Sequence[Edit], admitted: Admitted) -> dict[str, str]:
+def _replaced_edits(held: Sequence[Edit], admitted: Admitted) -> dict[str, str]:
     """Return the ids of held edits that new ones replace, and of their consequences, each with the id of what takes its
     place.
     """

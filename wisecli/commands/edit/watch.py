@@ -42,7 +42,7 @@ def follow(
         into = replace(into, admission=replace(into.admission, on_conflict="latest"))
     settings = resolve(EditSettings, into.flags, section="edit")
     base = Base(Job(model=into.model, settings=settings, edits=(), load=replace(into.load, revision=None)), on_progress)
-    taken, lines = set(_taken(into.memory)), _Lines(path)
+    taken, lines = set(_edits_taken_in(into.memory)), _Lines(path)
     while goes_on():
         for batch in _batches(lines.more(), path, taken):
             landed = None
@@ -113,7 +113,7 @@ def _batch(path: Path, found: Mapping[str, tuple[int, Edit]]) -> Batch:
     return Batch(numbered, {"name": path.name, "lines": f"{numbered[0][0]}-{numbered[-1][0]}"})
 
 
-def _taken(memory: Path) -> Iterator[Edit]:
+def _edits_taken_in(memory: Path) -> Iterator[Edit]:
     """Yield every edit that any release has brought."""
     if has_history(memory):
         opened = OpenMemory(memory)

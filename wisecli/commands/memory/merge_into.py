@@ -40,7 +40,7 @@ def merge_into(
         held, releases = opened.require_whole(), opened.releases
         merging = _overridden(opened.merging, settings) if releases else settings
         edits = [edit for path in inputs for edit in opened.shards_at(path).written]
-        if releases and inputs and merging == opened.merging and _holds(memory, releases[-1], inputs):
+        if releases and inputs and merging == opened.merging and _is_made_of(memory, releases[-1], inputs):
             return Published(releases[-1], len(held), up_to_date=True)
         outdone = {place.edit.id for place, _ in outranked([(0, edit) for edit in edits], "the shards", held=held)}
         edits = [edit for edit in edits if edit.id not in outdone]
@@ -55,7 +55,7 @@ def merge_into(
             return publish(opened, change, merging, new=new, model=model, on_progress=on_progress)
 
 
-def _holds(memory: Path, release: Release, inputs: Sequence[Path]) -> bool:
+def _is_made_of(memory: Path, release: Release, inputs: Sequence[Path]) -> bool:
     """Return whether a release is made of all of some shards already, with every edit of theirs."""
     whole = [shard_path(memory, name) / MANIFEST_NAME for name, gone in release.shards.items() if not gone]
     digests = set(map(sha256_file, whole))

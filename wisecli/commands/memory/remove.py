@@ -100,7 +100,7 @@ def without_edits(
         return
     release, trained = memory.releases[-1], not memory.merging.for_lookup and memory.merging.method != EXACT
     held = {name: one.directory for name, one in memory.reduced_shards(release).items()}
-    anew = {name: _beside(directory, ids) for name, directory in held.items() if trained and _beside(directory, ids)}
+    anew = {name: _mates(directory, ids) for name, directory in held.items() if trained and _mates(directory, ids)}
     shards = {
         name: (*release.shards[name], *ids_among(directory, {*ids, *anew.get(name, ())}))
         for name, directory in held.items()
@@ -111,12 +111,12 @@ def without_edits(
         for name, others in anew.items():
             place = memory.name_after(new)
             new[place] = Path(working) / place
-            run(_job(held[name], others, model, load), new[place], on_progress=on_progress)
+            run(_job_of_edits(held[name], others, model, load), new[place], on_progress=on_progress)
         rewritten = tuple(name for names in anew.values() for name in names)
         yield Cleared({**shards, **dict.fromkeys(new, ())}, new, rewritten)
 
 
-def _beside(directory: ShardDirectory, ids: Collection[str]) -> tuple[str, ...]:
+def _mates(directory: ShardDirectory, ids: Collection[str]) -> tuple[str, ...]:
     """Return the edits that share a trained shard with one that goes."""
     return tuple(name for entry in without(directory, ids).trained for name in entry.edits if name not in ids)
 
@@ -126,7 +126,7 @@ def ids_among(directory: ShardDirectory, ids: Collection[str]) -> tuple[str, ...
     return tuple(edit.id for edit in directory.written if edit.id in ids)
 
 
-def _job(directory: ShardDirectory, names: Collection[str], model: str | None, load: LoadOptions) -> Job:
+def _job_of_edits(directory: ShardDirectory, names: Collection[str], model: str | None, load: LoadOptions) -> Job:
     """Return some edits of a directory of shards once more, as they were written."""
     made = directory.made
     settings = replace(settings_from(EditSettings, directory.settings), layer=str(directory.site.layer), shards=None)

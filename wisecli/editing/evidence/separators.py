@@ -41,7 +41,7 @@ def separator_evidence(task: WriterTask, batches: Sequence[TrainingExamples], ed
     Nothing is yielded for a model that does not learn where answers end, or whose tokenizer has no separator.
     """
     token = separator_token(edits.probe.loaded.tokenizer)
-    ends = _ends(batches) if token is not None and task.settings.train_end else []
+    ends = _answer_ends(batches) if token is not None and task.settings.train_end else []
     if token is None or not ends:
         return
     residual = _fit(task, ends, edits, token).cpu()
@@ -49,7 +49,7 @@ def separator_evidence(task: WriterTask, batches: Sequence[TrainingExamples], ed
     for number in pairable:
         nothing = torch.zeros(1, task.site.width)
         yield Evidence.extra_keys(nothing, residual[None], number, position=0, context=SEPARATOR_CONTEXT)
-    yield from _keys_behind(edits, pairable)
+    yield from _keys_after_separator(edits, pairable)
 
 
 def separator_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -58,7 +58,7 @@ def separator_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return last if tokenizer.decode([last]) == SEPARATOR else None
 
 
-def _ends(batches: Sequence[TrainingExamples]) -> list[tuple[TrainingExamples, Tensor]]:
+def _answer_ends(batches: Sequence[TrainingExamples]) -> list[tuple[TrainingExamples, Tensor]]:
     """Return rows whose answers end, some of every batch: examples and the rows (r,) that are taken of them."""
     rows = [
         (examples, row)
@@ -111,7 +111,7 @@ def _backward(task: WriterTask, part: Activations, update: Tensor, residual: Ten
     return losses.detach().max()
 
 
-def _keys_behind(edits: FittedEdits, numbers: Sequence[int]) -> Iterator[Evidence]:
+def _keys_after_separator(edits: FittedEdits, numbers: Sequence[int]) -> Iterator[Evidence]:
     """Yield keys of the space behind a separator, for targets that begin with one and go on with their second token."""
     for token, spaced in edits_by_leading_space(edits.probe.loaded, edits.rows).items():
         keys, lengths = edits.probe.keys_after_questions(token, _ANSWERED)

@@ -82,16 +82,18 @@ def plan_edit(
     texts, edits = settings.background_texts * _TEXT, len(lengths)
     rows = _shard_rows(settings, lengths)
     # What a sweep carries, of unrelated text and of edits: hidden states, and keys.
-    facts = _facts(settings)
-    early, asked, compared = _meaning(checkpoint, site, settings)
+    facts = _fact_tokens(settings)
+    early, asked, compared = _router_training(checkpoint, site, settings)
     carried = max(texts, facts, asked) * site.d + texts * site.width, rows.read * site.d + rows.trained * site.width
     carried_bytes = [found.item * one for one in carried]
     measured = 4 * site.width * (2.5 * texts + min(CALIBRATION_KEYS, texts / 2) + 4 * _RANK)
     measured = max(measured, 2 * site.d * compared)
-    known = 4 * site.width * (0.5 * texts + min(CALIBRATION_KEYS, texts / 2) + 2 * _RANK) + _kept(
+    known = 4 * site.width * (0.5 * texts + min(CALIBRATION_KEYS, texts / 2) + 2 * _RANK) + _kept_bytes(
         checkpoint, site, rows, found.item
     )
-    solved = known + max(_solving(site, settings, rows), _fitting(checkpoint, site, settings, lengths, found.item))
+    solved = known + max(
+        _solve_bytes(site, settings, rows), _fit_bytes(checkpoint, site, settings, lengths, found.item)
+    )
     flops = _flops(found, site, settings, lengths) + 2 * asked * (sum(found.layers[:early]) // found.item)
     if room is None:
         peak = _LIBRARIES + found.weights + max(measured, solved)
@@ -123,7 +125,7 @@ def plan_edit(
     )
 
 
-def _facts(settings: EditSettings) -> int:
+def _fact_tokens(settings: EditSettings) -> int:
     """Return how many tokens the reworded facts have."""
     return _WORDINGS * subjects_for(settings.background_texts) * _FACT
 
@@ -136,13 +138,13 @@ class _Rows:
     trained: int
 
 
-def _ways(settings: EditSettings) -> int:
+def _readings(settings: EditSettings) -> int:
     """Return how often each edit is read: bare, in contexts or forms and one held back, and in other words."""
     forms = len(FORM_CONTEXTS) if settings.in_forms else settings.contexts + settings.chat
     return forms + settings.augment + 2
 
 
-def _meaning(checkpoint: Checkpoint, site: Site, settings: EditSettings) -> tuple[int, int, int]:
+def _router_training(checkpoint: Checkpoint, site: Site, settings: EditSettings) -> tuple[int, int, int]:
     """Return what is learned of what prompts mean: layers that are read for it, tokens, and of how many states are
     kept.
     """
@@ -156,11 +158,11 @@ def _meaning(checkpoint: Checkpoint, site: Site, settings: EditSettings) -> tupl
 def _shard_rows(settings: EditSettings, lengths: Sequence[Length]) -> _Rows:
     """Return those of the shard with the longest edits."""
     longest = sorted(lengths, key=sum, reverse=True)[: settings.edits_per_shard]
-    ways = _ways(settings)
+    ways = _readings(settings)
     return _Rows(ways * sum(map(sum, longest)), ways * sum(one.target for one in longest))
 
 
-def _kept(checkpoint: Checkpoint, site: Site, rows: _Rows, item: int) -> int:
+def _kept_bytes(checkpoint: Checkpoint, site: Site, rows: _Rows, item: int) -> int:
     """Return the bytes of activations that batches keep of a shard's rows, and of what the layers above need of the
     prompts.
     """
@@ -190,7 +192,7 @@ def _attention(checkpoint: Checkpoint) -> _Attention:
     return _Attention(heads, kept, number("vocab_size", otherwise=1))
 
 
-def _fitting(checkpoint: Checkpoint, site: Site, settings: EditSettings, lengths: Sequence[Length], item: int) -> int:
+def _fit_bytes(checkpoint: Checkpoint, site: Site, settings: EditSettings, lengths: Sequence[Length], item: int) -> int:
     """Return what the largest batch takes while it is read, or while its residuals are fitted through the layers
     above.
     """
@@ -207,7 +209,7 @@ def _fitting(checkpoint: Checkpoint, site: Site, settings: EditSettings, lengths
     return most
 
 
-def _solving(site: Site, settings: EditSettings, rows: _Rows) -> int:
+def _solve_bytes(site: Site, settings: EditSettings, rows: _Rows) -> int:
     """Return the bytes of the closed form's statistics, in float64: squares of the columns' number, and blocks as long
     as ``W``.
     """
@@ -227,7 +229,7 @@ def _flops(found: Sizes, site: Site, settings: EditSettings, lengths: Sequence[L
     weights = [size // found.item for size in found.layers]
     below, above = sum(weights[: site.layer + 1]), sum(weights[site.layer + 1 :])
     continued = settings.background_texts // CONTINUED * _TEXT
-    tokens = (_ways(settings) + 1) * sum(map(sum, lengths))
-    read = settings.background_texts * _TEXT + _facts(settings) + tokens
+    tokens = (_readings(settings) + 1) * sum(map(sum, lengths))
+    read = settings.background_texts * _TEXT + _fact_tokens(settings) + tokens
     fitted = sum(one.target for one in lengths) * settings.residual_steps * 2
     return 2 * (continued * (below + above) + read * below + (tokens + fitted) * above)

@@ -113,7 +113,7 @@ class ShardWriter:
 
     def _train(self, task: WriterTask, part: Sequence[int], stage: str) -> _Outcome:
         """Return the paper's writer: the residuals are what the trained change adds."""
-        each, on_progress = self.settings.sequential, _passes(stage, self.on_progress)
+        each, on_progress = self.settings.sequential, _report_accuracy(stage, self.on_progress)
         groups, held_back = self._capture([[place] for place in part] if each else [part])
         batches = [examples for group in groups for examples in group]
         if each:
@@ -153,17 +153,17 @@ class ShardWriter:
         groups, held_back = self._capture([[part[index] for index in indices] for indices in alike])
         batches = [examples for group in groups for examples in group]
         task = replace(task, median_state_norm=median_state_norm(batches))
-        residuals = fit_residuals(task, groups, _fitting(stage, self.on_progress))
+        residuals = fit_residuals(task, groups, _report_loss(stage, self.on_progress))
         strength = 1.0
         if self.settings.by_facts:
             strength, residuals = STRENGTH, weakened_where_needed(task, batches, residuals)
-        last, looked_up = len(self.contexts) - 1, _looked_up(residuals)
+        last, looked_up = len(self.contexts) - 1, _residual_lookup(residuals)
         evidence = gather_evidence([*batches, *held_back], last, looked_up, median_norm=task.median_state_norm)
         mask, solved = task.mask.to(torch.device("cpu")), None
         if not self.settings.for_lookup:
             tokens = self.unrelated.tokens.dense(mask.indices if mask.kind == "columns" else None)
             solved = write_solved(
-                task, evidence, tokens, batches, held_back, _passes(f"{stage} polish", self.on_progress)
+                task, evidence, tokens, batches, held_back, _report_accuracy(f"{stage} polish", self.on_progress)
             )
         shares = bare_prompt_accuracy(task, batches, residuals, strength)
         if self.settings.by_facts:
@@ -222,7 +222,7 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def _looked_up(residuals: Residuals) -> Residual:
+def _residual_lookup(residuals: Residuals) -> Residual:
     """Return what finds residuals (n, d) by answer and position."""
 
     def find(_keys: Tensor, answers: Sequence[AnswerKey], positions: Tensor) -> Tensor:
@@ -232,14 +232,14 @@ def _looked_up(residuals: Residuals) -> Residual:
     return find
 
 
-def _fitting(stage: str, on_progress: ProgressCallback) -> Callable[[Progress], None]:
+def _report_loss(stage: str, on_progress: ProgressCallback) -> Callable[[Progress], None]:
     def tell(progress: Progress) -> None:
         on_progress(Event(stage, progress.step, progress.steps, f"loss {progress.loss:.3f}"))
 
     return tell
 
 
-def _passes(stage: str, on_progress: ProgressCallback) -> Callable[[Progress], None]:
+def _report_accuracy(stage: str, on_progress: ProgressCallback) -> Callable[[Progress], None]:
     def tell(progress: Progress) -> None:
         note = f"loss {progress.loss:.3f}, {progress.accuracy:.0%} of target tokens"
         on_progress(Event(stage, progress.step, progress.steps, note))

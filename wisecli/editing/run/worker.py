@@ -87,7 +87,7 @@ class Worker:
             loaded = self.base.loaded
             fix_date(loaded.tokenizer, job.load.date)  # of a model that has been held for days, it is another by now
             if not layout.known:
-                _hold(loaded, site.layer, site.layer + 1)
+                _hold_layers(loaded, site.layer, site.layer + 1)
                 free = settings.by_facts and job.target_module is None
                 layout = verified_layout(loaded.model, directory, checkpoint, layout, settings.layer, lookup=free)
                 site = find_site(directory, checkpoint, settings.layer, layout)
@@ -143,7 +143,7 @@ class Worker:
         # Whoever goes on with a plan adds numbers up in its order, and on its day.
         fix_date(self.base.loaded.tokenizer, plan.made.date)
         with _threads(plan.made.threads):
-            _hold(self.base.loaded, plan.site.layer + 1)
+            _hold_layers(self.base.loaded, plan.site.layer + 1)
             identity = model_identity(plan.fingerprint, self.base.checkpoint)
             return ShardWriter(
                 self.base.loaded, plan, settings, unrelated, self.on_progress, matrix=matrix, identity=identity
@@ -162,7 +162,7 @@ class Worker:
         return Written(number, done, save)
 
 
-def _hold(loaded: Loaded, first: int, end: int | None = None) -> None:
+def _hold_layers(loaded: Loaded, first: int, end: int | None = None) -> None:
     """Keep some layers in memory, of a model whose layers are read as they run."""
     if loaded.stream is not None:
         loaded.stream.hold(range(first, len(loaded.stream.layers) if end is None else end))

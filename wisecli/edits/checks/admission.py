@@ -209,7 +209,7 @@ def _resolved(
     on_progress: ProgressCallback,
 ) -> Admitted:
     if on_conflict is None:
-        return _as_usual(name, numbered, held, on_progress)
+        return _default(name, numbered, held, on_progress)
     if on_conflict == "error":
         _refuse(name, find(numbered, held=held))
         return Admitted(tuple(numbered))
@@ -219,7 +219,7 @@ def _resolved(
     return Admitted(resolution.kept, AdmissionReport(dropped=left_out), resolution.superseded)
 
 
-def _as_usual(name: str, numbered: Sequence[Numbered], held: Sequence[Edit], on_progress: ProgressCallback) -> Admitted:
+def _default(name: str, numbered: Sequence[Numbered], held: Sequence[Edit], on_progress: ProgressCallback) -> Admitted:
     """Admit edits by the default rule: prompts must not contradict each other, and later edits replace held ones."""
     conflicts = find(numbered)
     _refuse(name, [one for one in conflicts if not one.rephrase])

@@ -50,16 +50,16 @@ def former_memory(memory: Path, shards: Mapping[str, tuple[str, ...]], merger: M
     newest = read_history(memory)[-1]
     count = len(newest.shards)
     path = memory / HISTORY / PROBS_NAME
-    if not count or not path.is_file() or not _goes_on(newest, shards, merger):
+    if not count or not path.is_file() or not _continues(newest, shards, merger):
         return None
-    if _about(path) != {"memory": newest.memory, "merging": _MERGING}:
+    if _metadata(path) != {"memory": newest.memory, "merging": _MERGING}:
         return None
     probs, found = load_tensors(path), read_memory(memory, check=False)
     former = FormerMemory(found.memory.tensors, EditProbs(probs["own"], probs["other"]), count)
     return former if _fits(former, found, merger) else None
 
 
-def _goes_on(newest: Release, shards: Mapping[str, tuple[str, ...]], merger: Merger) -> bool:
+def _continues(newest: Release, shards: Mapping[str, tuple[str, ...]], merger: Merger) -> bool:
     """Return whether shards are those of a release with further ones after them, merged by the same settings."""
     count = len(newest.shards)
     same = list(shards.items())[:count] == list(newest.shards.items()) and len(shards) > count
@@ -74,7 +74,7 @@ def _goes_on(newest: Release, shards: Mapping[str, tuple[str, ...]], merger: Mer
     )
 
 
-def _about(path: Path) -> object:
+def _metadata(path: Path) -> object:
     """Return what a file of probabilities says of itself."""
     try:
         return json.loads(read_header(path).metadata.get(_ABOUT, ""))

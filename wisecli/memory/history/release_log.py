@@ -129,13 +129,13 @@ def read_history(memory: Path) -> list[Release]:
         if release.previous != previous or release.number != number:
             raise DamagedFileError(path, f"line {number} does not follow the one before", "restore it from a copy")
         previous = sha256_text(line)
-        found.append(_told_apart(release))
+        found.append(_modified_apart(release))
     if not found:
         raise DamagedFileError(path, "it is empty", "restore it from a copy")
     return found
 
 
-def _told_apart(release: Release) -> Release:
+def _modified_apart(release: Release) -> Release:
     """Return a release without its modified edits among the superseded ones, where older versions counted them."""
     modified = tuple(old for old, new in release.superseded.items() if old == new)
     superseded = {old: new for old, new in release.superseded.items() if old != new}

@@ -61,12 +61,12 @@ def publish(
         merger = Merger(list(kept.values()), settings, model=model)
         former = None if anew else former_memory(memory.path, change.shards, merger)
         merged = merger.merge(on_progress, former=former)
-        manifest = _at_home(merged.manifest, list(kept))
+        manifest = _with_own_paths(merged.manifest, list(kept))
     else:
         merged = Merged(empty_memory(memory.newest_shards(), settings, model=model), None)
         manifest = merged.manifest
     with next_release(memory.path) as working:
-        return _written(working, Merged(replace(manifest, origins=()), merged.probs), change, kept, new)
+        return _write_release(working, Merged(replace(manifest, origins=()), merged.probs), change, kept, new)
 
 
 def publish_first(memory: Path, merged: Merged, inputs: Sequence[ReducedShards], provenance: Provenance) -> Published:
@@ -82,22 +82,22 @@ def publish_first(memory: Path, merged: Merged, inputs: Sequence[ReducedShards],
     paths = {name: one.directory.path for name, one in kept.items()}
     change = Change(
         "merge",
-        {name: _gone(one) for name, one in kept.items()},
+        {name: _ids_left_out(one) for name, one in kept.items()},
         added=tuple(edit.id for edit in merged.manifest.edits),
         provenance=provenance,
     )
-    merged = merged._replace(manifest=_at_home(merged.manifest, list(kept)))
+    merged = merged._replace(manifest=_with_own_paths(merged.manifest, list(kept)))
     with next_release(memory, afresh=True) as working:
-        return _written(working, merged, change, kept, paths)
+        return _write_release(working, merged, change, kept, paths)
 
 
-def _gone(kept: ReducedShards) -> tuple[str, ...]:
+def _ids_left_out(kept: ReducedShards) -> tuple[str, ...]:
     """Return the ids of a directory's edits that are left out of a release."""
     counted = {edit.id for edit in kept.directory.written}
     return tuple(edit.id for edit in kept.whole.written if edit.id not in counted)
 
 
-def _written(
+def _write_release(
     working: Path, merged: Merged, change: Change, kept: Mapping[str, ReducedShards], new: Mapping[str, Path]
 ) -> Published:
     """Write a release into its working directory.
@@ -108,8 +108,8 @@ def _written(
     """
     for name in new:
         if name in kept:
-            _take_in(kept[name].whole, working / HISTORY / SHARDS / name)
-            _share(working / HISTORY / SHARDS / name, kept, name)
+            _link_shards(kept[name].whole, working / HISTORY / SHARDS / name)
+            _share_statistics(working / HISTORY / SHARDS / name, kept, name)
     manifest = merged.manifest
     digest = write_memory(working, manifest, sealed=True)
     write_probs(working, merged.probs, digest)
@@ -124,7 +124,7 @@ def _written(
     return Published(release, len(manifest.edits))
 
 
-def _take_in(shards: ShardDirectory, place: Path) -> None:
+def _link_shards(shards: ShardDirectory, place: Path) -> None:
     """Bring shards into a history, by hard links where the disk has them."""
     place.mkdir(parents=True)
     for file in (*(entry.file for entry in shards.shards), UNRELATED_NAME):
@@ -133,7 +133,7 @@ def _take_in(shards: ShardDirectory, place: Path) -> None:
     shutil.copyfile(shards.path / SHARDS_MANIFEST, place / SHARDS_MANIFEST)
 
 
-def _share(place: Path, kept: Mapping[str, ReducedShards], name: str) -> None:
+def _share_statistics(place: Path, kept: Mapping[str, ReducedShards], name: str) -> None:
     """Link the statistics of unrelated text, which all shards of a model share, so that they are kept once."""
     mine = kept[name].directory
     for other in (one.directory for one in kept.values() if one.directory.path != mine.path):
@@ -143,7 +143,7 @@ def _share(place: Path, kept: Mapping[str, ReducedShards], name: str) -> None:
             return
 
 
-def _at_home(manifest: Manifest, names: list[str]) -> Manifest:
+def _with_own_paths(manifest: Manifest, names: list[str]) -> Manifest:
     """Return a manifest that names shards by their paths in the memory."""
     listed = [
         [f"{HISTORY}/{SHARDS}/{name}", count] for name, (_, count) in zip(names, manifest.merge["shards"], strict=True)

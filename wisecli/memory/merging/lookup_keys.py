@@ -130,7 +130,7 @@ class _Keys:
         which = self.views.which(part)
         for number in which.unique().tolist():
             for some in (which == number).nonzero().flatten().split(_AT_A_TIME):
-                rounded, scales = _in_bytes(self.whitenings[number].whitened_keys(keys[rows[some]].float()))
+                rounded, scales = _quantized(self.whitenings[number].whitened_keys(keys[rows[some]].float()))
                 self.whitened.index_copy_(0, first + some, rounded)
                 self.scales.index_copy_(0, first + some, scales)
         self.whitening_index[first : first + len(which)] = which
@@ -159,7 +159,7 @@ class _Keys:
         }
 
 
-def _in_bytes(keys: Tensor) -> tuple[Tensor, Tensor]:
+def _quantized(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Return keys (n, d_ff) in whole numbers of one byte, and the unit of each key's numbers (n,).
 
     Rounding moves the cosine of a key with another by .0004 on average.

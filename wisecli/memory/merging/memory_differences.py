@@ -89,7 +89,7 @@ def _changes(found: MemoryManifest, merger: Merger) -> Iterator[str]:
     yield from _changed_settings(found, merger)
     yield from describe_differences(found.edits, merger.edits)
     origins = [origin_of(directory) for directory in merger.directories]
-    if len(found.origins) != len(origins) or not all(map(_alike, found.origins, origins)):
+    if len(found.origins) != len(origins) or not all(map(_same_origin, found.origins, origins)):
         yield "the shards are others"
     yield from changed_versions(found.versions)
 
@@ -103,7 +103,7 @@ def _changed_settings(found: MemoryManifest, merger: Merger) -> Iterator[str]:
             yield f"{name} was {before}, now {now}"
 
 
-def _alike(before: Origin, now: Origin) -> bool:
+def _same_origin(before: Origin, now: Origin) -> bool:
     """Return whether two say the same of shards, wherever those are."""
     digest = now.manifest if before.manifest is None else before.manifest
     return replace(before, path=now.path, manifest=digest) == now

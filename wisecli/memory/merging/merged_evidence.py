@@ -58,13 +58,13 @@ def read_merged_evidence(directories: Sequence[ShardDirectory]) -> tuple[MergedE
     """
     unrelated = _unrelated_of(directories)
     shards = [load_without(directory, entry, unrelated.tokens) for directory, entry in _entries(directories)]
-    places, subjects, tokens = _places(directories), *_named(directories)
+    places, subjects, tokens = _edit_numbers(directories), *_subjects(directories)
     joined = _JoinedPrompts(sum(len(shard.prompts.edit) for shard in shards if shard.prompts is not None))
     for shard, place in zip(shards, places, strict=True):
         joined.add(shard.prompts, place)
     parts, masks = [shard.evidence for shard in shards], tuple(shard.mask for shard in shards)
     return MergedEvidence(
-        join_evidence(parts, places), _numbered(parts), masks, unrelated, subjects, joined.whole(), tokens
+        join_evidence(parts, places), _shard_numbers(parts), masks, unrelated, subjects, joined.whole(), tokens
     ), shards
 
 
@@ -77,20 +77,20 @@ def read_for_lookup(directories: Sequence[ShardDirectory]) -> MergedEvidence:
     Raises:
         DamagedFileError: a shard's file cannot be used.
     """
-    parts, places, joined = [], _places(directories), _JoinedPrompts(_prompt_tokens(directories))
+    parts, places, joined = [], _edit_numbers(directories), _JoinedPrompts(_prompt_tokens(directories))
     for (directory, entry), place in zip(_entries(directories), places, strict=True):
         tensors = directory.tensors(entry, lambda name: name not in _LARGE)
         nothing = {name: torch.empty(len(tensors["evidence.edit"]), 0) for name in _LARGE[:2]}
         parts.append(
             evidence_in(directory.path / entry.file, {**tensors, **nothing}).rows(
-                _held(directory, entry, tensors["evidence.edit"])
+                _rows_held(directory, entry, tensors["evidence.edit"])
             )
         )
         own = prompts_in(tensors)
-        joined.add(own and own.rows(_held(directory, entry, own.edit)), place)
-    subjects, tokens = _named(directories)
+        joined.add(own and own.rows(_rows_held(directory, entry, own.edit)), place)
+    subjects, tokens = _subjects(directories)
     evidence, unrelated = join_evidence(parts, places), _unrelated_of(directories)
-    numbered, separator = _numbered(parts), separator_of(directories)
+    numbered, separator = _shard_numbers(parts), separator_of(directories)
     return MergedEvidence(evidence, numbered, (), unrelated, subjects, joined.whole(), tokens, separator)
 
 
@@ -157,7 +157,7 @@ def trained_evidence(directories: Sequence[ShardDirectory]) -> Iterator[Evidence
     for directory, entry in _entries(directories):
         tensors = replace(directory, files_checked=True).tensors(entry, lambda name: name.startswith("evidence."))
         evidence = evidence_in(directory.path / entry.file, tensors)
-        held = _held(directory, entry, evidence.edit) & ~evidence.held_out
+        held = _rows_held(directory, entry, evidence.edit) & ~evidence.held_out
         yield evidence.rows(held.nonzero().flatten())
 
 
@@ -165,25 +165,25 @@ def _entries(directories: Sequence[ShardDirectory]) -> list[tuple[ShardDirectory
     return [(directory, entry) for directory in directories for entry in directory.shards]
 
 
-def _held(directory: ShardDirectory, entry: ShardEntry, edit: Tensor) -> Tensor:
+def _rows_held(directory: ShardDirectory, entry: ShardEntry, edit: Tensor) -> Tensor:
     """Return which rows of a shard are of edits (n,) that its manifest still names (n,)."""
     names, (numbers, index) = set(entry.edits), edit.long().unique(return_inverse=True)
     return torch.tensor([directory.edits[number].id in names for number in numbers.tolist()], dtype=torch.bool)[index]
 
 
-def _numbered(parts: Sequence[Evidence]) -> Tensor:
+def _shard_numbers(parts: Sequence[Evidence]) -> Tensor:
     """Return the number of the shard that each key is of (n,)."""
     return torch.cat([torch.full((len(part.edit),), index) for index, part in enumerate(parts)])
 
 
-def _named(directories: Sequence[ShardDirectory]) -> tuple[tuple[Spellings, ...], tuple[tuple[int, ...], ...]]:
+def _subjects(directories: Sequence[ShardDirectory]) -> tuple[tuple[Spellings, ...], tuple[tuple[int, ...], ...]]:
     """Return the words of every edit's subject, and its tokens."""
     written = [(directory, edit.id) for directory in directories for edit in directory.written]
     subjects = tuple(directory.subjects.get(name, ()) for directory, name in written)
     return subjects, tuple(directory.subject_tokens.get(name, ()) for directory, name in written)
 
 
-def _places(directories: Sequence[ShardDirectory]) -> list[Tensor]:
+def _edit_numbers(directories: Sequence[ShardDirectory]) -> list[Tensor]:
     """Return, for each shard, the number among all written edits of each edit that its manifest lists."""
     places: list[Tensor] = []
     before = 0

@@ -102,7 +102,7 @@ class Merger:
             return tuple(entry.edits for directory in self.directories for entry in directory.shards)
         return (tuple(edit.id for edit in self.edits),)
 
-    def _read(self, on_progress: ProgressCallback) -> MergedEvidence:
+    def _read_lookup(self, on_progress: ProgressCallback) -> MergedEvidence:
         merged_evidence = self._with_prompts(read_for_lookup(self.directories))
         on_progress(Event("merging"))
         return merged_evidence
@@ -128,7 +128,7 @@ class Merger:
         if settings.for_lookup:
             # No name holds the evidence: the states of prompts are let go before keys are read.
             parts = trained_evidence(self.directories[0 if former is None else former.directories :])
-            fitted = lookup(self._read(on_progress), settings, parts, former)
+            fitted = lookup(self._read_lookup(on_progress), settings, parts, former)
         else:
             merged_evidence, shards = read_merged_evidence(self.directories)
             own = self._with_prompts(merged_evidence).of_own_prompts()

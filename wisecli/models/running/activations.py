@@ -178,7 +178,7 @@ def captured(
         if window:
             yield activations.from_window()
         else:
-            yield _whole(activations, beginning) if beginning else activations
+            yield _with_prefix(activations, beginning) if beginning else activations
 
 
 @torch.no_grad()
@@ -188,7 +188,7 @@ def _read(model: PreTrainedModel, site: Site, above: bool, batch: Batch, cache: 
     return (found.keys, found.hidden) if found.output is None else (found.keys, found.hidden, found.output)
 
 
-def _whole(activations: Activations, beginning: Prefix) -> Activations:
+def _with_prefix(activations: Activations, beginning: Prefix) -> Activations:
     """Return activations with the columns of what their rows begin with."""
     keys, hidden, *output = beginning.before(activations.batch)
     return replace(
@@ -219,7 +219,7 @@ def _swept(
             logits = hidden.new_empty(0, len(model.get_output_embeddings().get_parameter("weight")))
             past: tuple[tuple[Tensor, Tensor], ...] = ()
             if above:
-                logits, past = _above(model, site, stream, batch, hidden, batch.labelled if labelled else None)
+                logits, past = _run_above(model, site, stream, batch, hidden, batch.labelled if labelled else None)
             before = None if site.above == CACHED else hidden[:, :cut].clone()
             if window:
                 past = tuple((keys[:, :, :cut].clone(), values[:, :, :cut].clone()) for keys, values in past)
@@ -255,7 +255,7 @@ def _sweep_to(
     return kept.get("norm")
 
 
-def _above(
+def _run_above(
     model: PreTrainedModel, site: Site, stream: LayerStream, batch: Batch, hidden: Tensor, select: Selection | None
 ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]]:
     """Return logits (n, V) and the attention cache of the layers above, run on what leaves the edited one."""

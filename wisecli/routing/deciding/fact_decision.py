@@ -182,11 +182,11 @@ class FactDecision(Memory):
         ask_probs[rows] = self._ask_probs(gate, tokens, asked)
         refused = [one for one in asked if ask_probs[one.row] <= MIN_ASK_PROB and tokens.earlier is None]
         for one in refused:
-            each = self._ask_probs(gate, tokens, self._mention_at_edge(gate, tokens, one))
+            each = self._ask_probs(gate, tokens, self._edge_parts(gate, tokens, one))
             ask_probs[one.row] = torch.maximum(ask_probs[one.row], _joint_prob(each))
         return replace(decision, memory=decision.memory.where(ask_probs > MIN_ASK_PROB, UNROUTED), ask_prob=ask_probs)
 
-    def _mention_at_edge(self, gate: RequestGate, tokens: _ComparedTokens, one: _Asked) -> list[_Asked]:
+    def _edge_parts(self, gate: RequestGate, tokens: _ComparedTokens, one: _Asked) -> list[_Asked]:
         """Return the parts of a prompt that may ask an edit which several of its sentences mention, as a text and a
         question behind it do: the last of these, if the prompt ends there, or else the first, if it begins there, with
         all that mentions nothing, with the sentence before it, and by itself. Other prompts have no such part.
@@ -232,14 +232,14 @@ class FactDecision(Memory):
         memory, second = decision.memory.clone(), torch.full_like(decision.memory, UNROUTED)
         ask_prob = torch.zeros(len(memory), device=memory.device) if decision.ask_prob is None else decision.ask_prob
         for row in ((named_probs > 0).sum(1) > 1).nonzero().flatten().tolist():
-            pair = self._parted(gate, tokens, row, named_probs[row])
+            pair = self._pair(gate, tokens, row, named_probs[row])
             probs = self._ask_probs(gate, tokens, pair) if pair else ask_prob.new_zeros(1)
             if bool((probs > MIN_ASK_PROB).all()):
                 memory[row], second[row] = pair[0].edit, pair[1].edit
                 ask_prob = ask_prob.index_fill(0, torch.tensor(row, device=memory.device), float(probs.min()))
         return replace(decision, memory=memory, second=second, ask_prob=ask_prob)
 
-    def _parted(self, gate: RequestGate, tokens: _ComparedTokens, row: int, named_probs: Tensor) -> tuple[_Asked, ...]:
+    def _pair(self, gate: RequestGate, tokens: _ComparedTokens, row: int, named_probs: Tensor) -> tuple[_Asked, ...]:
         """Return the likeliest edit (M,) and the likeliest of those that another part of a prompt means, in the order
         in which they are mentioned, each with its part; none if there is no other.
         """

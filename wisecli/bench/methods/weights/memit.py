@@ -116,12 +116,12 @@ class Memit(WeightEditing, Gradual):
         """Bring the layer that is the last of the range to the facts' targets (n, d)."""
         for index, site in enumerate(self.sites):
             with self.applied():
-                seen = [self._seen(fact, index) for fact in facts]
+                seen = [self._key_and_state(fact, index) for fact in facts]
             keys, states = (torch.stack(parts) for parts in zip(*seen, strict=True))
             residuals = (targets - states) / ((len(self.sites) - index) * site.multiplier)
             self.deltas[index] = self.deltas[index] + self.change(index, residuals, keys)
 
-    def _seen(self, fact: Fact, index: int) -> tuple[Tensor, Tensor]:
+    def _key_and_state(self, fact: Fact, index: int) -> tuple[Tensor, Tensor]:
         """Return, at a fact's subject, the mean key (d_ff,) at a site, and what leaves the last site's layer under the
         bare prompt (d,), in float32.
         """

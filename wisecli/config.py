@@ -177,7 +177,7 @@ class EvalSettings(Validated):
 
 @dataclass(frozen=True)
 class BenchSettings(Validated):
-    """Which methods are compared, on what, and how; or which studies are made, and of what."""
+    """Which methods are compared, on what, and how; or which studies are made."""
 
     dataset: str | None = None
     methods: str = "wise,wise-retrieve,ft-l,rome,memit,grace,rag"

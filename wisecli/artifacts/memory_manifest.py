@@ -48,7 +48,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Origin:
-    """Shards that a memory was merged from, and all that it takes to write them once more.
+    """Shards that a memory was merged from, with everything that it takes to write them again.
 
     ``edits`` are ids, in order; those of them that no shard holds are in ``left_out``. ``sha256`` are the shard files',
     ``manifest`` that of their ``shards.json``, which older versions did not keep.

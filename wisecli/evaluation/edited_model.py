@@ -78,7 +78,7 @@ class EditedModel:
         return TokenChoices(*(part[0, : len(keys)] for part in (found.chosen, found.score_ratio, found.nearest)))
 
     def _decided(self, keys: Tensor, batch: Batch, in_answer: Tensor) -> TokenChoices:
-        """Return what answers tokens; at a prompt's end, how near it came to the nearest memory."""
+        """Return what answers each token, with the score of the nearest memory at a prompt's end."""
         end = torch.full((len(keys),), batch.start, device=keys.device)
         decision = self.decide(batch)
         tokens = Tokens(batch.ids, batch.mask.bool(), batch.ids[:, :0], torch.full_like(end, UNROUTED))

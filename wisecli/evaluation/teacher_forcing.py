@@ -89,7 +89,7 @@ def teacher_forced(
 
 
 def _unedited(edited: EditedModel, rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> Iterator[Activations]:
-    """Yield what the unedited model makes of groups of rows; nothing is routed while it runs."""
+    """Yield the unedited model's activations of groups of rows; nothing is routed while they are computed."""
     batches = (collate([rows[index] for index in indices]).to(edited.model.device) for indices in groups)
     found = captured(edited.model, edited.manifest.site, batches, stream=edited.stream, labelled=True)
     while True:

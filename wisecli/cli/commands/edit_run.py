@@ -37,7 +37,7 @@ class EditRun:
     admission: Admission
 
     def drawn_from(self, page: Path, *, yes: bool) -> EditRun | None:
-        """Return the same run with edits drawn from a document; None if there is nothing to go on with.
+        """Return the same run with edits drawn from a document, or None if none are left.
 
         Raises:
             SettingsError: what is asked for is not for documents.
@@ -67,7 +67,7 @@ class EditRun:
         key: SigningKey | None,
         every: float | None,
     ) -> None:
-        """Make the edits the next release of a memory; with ``every``, in seconds, go on with those that are added.
+        """Make the edits the next release of a memory; with ``every``, in seconds, continue with lines that are added.
 
         Raises:
             SettingsError: the model or the edits are missing.

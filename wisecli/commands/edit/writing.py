@@ -119,7 +119,7 @@ def up_to_date(worker: Worker, output: Path, options: RunOptions, *, skip_known:
 def _write(
     unfinished: StagedShards, worker: Worker, mine: range, options: RunOptions
 ) -> tuple[ShardDirectory, list[ShardEntry], ShardDirectory | None]:
-    """Plan or take up the plan, write what is missing, finish if nothing is missing any more."""
+    """Make or resume the plan, write the missing shards, and finish once all are there."""
     with executor_for(options.executor, worker) as engine:
         with unfinished.alone() as current:
             if not current:

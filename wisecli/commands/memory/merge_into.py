@@ -27,7 +27,7 @@ def merge_into(
     provenance: Provenance = Provenance(),
     on_progress: ProgressCallback = ignore_progress,
 ) -> Published:
-    """Take shards that were written elsewhere into a memory's history, and join all that it holds by these settings.
+    """Add shards that were written elsewhere to a memory's history, and merge all its shards by these settings.
 
     What is not set is as it was. Without inputs the memory is merged anew; if it is made of all inputs already, nothing
     is done.

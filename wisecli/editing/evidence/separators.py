@@ -76,7 +76,7 @@ def _answer_ends(batches: Sequence[TrainingExamples]) -> list[tuple[TrainingExam
 
 
 def _fit(task: WriterTask, ends: Sequence[tuple[TrainingExamples, Tensor]], edits: FittedEdits, token: int) -> Tensor:
-    """Return the residual (d,) that makes answers go on with the separator where they would end."""
+    """Return the residual (d,) that makes answers continue with the separator where they would end."""
     parts = [_with_own_residuals(examples, rows, edits) for examples, rows in ends]
     residual = torch.zeros(task.site.d, device=parts[0][1].device, requires_grad=True)
     optimizer = torch.optim.Adam([residual], lr=_RATE * task.settings.residual_rate * task.unit / task.site.d**0.5)
@@ -112,7 +112,7 @@ def _backward(task: WriterTask, part: Activations, update: Tensor, residual: Ten
 
 
 def _keys_after_separator(edits: FittedEdits, numbers: Sequence[int]) -> Iterator[Evidence]:
-    """Yield keys of the space behind a separator, for targets that begin with one and go on with their second token."""
+    """Yield keys of the space after a separator, for targets that begin with one and go on with a second token."""
     for token, spaced in edits_by_leading_space(edits.probe.loaded, edits.rows).items():
         keys, lengths = edits.probe.keys_after_questions(token, _ANSWERED)
         key, times = mean_direction(keys), norm_ratio(lengths, edits.median_norm).mean()

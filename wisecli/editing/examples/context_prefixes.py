@@ -77,9 +77,7 @@ def trained_forms(tokenizer: PreTrainedTokenizerBase, settings: EditSettings, wi
 
 
 def written_forms(tokenizer: PreTrainedTokenizerBase, settings: EditSettings, window: int | None) -> list[Form]:
-    """Return those forms, where whole prompts are routed by what they mean; none where the chat template is told
-    apart.
-    """
+    """Return the forms that edits are trained in besides contexts; none unless they are trained in forms."""
     if not settings.in_forms:
         return []
     return [forms()[FORM_CONTEXTS[context]] for context in trained_forms(tokenizer, settings, window)]

@@ -145,9 +145,7 @@ def _readings(settings: EditSettings) -> int:
 
 
 def _router_training(checkpoint: Checkpoint, site: Site, settings: EditSettings) -> tuple[int, int, int]:
-    """Return what is learned of what prompts mean: layers that are read for it, tokens, and of how many states are
-    kept.
-    """
+    """Return what training the router reads: layers, tokens, and the number of states that are kept."""
     if not settings.by_facts:
         return 0, 0, 0
     share = min(1.0, settings.unrelated_texts / EditSettings.unrelated_texts)

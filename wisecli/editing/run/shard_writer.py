@@ -137,7 +137,7 @@ class ShardWriter:
         return Shard(mask, values, evidence, self._prompts(part, stage)), written.losses, None, shares
 
     def _blame(self, task: WriterTask, batches: Sequence[TrainingExamples], stage: str) -> None:
-        """Say why training came to nothing finite."""
+        """Raise the error that says why training ended in numbers that are not finite."""
         losses = unedited_losses(task.model, self.site, batches)
         if lost := [edit for edit, loss in losses.items() if not math.isfinite(loss)]:
             raise NotFiniteError(lost)

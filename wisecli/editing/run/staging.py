@@ -124,7 +124,7 @@ class StagedShards:
                 entry.unlink()
 
     def remove(self) -> None:
-        """Leave nothing behind; only for who has claimed all shards."""
+        """Remove everything; only for a process that has claimed all shards."""
         (self.path / PLAN_NAME).unlink(missing_ok=True)  # first: what is left without it means nothing
         shutil.rmtree(self.path, ignore_errors=True)
 

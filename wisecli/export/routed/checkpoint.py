@@ -97,7 +97,7 @@ def write_index(output: Path, files: Mapping[str, str]) -> None:
 
 
 def write_delta(output: Path, checkpoint: Checkpoint, manifest: Manifest) -> None:
-    """Write the side memory and its manifest alone, for whoever has the base model.
+    """Write the side memory and its manifest alone, for users that have the base model.
 
     Beside a base in half precision a change of its matrix needs no more than that either.
     """

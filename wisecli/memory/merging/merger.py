@@ -45,7 +45,7 @@ _IN_FORMS = (
 
 
 class Merged(NamedTuple):
-    """A memory with all that its manifest says, and where facts decide how surely prompts mean its edits."""
+    """A memory with its manifest and, where facts decide, how likely prompts mean its edits."""
 
     manifest: Manifest
     probs: EditProbs | None

@@ -52,7 +52,7 @@ class PairTensors:
         self.separators[edit], self.usable[edit] = residual, 1
 
     def tensors(self, residuals: int) -> dict[str, Tensor]:
-        """Return the tensors of a memory with so many residuals; none if no edit answers in pairs."""
+        """Return the pairs' tensors of a memory with ``residuals`` residuals; none if no edit answers in pairs."""
         if not self.usable.any():
             return {}
         ends = torch.zeros(residuals, dtype=torch.uint8)

@@ -81,7 +81,7 @@ class Site(ABC):
 
     @abstractmethod
     def mismatch(self, checkpoint: Checkpoint) -> Mismatch | None:
-        """Return what is not as it should be of what a checkpoint holds at the site."""
+        """Return what a checkpoint holds at the site otherwise than it should, if anything."""
 
     @abstractmethod
     def described(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Site(ABC):
         return asdict(cast(Any, self))  # every site is a dataclass
 
     def router_layer(self, depth: int) -> int:
-        """Return the number of the layer, of so many, whose states say what a prompt means; negative if none is
-        below this.
+        """Return the number of the layer, of ``depth``, whose states say what a prompt means; negative if none is below
+        this.
         """
         return min(max(0, round(depth * _EARLY) - 1), self.layer - 1)

@@ -68,7 +68,7 @@ def _elsewhere(site: MatrixSite) -> ModelError:
 def verified_layout(
     model: PreTrainedModel, directory: Path, checkpoint: Checkpoint, layout: Layout, layer: str | int, *, lookup: bool
 ) -> Layout:
-    """Return a layout in which nothing is left open, as the loaded model shows.
+    """Return a complete layout, as the loaded model shows it.
 
     Args:
         layer: the layer to look at.
@@ -186,7 +186,9 @@ def _shifted(model: PreTrainedModel, site: Site, batch: Batch, above: Above) -> 
 
 
 def _goes_on(model: PreTrainedModel, site: Site, batch: Batch, plain: Tensor) -> bool:
-    """Return whether a pass goes on from an attention cache as if it were the whole row's, each layer from its own."""
+    """Return whether a pass with an attention cache gives what one over the whole row does, each layer with its own
+    cache.
+    """
     cache, cut = empty_cache(), batch.start - 1
     begun = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}
     begun = {name: tensor[:, :cut] for name, tensor in begun.items()}

@@ -59,7 +59,7 @@ def fix_date(tokenizer: PreTrainedTokenizerBase, day: str | None = None) -> None
 
 
 def date_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the day that a template is told."""
+    """Return the date that a template is given."""
     return str(getattr(tokenizer, _KEPT, None) or today())
 
 
@@ -164,9 +164,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]
 
 
 def _clock(template: str, day: str) -> dict[str, Any]:
-    """Return the arguments by which a template that asks for the time is told the midnight of a day; none for any
-    other.
-    """
+    """Return the arguments that give a date's midnight to a template that asks for the time; none for any other."""
     if _ASKS not in template:
         return {}
     midnight = datetime.fromisoformat(day)

@@ -105,7 +105,7 @@ def capture(
 
 
 def _cache_of(site: Site) -> DynamicCache | None:
-    """Return an empty cache for layers that go on from attention's keys and values; ``None`` for others."""
+    """Return an empty cache for layers that continue from attention's keys and values; ``None`` for others."""
     return empty_cache() if site.above == CACHED else None
 
 
@@ -189,7 +189,7 @@ def _read(model: PreTrainedModel, site: Site, above: bool, batch: Batch, cache: 
 
 
 def _with_prefix(activations: Activations, beginning: Prefix) -> Activations:
-    """Return activations with the columns of what their rows begin with."""
+    """Return activations together with the columns of the rows' common prefix."""
     keys, hidden, *output = beginning.before(activations.batch)
     return replace(
         activations,

@@ -51,7 +51,7 @@ _MENTIONS, _EDGE, _MIN_EACH_PROB = 3, 12, 0.3
 
 
 class _ComparedTokens(NamedTuple):
-    """Which tokens of what was read are compared (B, T), and those under both projections.
+    """The tokens of windows that are compared, as a mask (B, T) and under both projections.
 
     ``earlier`` marks those of turns before the last one (B, W), if any are.
     """
@@ -240,8 +240,8 @@ class FactDecision(Memory):
         return replace(decision, memory=memory, second=second, ask_prob=ask_prob)
 
     def _pair(self, gate: RequestGate, tokens: _ComparedTokens, row: int, named_probs: Tensor) -> tuple[_Asked, ...]:
-        """Return the likeliest edit (M,) and the likeliest of those that another part of a prompt means, in the order
-        in which they are mentioned, each with its part; none if there is no other.
+        """Return the likeliest edit (M,) and the likeliest that another part of a prompt means, in the order in which
+        they are mentioned, each with its part; none if there is no other.
         """
         edits = named_probs.topk(min(_RIVALS, int((named_probs > 0).sum()))).indices
         found = self._sentences(gate, tokens, row, edits)

@@ -97,7 +97,7 @@ class MatrixMemory(MatrixDeltas):
         return torch.stack([torch.linalg.vector_norm(self.scored_output(keys, m), dim=-1) for m in memories], dim=-1)
 
     def scored_output(self, keys: Tensor, memory: int) -> Tensor:
-        """Return what is measured: ``Δ_m a``, as nothing is known here of what the matrix itself gives."""
+        """Return ``Δ_m a``, which is scored, as the matrix' own output is not known here."""
         return self.delta_output(keys, memory)
 
 

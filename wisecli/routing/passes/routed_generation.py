@@ -184,7 +184,9 @@ class RequestAnswers:
         return processed
 
     def _answering(self, state: Any) -> tuple[int, int]:
-        """Return the number of what answers a request until a special token ends its answer, and the prompt's end."""
+        """Return the number of the edit or pair that answers a request until a special token ends its answer, and the
+        prompt's end.
+        """
         memory, end = state.wise_answering
         answer = [*state.initial_tokens[len(_prompt_of(state)) :], *state.generated_tokens]
         if memory != UNROUTED and not set(answer).isdisjoint(self.decoder.wise_marks.special_token_ids):

@@ -205,7 +205,7 @@ def demonstration(edit: Edit, kind: str, prompt: str) -> str:
 
 
 class ReplayedMethod(Method):
-    """A method that puts edits into the prompt: it holds nothing but them, and takes them in anew to go on."""
+    """A method that puts edits into the prompt: it stores only the edits, and reads them again to continue."""
 
     portion = 32
     facts: Facts

@@ -80,7 +80,7 @@ class MendSettings:
 
 @dataclass(frozen=True)
 class Task:
-    """A batch of training records: each one's gradient, and what is asked of the model that it has changed.
+    """A batch of training records: the gradient of each, and what the changed model is asked.
 
     ``unedited`` (n, V) are the unedited model's log-probabilities at the labelled columns of ``unrelated``.
     """

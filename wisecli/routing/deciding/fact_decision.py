@@ -182,11 +182,11 @@ class FactDecision(Memory):
         ask_probs[rows] = self._ask_probs(gate, tokens, asked)
         refused = [one for one in asked if ask_probs[one.row] <= MIN_ASK_PROB and tokens.earlier is None]
         for one in refused:
-            each = self._ask_probs(gate, tokens, self._edge_parts(gate, tokens, one))
+            each = self._ask_probs(gate, tokens, self._mention_at_edge(gate, tokens, one))
             ask_probs[one.row] = torch.maximum(ask_probs[one.row], _joint_prob(each))
         return replace(decision, memory=decision.memory.where(ask_probs > MIN_ASK_PROB, UNROUTED), ask_prob=ask_probs)
 
-    def _edge_parts(self, gate: RequestGate, tokens: _ComparedTokens, one: _Asked) -> list[_Asked]:
+    def _mention_at_edge(self, gate: RequestGate, tokens: _ComparedTokens, one: _Asked) -> list[_Asked]:
         """Return the parts of a prompt that may ask an edit which several of its sentences mention, as a text and a
         question behind it do: the last of these, if the prompt ends there, or else the first, if it begins there, with
         all that mentions nothing, with the sentence before it, and by itself. Other prompts have no such part.

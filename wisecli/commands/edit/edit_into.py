@@ -106,7 +106,7 @@ def edit_into(
     with changing(memory):
         opened = OpenMemory(memory, may_be_new=True)
         held, releases = opened.require_whole(), opened.releases
-        _discard_merged(memory, pending, releases)
+        _discard_merged(opened, pending)
         already = set(held)
         known = tuple(edit.id for _, edit in batch.numbered if edit in already)
         admitted = admission.admit(batch.origin["name"], batch.numbered, held=held, on_progress=on_progress)
@@ -145,14 +145,15 @@ def edit_into(
     return IntoReport(memory, published.release, published.held, known, edited, seconds, admitted.sifted)
 
 
-def _discard_merged(memory: Path, pending: Path, releases: Sequence[Release]) -> None:
+def _discard_merged(memory: OpenMemory, pending: Path) -> None:
     """Take away shards of a run that was killed when its release was in place already."""
     if not pending.is_dir():
         return
     manifest = pending / SHARDS_MANIFEST
-    taken = {sha256_file(shard_path(memory, name) / SHARDS_MANIFEST) for one in releases[-1:] for name in one.shards}
+    names = [name for one in memory.releases[-1:] for name in one.shards]
+    taken = {sha256_file(shard_path(memory.path, name) / SHARDS_MANIFEST) for name in names}
     if not manifest.is_file() or sha256_file(manifest) in taken:
-        discard(pending, memory)
+        discard(pending, memory.path)
 
 
 def _replaced_edits(held: Sequence[Edit], admitted: Admitted) -> dict[str, str]:

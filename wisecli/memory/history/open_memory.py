@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from wisecli.artifacts.checksums import has_checksums
+from wisecli.artifacts.memory_manifest import MemoryManifest
 from wisecli.artifacts.shard_manifest import ShardDirectory, read_shard_directory
 from wisecli.config import MergeSettings, settings_from
 from wisecli.edits.record import Edit
@@ -25,11 +26,11 @@ from wisecli.memory.merging.removal import ReducedShards, without
 
 
 class OpenMemory:
-    """A memory with a history.
+    """A memory with a history: its ``releases``, the oldest first, and ``manifest``, once it was found to be whole.
 
     Args:
         path: its directory.
-        may_be_new: whether there may be none yet, and no ``releases``.
+        may_be_new: whether there may be none yet, and no releases.
 
     Raises:
         MemoryHistoryError: there is none, or it has no history.
@@ -41,6 +42,7 @@ class OpenMemory:
         self.releases = [] if may_be_new and not has_history(path) else read_history(path)
         if not self.releases and path.exists() and any(path.iterdir()):
             raise MemoryHistoryError(path)
+        self.manifest: MemoryManifest | None = None
         self._checked, self._shards = False, dict[Path, ShardDirectory]()
 
     @property
@@ -55,7 +57,8 @@ class OpenMemory:
             DamagedFileError: naming what was.
         """
         self._checked = has_checksums(self.path)
-        return require_whole(self.path, self.releases).edits if self.releases else ()
+        self.manifest = require_whole(self.path, self.releases) if self.releases else None
+        return () if self.manifest is None else self.manifest.edits
 
     def require_whole_history(self) -> None:
         """Check that no file of the history was altered.

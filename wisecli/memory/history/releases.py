@@ -59,7 +59,7 @@ def publish(
     change = replace(change, shards={name: change.shards[name] for name in kept})
     if kept:
         merger = Merger(list(kept.values()), settings, model=model)
-        former = None if anew else former_memory(memory.path, change.shards, merger)
+        former = None if anew else former_memory(memory, change.shards, merger)
         merged = merger.merge(on_progress, former=former)
         manifest = _with_own_paths(merged.manifest, list(kept))
     else:

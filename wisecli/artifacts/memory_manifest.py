@@ -181,21 +181,19 @@ class MemoryManifest:
             raise ValueError(f"`memory.tensors` are not those of a {stored.kind}")
 
 
-def write_memory(
-    directory: Path, manifest: Manifest, *, file: str = MEMORY_NAME, prefix: str = "", sealed: bool = False
-) -> str:
-    """Write a memory's tensors, their names prefixed, and ``router.json`` into a directory; return the tensors' digest.
+def write_memory(directory: Path, manifest: Manifest, *, sealed: bool = False) -> str:
+    """Write a memory's tensors and ``router.json`` into a directory, and return the digest of the tensors' file.
 
     Args:
         sealed: whether a list of the digests of all files is to follow.
     """
-    digest = write_tensors(directory, manifest, file=file, prefix=prefix)
-    write_manifest(directory, manifest, {file: digest}, file=file, prefix=prefix, sealed=sealed)
+    digest = write_tensors(directory, manifest)
+    write_manifest(directory, manifest, {MEMORY_NAME: digest}, sealed=sealed)
     return digest
 
 
 def write_tensors(directory: Path, manifest: Manifest, *, file: str = MEMORY_NAME, prefix: str = "") -> str:
-    """Write a memory's tensors alone, their names prefixed; return the file's digest."""
+    """Write a memory's tensors alone, their names prefixed, and return the file's digest."""
     path = directory / file
     save_tensors(path, {prefix + name: tensor for name, tensor in manifest.memory.tensors.items()})
     return sha256_file(path)

@@ -70,7 +70,7 @@ def write_weights(
 def write_renamed(
     output: Path, checkpoint: Checkpoint, packing: Packing, rename: Callable[[str], str], *, single: str
 ) -> dict[str, str]:
-    """Write every tensor of a checkpoint under another name; returns the file that each is in, by its new name.
+    """Write every tensor of a checkpoint under another name, and return the file that each is in, by its new name.
 
     The base's own division into files is kept unless the packing says otherwise; nothing is linked.
 

@@ -101,7 +101,7 @@ def edit_into(
         MemoryHistoryError: the directory holds a memory that was made otherwise.
         WiseError: any of the input, the model or the disk cannot be used; the memory is as it was.
     """
-    started, model, memory, admission = time.perf_counter(), into.model, into.memory, into.admission
+    started, model, memory = time.perf_counter(), into.model, into.memory
     pending = memory.absolute().parent / f".{memory.name}.shards"
     with changing(memory):
         opened = OpenMemory(memory, may_be_new=True)
@@ -109,17 +109,11 @@ def edit_into(
         _discard_merged(opened, pending)
         already = set(held)
         known = tuple(edit.id for _, edit in batch.numbered if edit in already)
-        admitted = admission.admit(batch.origin["name"], batch.numbered, held=held, on_progress=on_progress)
+        admitted = into.admission.admit(batch.origin["name"], batch.numbered, held=held, on_progress=on_progress)
         worker = None
         if admitted.numbered:
-            settings = _settings(opened, into)
-            job = Job(model=model, settings=settings, edits=admitted.edits, load=replace(into.load, revision=None))
-            worker = Worker(job, on_progress, loaded=loaded)
-            name, special = batch.origin["name"], admission.allow_special
-            worker.base.reader.require(name, admitted.numbered, settings, allow_special=special)
-            if settings.by_facts:
-                warn_of_unnamed_subjects(name, admitted.numbered, on_progress)
-            if admission.skip_known:
+            worker = _worker(opened, into, batch.origin["name"], admitted, loaded, on_progress)
+            if into.admission.skip_known:
                 admitted = worker.without_known(admitted, spared=set(_replaced_edits(held, admitted).values()))
                 worker = worker.with_edits(admitted.edits)
         if worker is None or not admitted.numbered:
@@ -143,6 +137,24 @@ def edit_into(
         discard(pending, memory)
     seconds = time.perf_counter() - started
     return IntoReport(memory, published.release, published.held, known, edited, seconds, admitted.sifted)
+
+
+def _worker(
+    memory: OpenMemory,
+    into: IntoMemory,
+    name: str,
+    admitted: Admitted,
+    loaded: Loaded | None,
+    on_progress: ProgressCallback,
+) -> Worker:
+    """Return what writes admitted edits of a file, which are checked against the tokenizer first."""
+    settings = _settings(memory, into)
+    job = Job(model=into.model, settings=settings, edits=admitted.edits, load=replace(into.load, revision=None))
+    worker = Worker(job, on_progress, loaded=loaded)
+    worker.base.reader.require(name, admitted.numbered, settings, allow_special=into.admission.allow_special)
+    if settings.by_facts:
+        warn_of_unnamed_subjects(name, admitted.numbered, on_progress)
+    return worker
 
 
 def _discard_merged(memory: OpenMemory, pending: Path) -> None:

@@ -43,17 +43,22 @@ def follow(
     settings = resolve(EditSettings, into.flags, section="edit")
     base = Base(Job(model=into.model, settings=settings, edits=(), load=replace(into.load, revision=None)), on_progress)
     taken, lines = set(_edits_taken_in(into.memory)), _Lines(path)
+
+    def landing(batch: Batch) -> IntoReport | None:
+        while True:
+            try:
+                return edit_into(into, batch, loaded=base.loaded, on_progress=on_progress)
+            except BusyError:  # somebody else changes the memory; what came through the file still lands
+                if not goes_on():
+                    return None
+                on_progress(Event("waiting", note=f"for who is changing {into.memory.name}"))
+                time.sleep(interval)
+
     while goes_on():
         for batch in _batches(lines.more(), path, taken):
-            landed = None
-            while landed is None:
-                try:
-                    landed = edit_into(into, batch, loaded=base.loaded, on_progress=on_progress)
-                except BusyError:  # somebody else changes the memory; what came through the file still lands
-                    if not goes_on():
-                        return
-                    on_progress(Event("waiting", note=f"for who is changing {into.memory.name}"))
-                    time.sleep(interval)
+            landed = landing(batch)
+            if landed is None:
+                return
             yield landed
             taken.update(edit for _, edit in batch.numbered)
         on_progress(Event("waiting", note=f"for lines of {path.name}"))

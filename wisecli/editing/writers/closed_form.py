@@ -71,7 +71,7 @@ def _answers(group: Sequence[TrainingExamples]) -> list[AnswerKey]:
 
 
 def _fit_group(task: WriterTask, group: Sequence[TrainingExamples], found: Residuals) -> float:
-    """Fit one group; returns the mean over answers of their worst token's loss at the end.
+    """Fit one group, and return the mean over answers of their worst token's loss at the end.
 
     Steps take the contexts in turn. An answer is done once every context in turn has found all its tokens certain.
     After ``residual_steps`` only those go on of which some context has found a token likelier wrong than right.

@@ -232,7 +232,7 @@ def _swept(
 def _sweep_to(
     model: PreTrainedModel, site: Site, batches: list[Batch], stream: LayerStream, spool: Spool, *, window: bool
 ) -> nn.Module | None:
-    """Leave hidden states, keys and outputs of every batch in the spool; returns the norm behind the matrix."""
+    """Leave hidden states, keys and outputs of every batch in the spool, and return the norm behind the matrix."""
     kept: dict[str, Any] = {}
 
     def keep(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

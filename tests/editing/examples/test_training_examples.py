@@ -24,11 +24,7 @@ from wisecli.errors import ModelError
 from wisecli.models.layout.site import MatrixSite
 from wisecli.models.loading import Loaded
 
-EDITS = [
-    Edit("one", "ba be bi", "do du"),
-    Edit("two", "ka ke ki ko", "fa"),
-    Edit("three", "ma me", "ga ge gi"),
-]
+EDITS = [Edit("one", "ba be bi", "do du"), Edit("two", "ka ke ki ko", "fa"), Edit("three", "ma me", "ga ge gi")]
 FORMS_WITHOUT_CHAT = ["<question>", "<instruction>", "<unmarked>", "<paragraph>"]
 # Numbers that are no places in the list, as in a later shard.
 NUMBERED = list(enumerate(EDITS, start=4))

@@ -270,11 +270,7 @@ def test_a_log_that_was_tampered_with_is_found_out(memory: Path, damage: str) ->
         "no json": [lines[0], "{", lines[2]],
     }[damage]
     path.write_text("\n".join(lines) + "\n")
-    for run in (
-        lambda: log(memory),
-        lambda: rollback(memory, "1"),
-        lambda: remove(memory, ["e1"]),
-    ):
+    for run in (lambda: log(memory), lambda: rollback(memory, "1"), lambda: remove(memory, ["e1"])):
         with pytest.raises(DamagedFileError, match="line"):
             run()
 

@@ -68,7 +68,7 @@ class Site(ABC):
     @property
     @abstractmethod
     def base_name(self) -> str:
-        """See the class."""
+        """What the base's own tensors at the site are called."""
 
     @property
     @abstractmethod
@@ -77,7 +77,7 @@ class Site(ABC):
 
     @abstractmethod
     def prefix_in(self, checkpoint: Checkpoint) -> str:
-        """Return what the names of a memory's tensors begin with beside the base's in a checkpoint."""
+        """Return how the names of a memory's tensors start beside the base's in a checkpoint."""
 
     @abstractmethod
     def mismatch(self, checkpoint: Checkpoint) -> Mismatch | None:
@@ -117,7 +117,7 @@ class Site(ABC):
 
     @abstractmethod
     def is_at(self, planned: Site) -> bool:
-        """Return whether a planned site is this one, apart from what was found out about it since."""
+        """Return whether a planned site is this one, whatever else is known of it by now."""
 
     def install(self, model: nn.Module, memory: SideMemory, marks: TurnMarks | None = None) -> Routed:
         """Put a memory there."""

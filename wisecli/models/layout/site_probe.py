@@ -137,7 +137,7 @@ def above_of(model: PreTrainedModel, site: Site) -> Above:
 
 
 def _require_causal(model: PreTrainedModel, batch: Batch, plain: Tensor) -> None:
-    """Check that what a model says of a token does not depend on tokens behind it."""
+    """Check that what a model predicts at a token does not depend on later tokens."""
     other = batch.ids.clone()
     other[:, -1] = (other[:, -1] + 1) % len(model.get_input_embeddings().get_parameter("weight"))
     logits = run_model(model, replace(batch, ids=other), 0, None, batch.labelled)

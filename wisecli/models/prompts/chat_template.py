@@ -47,7 +47,7 @@ def today() -> str:
 
 
 def fix_date(tokenizer: PreTrainedTokenizerBase, day: str | None = None) -> None:
-    """Let the template be told one day from now on, at its midnight, whenever it asks; by default today.
+    """Give the template one date from now on, at its midnight, whenever it asks; by default today.
 
     Raises:
         SettingsError: it is no day.
@@ -124,7 +124,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _opener(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return what an assistant's turn begins with, and the special tokens in it that no bare text begins with."""
+    """Return how an assistant's turn starts, and the special tokens in it that no bare text starts with."""
     if not tokenizer.chat_template:
         return (), ()
     asked = [{"role": "user", "content": "a"}]

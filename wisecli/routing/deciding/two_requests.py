@@ -45,5 +45,5 @@ def request_parts(cosines: tuple[Tensor, Tensor], mentions: tuple[int, int], sen
 
 
 def _match_up_to(cosines: Tensor) -> Tensor:
-    """Return how well the tokens up to each have an edit's, the mean of each one's best cosine: (n, t) → (n,)."""
+    """Return how well the tokens up to each one match an edit's, as the mean of these' best cosines: (n, t) → (n,)."""
     return cosines.cummax(0).values.mean(1)

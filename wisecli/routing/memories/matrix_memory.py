@@ -28,7 +28,7 @@ class MatrixDeltas(Memory):
     delta: Tensor
 
     def choices(self, keys: Tensor, answered: Tensor, in_answer: Tensor) -> TokenChoices:  # noqa: ARG002 (of the interface)
-        """Return the memory that was decided for, at all its tokens."""
+        """Return the memory that was decided, at all its tokens."""
         return TokenChoices(answered, torch.zeros(answered.shape, device=keys.device), answered)
 
     def add(self, answer: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:

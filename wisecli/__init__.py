@@ -13,12 +13,7 @@ __all__ = ["load"]
 
 
 def load(
-    base: str,
-    delta: str | Path,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
+    base: str, delta: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a base model with a memory in its place, and its tokenizer.
 

@@ -14,13 +14,13 @@ _PACKAGES = ("wisecli", "torch", "transformers", "safetensors")
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that figures depend on."""
+    """Return the versions of the packages that figures depend on."""
     return {name: _version(name) for name in _PACKAGES}
 
 
 @cache
 def _version(name: str) -> str:
-    """A package's version, which no process sees change; to read it takes milliseconds."""
+    """Return a package's version; reading it takes milliseconds, and no process sees it change."""
     return version(name)
 
 

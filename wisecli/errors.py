@@ -18,7 +18,7 @@ class WiseError(Exception):
 
 
 def reason_of(error: Exception) -> str:
-    """Return the first line of what an error says, or its type's name where it says nothing."""
+    """Return the first line of an error's message, or its type's name if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -161,7 +161,7 @@ class DownloadError(WiseError):
 
 
 class WorkerFailedError(WiseError):
-    """What another process found that the user can act on; its exit code is that of what it found."""
+    """An error in another process that the user can act on, with the exit code of that error."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message, exit_code)

@@ -23,4 +23,4 @@ ProgressCallback = Callable[[Event], None]
 
 
 def ignore_progress(_event: Event) -> None:
-    """A watcher that does nothing."""
+    """Do nothing with an event."""

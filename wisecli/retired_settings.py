@@ -16,7 +16,7 @@ _OF_MATRICES = ("key", "norm")
 
 
 def of_today(record: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
-    """Settings with those of version 0.1 under today's names.
+    """Return settings with those of version 0.1 under today's names.
 
     Args:
         names: what the settings are called that are wanted.

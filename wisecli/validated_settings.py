@@ -47,7 +47,7 @@ class Validated:
 
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
-    """Types of a class' fields, with their bounds."""
+    """Return the types of a class' fields, with their bounds."""
     return get_type_hints(kind, include_extras=True)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from support.helpers import save_tiny
-from support.history import FLAGS, fact, write
+from support.history import FLAGS, batch_from, fact, write
 from support.loading import CPU
 from support.places import change
 from support.tiny_models import Wise
@@ -22,7 +22,7 @@ from wisecli.artifacts.checksums import CHECKSUMS, read_checksums, require_check
 from wisecli.commands.checkpoint.export import export
 from wisecli.commands.checkpoint.verify import verify
 from wisecli.commands.edit.edit import edit
-from wisecli.commands.edit.edit_into import Batch, IntoReport, edit_into
+from wisecli.commands.edit.edit_into import IntoMemory, IntoReport, edit_into
 from wisecli.commands.memory.log import log
 from wisecli.commands.memory.merge import merge
 from wisecli.commands.memory.merge_into import merge_into
@@ -57,8 +57,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def into(root: Path, memory: Path) -> IntoReport:
-    batch = Batch.from_file(write(root / "more.jsonl", [fact(2), fact(1, target=3)]))
-    return edit_into(str(root / "model"), batch, memory, {}, load=CPU)
+    batch = batch_from(write(root / "more.jsonl", [fact(2), fact(1, target=3)]))
+    return edit_into(IntoMemory(str(root / "model"), memory, {}, load=CPU), batch)
 
 
 def files_of(directory: Path) -> list[Path]:

@@ -17,7 +17,9 @@ from wisecli.artifacts.memory_manifest import (
     Manifest,
     Origin,
     read_memory,
+    write_manifest,
     write_memory,
+    write_tensors,
 )
 from wisecli.edits.reading.record_fields import EvaluationPrompt
 from wisecli.edits.record import Edit
@@ -108,7 +110,8 @@ def some_manifest(memories: int = 2, kind: str = "matrix") -> Manifest:
 @pytest.mark.parametrize("kind", ["matrix", "lookup"])
 def test_a_memory_survives_being_written(tmp_path: Path, file: str, prefix: str, memories: int, kind: str) -> None:
     manifest = some_manifest(memories, kind)
-    write_memory(tmp_path, manifest, file=file, prefix=prefix)
+    digest = write_tensors(tmp_path, manifest, file=file, prefix=prefix)
+    write_manifest(tmp_path, manifest, {file: digest}, file=file, prefix=prefix)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([file, MANIFEST_NAME])
     loaded = read_memory(tmp_path)
     for name in (

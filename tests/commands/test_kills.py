@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from support.forking import Forked
 from support.helpers import save_tiny
-from support.history import FLAGS, fact, write
+from support.history import FLAGS, batch_from, fact, write
 from support.loading import CPU
 from support.ready import here
 
@@ -26,7 +26,7 @@ from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.checkpoint.export import Publication, export
 from wisecli.commands.checkpoint.verify import verify
 from wisecli.commands.edit.edit import edit
-from wisecli.commands.edit.edit_into import Batch, edit_into
+from wisecli.commands.edit.edit_into import IntoMemory, edit_into
 from wisecli.commands.memory.log import log
 from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, MergeSettings
@@ -106,7 +106,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         edit(str(root / "model"), root / "edits.jsonl", root / name, settings, load=CPU)
     merge([root / "shards"], root / "memory", MergeSettings())
     # What is measured once of a model and a layer is in the cache from here on.
-    edit_into(str(root / "model"), Batch.from_file(root / "more.jsonl"), root / "measured", FLAGS, load=CPU)
+    into_memory = IntoMemory(str(root / "model"), root / "measured", FLAGS, load=CPU)
+    edit_into(into_memory, batch_from(root / "more.jsonl"))
     return root
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from support.forking import Forked
 from support.helpers import save_tiny
-from support.history import FLAGS, fact, write
+from support.history import FLAGS, batch_from, fact, write
 from support.loading import CPU
 
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.commands.checkpoint.verify import verify
 from wisecli.commands.edit.edit import edit
-from wisecli.commands.edit.edit_into import Batch, edit_into
+from wisecli.commands.edit.edit_into import IntoMemory, edit_into
 from wisecli.commands.edit.watch import follow
 from wisecli.commands.memory.log import log
 from wisecli.config import EditSettings
@@ -72,8 +72,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(root / f"{name}.jsonl", [fact(number)])
     (root / "wise.toml").write_text("[edit]\nunrelated-texts = 16\n")
     edit(model, write(root / "four.jsonl", [fact(4)]), root / "shards", EditSettings(**FLAGS), load=CPU)
-    batch = Batch.from_file(write(root / "first.jsonl", [fact(0), fact(1)]))
-    edit_into(model, batch, root / "memory", FLAGS, load=CPU)
+    batch = batch_from(write(root / "first.jsonl", [fact(0), fact(1)]))
+    edit_into(IntoMemory(model, root / "memory", FLAGS, load=CPU), batch)
     return root
 
 
@@ -155,13 +155,10 @@ def test_whoever_follows_a_file_waits_for_others(root: Path, tmp_path: Path, mon
         pass
     looks = iter([True] * 500)
     following = follow(
-        str(root / "model"),
+        IntoMemory(str(root / "model"), memory, FLAGS, load=CPU),
         root / "two.jsonl",
-        memory,
-        FLAGS,
         interval=0.02,
         goes_on=lambda: next(looks),
-        load=CPU,
         on_progress=lambda event: waited.append(event.note),
     )
     assert next(following).held == 3

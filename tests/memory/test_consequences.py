@@ -9,14 +9,14 @@ import pytest
 from reference.wise import whitened_keys
 from safetensors.torch import load_file
 from support.helpers import save_tiny
-from support.history import FLAGS
+from support.history import FLAGS, batch_from
 from support.loading import CPU
 
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.commands.checkpoint.export import export
 from wisecli.commands.checkpoint.inspect import inspect
 from wisecli.commands.edit.edit import edit as run_edit
-from wisecli.commands.edit.edit_into import Batch, IntoReport, edit_into
+from wisecli.commands.edit.edit_into import IntoMemory, IntoReport, edit_into
 from wisecli.commands.edit.watch import follow
 from wisecli.commands.measure.evaluate import evaluate
 from wisecli.commands.memory.diff import diff
@@ -24,8 +24,8 @@ from wisecli.commands.memory.log import log
 from wisecli.commands.memory.merge_into import merge_into
 from wisecli.commands.memory.remove import remove
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
+from wisecli.memory.history.open_memory import OpenMemory
 from wisecli.memory.history.release_log import read_history
-from wisecli.memory.history.releases import directories_of
 
 ONE: dict[str, Any] = {
     "id": "one",
@@ -56,8 +56,8 @@ def written(path: Path, records: Sequence[dict[str, Any]]) -> Path:
 
 
 def into(model: Path, memory: Path, records: Sequence[dict[str, Any]]) -> IntoReport:
-    batch = Batch.from_file(written(memory.parent / "edits.jsonl", records))
-    return edit_into(str(model), batch, memory, QUICK, load=CPU)
+    batch = batch_from(written(memory.parent / "edits.jsonl", records))
+    return edit_into(IntoMemory(str(model), memory, QUICK, load=CPU), batch)
 
 
 def held(memory: Path) -> list[str]:
@@ -146,16 +146,17 @@ def test_shards_that_are_taken_in_give_way_to_edits_that_are_held(model: Path, t
     assert held(memory) == ["own", "two", "one", "one/also-2"]
     newest = read_history(memory)[-1]
     assert (newest.added, newest.superseded) == (("one", "one/also-2"), {"two/also-1": "one/also-2"})
-    assert [one.id for shards in directories_of(memory, newest) for one in shards.written] == held(memory)
+    assert [one.id for one in OpenMemory(memory).edits(newest)] == held(memory)
 
 
 def test_lines_that_are_watched_bring_their_consequences(model: Path, tmp_path: Path) -> None:
     path, memory = written(tmp_path / "growing.jsonl", [ONE]), tmp_path / "memory"
     looks = iter([True, False])
-    landed = list(follow(str(model), path, memory, QUICK, goes_on=lambda: next(looks), interval=0.01, load=CPU))
+    into_memory = IntoMemory(str(model), memory, QUICK, load=CPU)
+    landed = list(follow(into_memory, path, goes_on=lambda: next(looks), interval=0.01))
     assert [report.held for report in landed] == [3]
     looks = iter([True, False])
-    assert list(follow(str(model), path, memory, QUICK, goes_on=lambda: next(looks), interval=0.01, load=CPU)) == []
+    assert list(follow(into_memory, path, goes_on=lambda: next(looks), interval=0.01)) == []
 
 
 def test_commands_count_and_show_them(

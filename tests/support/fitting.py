@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from support.capturing import capture_examples
 from support.helpers import hooked, raised, site_of, tiny_tokenizer
 from support.tiny_models import tiny_model
 from wisecli.artifacts.masks import random_mask
@@ -17,7 +18,7 @@ from wisecli.config import EditSettings
 from wisecli.editing.evidence.serving_strength import Residuals
 from wisecli.editing.evidence.shard_evidence import gather_evidence
 from wisecli.editing.examples.prompt_variants import AnswerKey
-from wisecli.editing.examples.training_examples import TrainingExamples, capture_examples
+from wisecli.editing.examples.training_examples import TrainingExamples
 from wisecli.editing.writers.closed_form import fit_residuals
 from wisecli.editing.writers.writer_task import WriterTask
 from wisecli.edits.record import Edit

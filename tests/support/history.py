@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from support.helpers import WORDS
+from wisecli.commands.edit.edit_into import Batch
+from wisecli.edits.checks.admission import DEFAULT_ADMISSION
 from wisecli.edits.record import Edit
 
 FLAGS: dict[str, Any] = {
@@ -29,3 +31,8 @@ def fact(number: int, *, target: int = 0, name: str | None = None) -> Edit:
 def write(path: Path, edits: Sequence[Edit]) -> Path:
     path.write_text("".join(json.dumps(edit.as_dict()) + "\n" for edit in edits), encoding="utf-8")
     return path
+
+
+def batch_from(path: Path) -> Batch:
+    """A whole file of edits."""
+    return Batch.of(DEFAULT_ADMISSION.read(path, name=path.name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from support.capturing import capture_examples
 from support.helpers import site_of, tiny_qwen2_tokenizer
 from support.tiny_models import tiny_model
 from wisecli.artifacts.masks import random_mask
@@ -13,7 +14,7 @@ from wisecli.config import EditSettings
 from wisecli.editing.evidence.attention_sinks import median_state_norm
 from wisecli.editing.evidence.shard_evidence import gather_evidence
 from wisecli.editing.examples.prompt_variants import AnswerKey
-from wisecli.editing.examples.training_examples import TrainingExamples, capture_examples, encode_edits
+from wisecli.editing.examples.training_examples import TrainingExamples, encode_edits
 from wisecli.editing.writers.closed_form import fit_residuals
 from wisecli.editing.writers.writer_task import WriterTask
 from wisecli.edits.record import Edit

@@ -52,7 +52,7 @@ class RouterHeads:
     mentioned: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its parts, as files name them."""
+        """Return its parts, by their names in files."""
         mentioned = {} if self.mentioned is None else {"heads.mentioned": self.mentioned}
         return {f"heads.{name}": getattr(self, name) for name in _HEADS} | mentioned | dict(self.request_gate)
 

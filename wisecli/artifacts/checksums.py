@@ -6,7 +6,7 @@ It is what ``sha256sum`` writes, and ``sha256sum -c SHA256SUMS`` reads it.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -115,21 +115,15 @@ def check_checksums(
         yield Check("sha256", name, "unchecked", found=f"{CHECKSUMS} has no digest of it")
 
 
-def altered(
-    directory: Path,
-    *,
-    expected: bool = False,
-    but: Collection[str] = (),
-    known: Mapping[str, str] = MappingProxyType({}),
-) -> list[str]:
-    """Return the files of a directory that are not as they were written, each as a phrase.
+def altered(checks: Iterable[Check], *, but: Collection[str] = ()) -> list[str]:
+    """Return the files that are not as they were written, each as a phrase.
 
     Args:
-        expected, known: as of :func:`check_checksums`.
-        but: names of files that may be.
+        checks: of all files, as of :func:`check_checksums`.
+        but: names of files that may differ.
     """
-    wrong = [one for one in check_checksums(directory, expected=expected, known=known) if one.state == "differs"]
-    return [f"{check.file} is not as it was written" for check in wrong if check.file not in but]
+    wrong = [check.file for check in checks if check.state == "differs"]
+    return [f"{name} is not as it was written" for name in wrong if name not in but]
 
 
 def require_checksums(
@@ -142,12 +136,13 @@ def require_checksums(
     """Check that all files of a directory are as they were written; of an older version's there is nothing to check.
 
     Args:
-        expected, but, known: as of :func:`altered`.
+        expected, known: as of :func:`check_checksums`.
+        but: names of files that may differ.
 
     Raises:
         DamagedFileError: naming those that are not.
     """
-    if wrong := altered(directory, expected=expected, but=but, known=known):
+    if wrong := altered(check_checksums(directory, expected=expected, known=known), but=but):
         raise DamagedFileError(directory, "; ".join(wrong), _REMEDY)
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from wisecli.artifacts import shard_manifest
 from wisecli.artifacts.file_names import MERGED
-from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, MemoryManifest, read_memory
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, read_memory
 from wisecli.errors import DamagedFileError, ModelError, WiseError
 from wisecli.io.checkpoint import Checkpoint, read_json
 from wisecli.io.consistent_read import read_consistently
@@ -50,38 +50,38 @@ def holds_merged(path: Path) -> bool:
 
 def written_form(path: Path) -> Literal["merged", "stock", "gguf"] | None:
     """Return the form that a checkpoint without a router says that it is of; None of all else."""
-    told = None
+    format_name = None
     with suppress(WiseError):  # that it is damaged is for others to find
         if not holds_merged(path):
             return None
-        told = read_json(path / MERGED).get("format")
-    return told if told in ("stock", "gguf") else "merged"
+        format_name = read_json(path / MERGED).get("format")
+    return format_name if format_name in ("stock", "gguf") else "merged"
 
 
-def find_base(
-    memory: Path, model: str | None, *, check: bool = True, listed: MemoryManifest | None = None
-) -> tuple[Path, Manifest]:
+def find_base(memory: Path, model: str | None) -> tuple[Path, Manifest]:
     """Return the base model's directory and the manifest of a memory, or of an exported directory.
-
-    Args:
-        check: whether the digest of the memory's tensors is checked, if that was not just done.
-        listed: what its manifest says, if that was just read.
 
     Raises:
         WiseError: either cannot be read, or they do not belong together.
     """
-    manifest, exported = read_consistently(
-        memory, lambda: (read_memory(memory, check=check, listed=listed), is_exported(memory))
-    )
-    directory = (
-        memory if exported and model is None else find_model(model or manifest.model, revision=manifest.revision)
-    )
+    manifest, exported = read_consistently(memory, lambda: (read_memory(memory), is_exported(memory)))
+    return base_of(memory, manifest, model, exported=exported), manifest
+
+
+def base_of(memory: Path, manifest: Manifest, model: str | None, *, exported: bool) -> Path:
+    """Return the directory of the base model that a memory is for: its own, if it was exported and no model is named.
+
+    Raises:
+        WiseError: the model cannot be read, or is another.
+    """
+    own = exported and model is None
+    directory = memory if own else find_model(model or manifest.model, revision=manifest.revision)
     checkpoint = Checkpoint(directory)
     if directory == memory:
         for path in checkpoint.files:
             inside(directory, path.name)
     require_base(directory, checkpoint, manifest.site, manifest.fingerprint)
-    return directory, manifest
+    return directory
 
 
 def locate_memory(model: str | None, memory: Path | None, fallback: Path) -> tuple[Path, str | None]:

@@ -35,12 +35,12 @@ class Check:
 
 
 def damaged(file: str, error: WiseError) -> Check:
-    """A file that could not be read at all."""
+    """Return the check of a file that could not be read at all."""
     return Check("readable", file, "differs", expected="a whole file", found=str(error))
 
 
 def check_digest(directory: Path, file: str, digest: str) -> Iterator[Check]:
-    """The sha256 of a file."""
+    """Yield the check of a file's sha256."""
     try:
         path = inside(directory, file)
         require_regular(path)
@@ -56,7 +56,7 @@ def check_digest(directory: Path, file: str, digest: str) -> Iterator[Check]:
 def check_rows(
     directory: Path, file: str, rows: TensorRows, known: Mapping[str, int], prefix: str = ""
 ) -> Iterator[Check]:
-    """The tensors of a file, against the table of those it should hold."""
+    """Yield checks of a file's tensors against the table of those it should hold."""
     try:
         tensors = read_header(inside(directory, file)).tensors
     except WiseError as error:
@@ -70,12 +70,12 @@ def check_rows(
 
 
 def _unprefixed(tensors: Mapping[str, TensorLayout], prefix: str) -> dict[str, TensorLayout]:
-    """Tensors by today's names, without a prefix."""
+    """Return tensors by today's names, without a prefix."""
     return {current_name(name.removeprefix(prefix)): layout for name, layout in tensors.items()}
 
 
 def _finite(path: Path) -> Iterator[Check]:
-    """Whether all numbers of a file's tensors are finite; one tensor is read at a time."""
+    """Yield whether all numbers of a file's tensors are finite, reading one tensor at a time."""
     try:
         with open_tensors(path) as tensors:
             wrong = [name for name in tensors.keys() if not bool(tensors.get_tensor(name).isfinite().all())]  # noqa: SIM118
@@ -90,7 +90,7 @@ def _finite(path: Path) -> Iterator[Check]:
 def check_layouts(
     directory: Path, file: str, expected: Mapping[str, TensorLayout], prefix: str = ""
 ) -> Iterator[Check]:
-    """The tensors of a file, against the types and shapes that a manifest lists without their names' prefix."""
+    """Yield checks of a file's tensors against the types and shapes that a manifest lists by names without a prefix."""
     try:
         tensors = _unprefixed(read_header(inside(directory, file)).tensors, prefix)
     except WiseError as error:
@@ -106,7 +106,7 @@ def check_layouts(
 
 
 def check_index(directory: Path) -> Iterator[Check]:
-    """The index of a checkpoint, against the files it names."""
+    """Yield checks of a checkpoint's index against the files it names."""
     try:
         listed = weight_map(directory / INDEX_NAME)
     except WiseError as error:
@@ -133,7 +133,7 @@ def check_index(directory: Path) -> Iterator[Check]:
 
 
 def check_base(directory: Path, site: Site, expected: Fingerprint, *, settings: bool = True) -> Iterator[Check]:
-    """A base model, against the fingerprint of the one that was edited.
+    """Yield checks of a base model against the fingerprint of the one that was edited.
 
     Args:
         settings: whether its ``config.json`` is that model's own.

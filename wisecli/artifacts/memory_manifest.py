@@ -30,7 +30,7 @@ SCHEMA, FORMER_SCHEMA = "wise.memory/2", "wise.memory/1"
 
 @dataclass(frozen=True)
 class Made:
-    """What else decides the bytes of shards: the process that wrote them, and where it was told to look.
+    """What else decides the bytes of shards: the process that wrote them, and the options that it loaded the model by.
 
     ``threads`` decides the order in which numbers are added up. ``sample`` is a digest of one row of every tensor of
     the base model, ``date`` the day that the chat template was told; older versions did not keep them.
@@ -48,7 +48,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Origin:
-    """Shards that a memory was merged from, and all that it takes to write them once more.
+    """Shards that a memory was merged from, with everything that it takes to write them again.
 
     ``edits`` are ids, in order; those of them that no shard holds are in ``left_out``. ``sha256`` are the shard files',
     ``manifest`` that of their ``shards.json``, which older versions did not keep.
@@ -96,7 +96,7 @@ class Base:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What identifies it."""
+        """The part that identifies the model."""
         return Fingerprint(self.matrix, self.config)
 
 
@@ -181,21 +181,19 @@ class MemoryManifest:
             raise ValueError(f"`memory.tensors` are not those of a {stored.kind}")
 
 
-def write_memory(
-    directory: Path, manifest: Manifest, *, file: str = MEMORY_NAME, prefix: str = "", sealed: bool = False
-) -> str:
-    """Write a memory's tensors, their names prefixed, and ``router.json`` into a directory; return the tensors' digest.
+def write_memory(directory: Path, manifest: Manifest, *, sealed: bool = False) -> str:
+    """Write a memory's tensors and ``router.json`` into a directory, and return the digest of the tensors' file.
 
     Args:
         sealed: whether a list of the digests of all files is to follow.
     """
-    digest = write_tensors(directory, manifest, file=file, prefix=prefix)
-    write_manifest(directory, manifest, {file: digest}, file=file, prefix=prefix, sealed=sealed)
+    digest = write_tensors(directory, manifest)
+    write_manifest(directory, manifest, {MEMORY_NAME: digest}, sealed=sealed)
     return digest
 
 
 def write_tensors(directory: Path, manifest: Manifest, *, file: str = MEMORY_NAME, prefix: str = "") -> str:
-    """Write a memory's tensors alone, their names prefixed; return the file's digest."""
+    """Write a memory's tensors alone, their names prefixed, and return the file's digest."""
     path = directory / file
     save_tensors(path, {prefix + name: tensor for name, tensor in manifest.memory.tensors.items()})
     return sha256_file(path)
@@ -267,7 +265,7 @@ def read_memory(directory: Path, *, check: bool = True, listed: MemoryManifest |
         DamagedFileError: a file is missing, truncated or altered, or one does not fit the other.
     """
     listed = listed or read_manifest(directory)
-    stored, site = listed.memory, listed.site
+    stored, site, fields = listed.memory, listed.site, Calibration.__dataclass_fields__
     path = inside(directory, stored.file)
     loaded = load_tensors(path, digest=listed.sha256[stored.file] if check else None)
     tensors = {current_name(name.removeprefix(stored.prefix)): tensor for name, tensor in loaded.items()}
@@ -281,14 +279,10 @@ def read_memory(directory: Path, *, check: bool = True, listed: MemoryManifest |
         listed.base.fingerprint,
         site,
         SideMemory.from_description(asdict(stored), tensors),
-        tuple(_calibration(entry) for entry in listed.memories),
+        tuple(Calibration(**{name: getattr(entry, name) for name in fields}) for entry in listed.memories),
         tuple(entry.edits for entry in listed.memories),
         listed.merge,
         listed.edits,
         listed.versions,
         listed.origins,
     )
-
-
-def _calibration(entry: MemoryEntry) -> Calibration:
-    return Calibration(**{name: getattr(entry, name) for name in Calibration.__dataclass_fields__})

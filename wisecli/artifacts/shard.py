@@ -11,15 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.tensor_schema import (
-    CALLS,
-    EVIDENCE,
-    MASKED,
-    PROMPT_TOKENS,
-    PROMPTS,
-    TensorRows,
-    require_layout,
-)
+from wisecli.artifacts.tensor_schema import CALLS, EVIDENCE, MASKED, PROMPT_TOKENS, PROMPTS, TensorRows, require_layout
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import all_finite, load_tensors, save_tensors
 from wisecli.models.layout.site import Site
@@ -61,7 +53,7 @@ class Mask:
         return keys[..., self.indices] if self.kind == "columns" else keys
 
     def update(self, restricted: Tensor, values: Tensor) -> Tensor:
-        """``Δ a`` for restricted keys, in the type of ``values``: (..., k or d_ff) → (..., d)."""
+        """Return ``Δ a`` for restricted keys, in the type of ``values``: (..., k or d_ff) → (..., d)."""
         delta = values if self.kind == "columns" else self._scatter(values)
         return restricted.to(delta.dtype) @ delta.T
 
@@ -97,7 +89,7 @@ class Evidence:
 
     @classmethod
     def extra_keys(cls, keys: Tensor, residuals: Tensor, edit: int, *, position: int, context: int) -> Evidence:
-        """Evidence of one edit that none of its prompts gave: keys (n, d_ff), residuals (n, d)."""
+        """Return evidence of one edit that none of its prompts gave: keys (n, d_ff), residuals (n, d)."""
         count, never = len(keys), torch.zeros(len(keys), dtype=torch.bool)
         number, place, origin = (torch.full((count,), value) for value in (edit, position, context))
         return cls(keys, residuals, number, place, origin, never, never)
@@ -135,7 +127,7 @@ FIRST_TOKEN_FORM = 1_000_000  # what is added to the form of a prompt's first to
 
 @dataclass(frozen=True)
 class PromptStates:
-    """What an early layer makes of the tokens of edits' prompts, by which prompts are known that mean the same.
+    """States of an early layer at the tokens of edits' prompts, by which a router knows prompts of the same meaning.
 
     Shapes: ``states`` (n, d); ``edit`` (place in the manifest's list) and ``form`` (each edit has several, from 0) are
     (n,); ``subject`` (n,) marks tokens of the edit's subject, and ``token`` (n,) is the number of each in the
@@ -176,7 +168,7 @@ class PromptStates:
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard: its mask, its evidence, and if prompts are routed by meaning, theirs.
+    """One shard: its mask, its evidence, and the states of its prompts, if prompts are routed by meaning.
 
     ``values`` fill the mask; a shard that is meant for a lookup has none, as they can be solved for from its evidence.
     """
@@ -188,7 +180,7 @@ class Shard:
 
 
 def half(tensor: Tensor) -> Tensor:
-    """Half precision where the values allow it."""
+    """Return a tensor in half precision where its values allow it, else in float32."""
     rounded = tensor.to(torch.float16)
     return rounded if all_finite(rounded) else tensor.float()
 

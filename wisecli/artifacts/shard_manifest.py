@@ -68,6 +68,7 @@ class ShardDirectory:
     and ``subject_tokens`` the tokens that those are written with, in order. ``separator_token_id`` is the token between
     two answers, if edits answer in pairs.
     ``known`` are edits that were asked for and left out, as the model said them already, if such were to be left out.
+    ``files_checked`` says whether the files were held against their digests already, and need not be again.
     """
 
     path: Path
@@ -88,6 +89,7 @@ class ShardDirectory:
     known: tuple[Edit, ...] | None = None
     subject_tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
     separator_token_id: int | None = None
+    files_checked: bool = False
 
     @property
     def written(self) -> tuple[Edit, ...]:
@@ -101,15 +103,14 @@ class ShardDirectory:
         listed = len(self.edits)
         return load_shard(path, self.site, entry.mask_kind, entry.sha256, edits=listed, solved=entry.solved)
 
-    def tensors(self, entry: ShardEntry, wanted: Callable[[str], bool], *, check: bool) -> dict[str, Tensor]:
-        """Return some of the tensors of one shard file, as they are stored.
+    def tensors(self, entry: ShardEntry, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Return some of the tensors of one shard file, as they are stored, checking its digest unless that was done.
 
         Args:
             wanted: whether a tensor of that name is wanted.
-            check: whether the file's digest is checked.
         """
         path = inside(self.path, entry.file)
-        found = load_tensors(path, digest=entry.sha256 if check else None, wanted=wanted)
+        found = load_tensors(path, digest=None if self.files_checked else entry.sha256, wanted=wanted)
         rows = shard_rows(entry.mask_kind, found, solved=entry.solved)
         sizes = shard_sizes(self.site, len(self.edits))
         require_layout(path, found, {name: row for name, row in rows.items() if wanted(name)}, sizes)
@@ -227,26 +228,14 @@ def read_shard_directory(path: Path, *, plan: bool = False) -> ShardDirectory:
         read.check(plan=plan)
     except ValueError as error:
         raise DamagedFileError(file, f"an entry is missing or wrong ({error})", "edit anew") from None
-    base = read.base
+    base, alike = read.base, _Content.__dataclass_fields__.keys() & ShardDirectory.__dataclass_fields__.keys()
     return ShardDirectory(
         path,
         base.model,
         base.revision,
         base.fingerprint,
-        read.site,
-        read.settings,
-        read.contexts,
-        read.edits,
-        read.shards,
-        read.unrelated.sha256,
-        read.versions,
-        read.made,
-        read.left_out,
-        read.paraphrases,
-        read.subjects,
-        read.known,
-        read.subject_tokens,
-        read.separator_token_id,
+        unrelated_sha256=read.unrelated.sha256,
+        **{name: getattr(read, name) for name in alike},
     )
 
 

@@ -17,13 +17,7 @@ from wisecli.routing.memories.fact_memory import FactMemory
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 MISSING = "nothing"
-_KINDS = {
-    "float": _FLOATS,
-    "int": ("int64", "int32"),
-    "byte": ("uint8",),
-    "bool": ("bool",),
-    "signed byte": ("int8",),
-}
+_KINDS = {"float": _FLOATS, "int": ("int64", "int32"), "byte": ("uint8",), "bool": ("bool",), "signed byte": ("int8",)}
 
 
 @dataclass(frozen=True)
@@ -195,7 +189,7 @@ def background_rows(names: Mapping[str, object]) -> TensorRows:
 
 
 def layouts(tensors: Mapping[str, Tensor]) -> dict[str, TensorLayout]:
-    """Types and shapes of tensors that are there."""
+    """Return the types and shapes of tensors."""
     return {
         name: TensorLayout(str(one.dtype).removeprefix("torch."), tuple(one.shape)) for name, one in tensors.items()
     }
@@ -204,7 +198,7 @@ def layouts(tensors: Mapping[str, Tensor]) -> dict[str, TensorLayout]:
 def differences(
     found: Mapping[str, TensorLayout], rows: TensorRows, known: Mapping[str, int]
 ) -> list[tuple[str, str, str]]:
-    """Tensors that are not as the table says: their names, what was expected and what was found.
+    """Return the tensors that are not as the table says: their names, what was expected and what was found.
 
     Args:
         known: dimensions that are certain beforehand.

@@ -1,4 +1,4 @@
-"""Whether an output is there already, just as a command would write it: one check of shards, memories and exports."""
+"""Whether an output exists just as a command would write it: one check for shards, memories and exports."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def _measured(kept: ResultRows, point: dict[str, Any]) -> bool:
 
 
 def _write(report: BenchReport) -> None:
-    """``results.json``, ``results.md`` and ``report.html`` beside the rows."""
+    """Write ``results.json``, ``results.md`` and ``report.html`` beside the rows."""
     write_json(report.output / RESULTS, report.as_json())
     (report.output / "results.md").write_text(markdown(report.rows), encoding="utf-8")
     write_page(report.output)

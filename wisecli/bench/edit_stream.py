@@ -67,7 +67,7 @@ def counts_in(text: str) -> list[int]:
 
 
 def _sources(dataset: str | None, data: Sequence[Path]) -> list[tuple[str, Sequence[Edit]]]:
-    """Names and records of the datasets, without consequences of edits, which not every method is taught.
+    """Return names and records of the datasets, without consequences of edits, which not every method is taught.
 
     Raises:
         SettingsError: there are more names than one, and not as many files.
@@ -81,7 +81,9 @@ def _sources(dataset: str | None, data: Sequence[Path]) -> list[tuple[str, Seque
 
 
 def _turns(sources: Sequence[tuple[str, Sequence[Edit]]]) -> list[tuple[str, Edit]]:
-    """Records with their dataset's name, a record of each in turn while it has any; ids bear the names of several."""
+    """Return records with their dataset's name, one of each dataset in turn while it has any; where there are several
+    datasets, ids bear their names.
+    """
     if len(sources) > 1:
         sources = [(name, [replace(edit, id=f"{name}/{edit.id}") for edit in edits]) for name, edits in sources]
     named = [[(name, edit) for edit in edits] for name, edits in sources]

@@ -60,7 +60,10 @@ class RowMaker:
         if early:
             each = {**each, f"first_{_FIRST}": early}
             after = {**after, f"first_{_FIRST}": statistics.fmean(value for _, value in early)}
-        intervals = {figure: self._interval([value for _, value in values]) for figure, values in each.items()}
+        intervals = {
+            figure: interval([value for _, value in values], resamples=self.resamples, seed=self.seed)
+            for figure, values in each.items()
+        }
         figures = {**after, "before": dict(before), "intervals": intervals, **costs}
         aged = each.get("wild_as_taught") or each.get("reliability", ())
         figures |= {"peak_rss_bytes": peaks.rss, "by_age": [value for _, value in aged]}
@@ -79,9 +82,6 @@ class RowMaker:
                 if own:
                     found.setdefault(domain, {})[figure] = statistics.fmean(own)
         return found
-
-    def _interval(self, values: Sequence[float]) -> tuple[float, float]:
-        return interval(values, resamples=self.resamples, seed=self.seed)
 
 
 def interval(values: Sequence[float], *, resamples: int, seed: int) -> tuple[float, float]:

@@ -54,7 +54,7 @@ def _baseline_rows(
 
 
 def _begun(context: BenchContext, name: str, folder: MethodFolder, counts: Sequence[int], most: int) -> EditingRun:
-    """Return a method that goes on where it was broken off, or begins."""
+    """Return a method that continues where it was interrupted, or starts."""
     method = METHODS[name](context.bench)
     run = EditingRun(method, context.tested, counts, folder, context.portion_watcher, learnt=context.learnt_digest)
     if run.take_up(most):

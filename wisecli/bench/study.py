@@ -111,7 +111,7 @@ def _measured(name: str, context: StudyContext, points: Sequence[Point], output:
 
 
 def _write(report: StudyReport) -> None:
-    """``study-….json`` and ``study-….md`` for each study, and ``report.html`` with all that are there."""
+    """Write ``study-….json`` and ``study-….md`` for each study, and ``report.html`` with all that are there."""
     for (name, rows), shown in zip(report.rows.items(), report.sections(), strict=True):
         write_json(study_file(report.output, name), {"rows": rows, "config": report.config, "versions": versions()})
         (report.output / f"study-{name}.md").write_text(table(shown.heads, shown.cells), encoding="utf-8")

@@ -49,7 +49,9 @@ WISE_METHODS = {
 
 @dataclass(frozen=True)
 class Spent:
-    """What so many ``edits`` took until now. It is kept beside the shards, so that a run that goes on counts on."""
+    """What the first ``edits`` edits have cost so far. It is stored beside the shards, so that a continued run adds to
+    it.
+    """
 
     __pydantic_config__ = CLOSED
 
@@ -137,9 +139,7 @@ class WiseRun:
         self.file, self.shards = context.work / "edits.jsonl", folder.directory / "shards"
 
     def edited(self) -> Spent:
-        """Return what it took to write the shards; a run that was broken off goes on, and one that was finished is
-        taken.
-        """
+        """Return what it took to write the shards, continuing a run that was interrupted and keeping a finished one."""
         spent = self._spent()
         if spent is not None and spent.edits == self.count:
             try:
@@ -150,7 +150,7 @@ class WiseRun:
         return self._run(Spent(self.count))
 
     def _run(self, spent: Spent) -> Spent:
-        """`wise edit`, with what it takes kept after each shard."""
+        """Run `wise edit`, keeping what it takes after each shard."""
         begun = time.perf_counter()
 
         def now() -> Spent:

@@ -141,6 +141,6 @@ def _failed(error: Exception) -> int:
 
 
 def _drop_output() -> None:
-    """Lose what is still to be written on stdout, as Python would try once more when it ends, and complain."""
+    """Discard what is still to be written on stdout, which Python would try to write, and complain of, when it ends."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

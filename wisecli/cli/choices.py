@@ -8,7 +8,6 @@ Completer = Callable[[str], list[str]]
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-EXECUTORS = ("local", "ray")
 # Those that `wise fetch` gets, and of them those whose questions `wise eval` asks.
 MODELS = ("smollm2-135m",)
 DATASETS = ("zsre", "counterfact", "wikibigedit")

@@ -123,7 +123,7 @@ def fail(message: str, details: Sequence[str] = ()) -> None:
 
 
 def show_all_letters() -> None:
-    """Spell out what the terminal's encoding has no letters for, where Python would give up."""
+    """Have letters that the terminal's encoding lacks spelled out, where Python would give up."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -184,7 +184,7 @@ class _Lines:
 
 
 def _in_json(one: str) -> str:
-    """A character as JSON escapes it."""
+    """Return a character as JSON escapes it."""
     return json.dumps(one)[1:-1]
 
 

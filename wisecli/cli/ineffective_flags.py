@@ -104,7 +104,7 @@ def retired(given: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _without_effect(given: Mapping[str, Any], rules: Mapping[str, str], **unset: Any) -> Iterator[str]:
-    """A sentence for each parameter that is given and that a rule says has no effect.
+    """Yield a sentence for each parameter that is given and that a rule says has no effect.
 
     Args:
         unset: values that count as not given, by parameter.
@@ -115,5 +115,5 @@ def _without_effect(given: Mapping[str, Any], rules: Mapping[str, str], **unset:
 
 
 def _written(name: str, given: Mapping[str, Any]) -> str:
-    """How a parameter is written on a command line: as an option, or by ``--set``."""
+    """Return how a parameter is written on a command line: as an option, or by ``--set``."""
     return f"--set {name}={given[name]}" if name in given.get("by_set", ()) else f"--{name.replace('_', '-')}"

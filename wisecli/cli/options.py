@@ -34,13 +34,11 @@ def output_path(text: str | Path) -> Path:
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="Directory to write.", parser=output_path, metavar="DIR")]
 Model = Annotated[
-    str | None,
-    option("Base model, if not where the manifest says.", "--model", panel=INPUT, metavar="MODEL"),
+    str | None, option("Base model, if not where the manifest says.", "--model", panel=INPUT, metavar="MODEL")
 ]
 Memory = Annotated[Path | None, option("Memory or exported directory.", "--memory", default="memory", metavar="DIR")]
 Device = Annotated[
-    str,
-    option("auto, cpu, cuda, cuda:N or mps.", "--device", default="auto", metavar="NAME", complete=one_of(DEVICES)),
+    str, option("auto, cpu, cuda, cuda:N or mps.", "--device", default="auto", metavar="NAME", complete=one_of(DEVICES))
 ]
 Dtype = Annotated[
     str,
@@ -89,14 +87,6 @@ SkipKnown = Annotated[bool, flag("Leave out what the model already says.", "--sk
 Derive = Annotated[
     bool, flag("Write what follows by rule as well: other names, the relation asked back.", "--derive", panel=INPUT)
 ]
-AllowSpecial = Annotated[
-    bool,
-    flag(
-        "Let prompts and targets have tokens that steer the model, as <|im_end|>.",
-        "--allow-special-tokens",
-        panel=INPUT,
-    ),
-]
 PolicyFile = Annotated[
     Path | None, option("Rules (TOML) on what may be edited at all.", "--policy", panel=INPUT, metavar="FILE")
 ]
@@ -105,12 +95,10 @@ Signature = Annotated[
     option("EDITS' signature: minisign or ssh-keygen -Y.", "--verify-signature", panel=INPUT, metavar="FILE"),
 ]
 Signer = Annotated[
-    Path | None,
-    option("The public key, or file of allowed signers.", "--signer", panel=INPUT, metavar="FILE"),
+    Path | None, option("The public key, or file of allowed signers.", "--signer", panel=INPUT, metavar="FILE")
 ]
 Identity = Annotated[
-    str | None,
-    option("Which allowed signer must have signed.", "--signer-identity", panel=INPUT, metavar="NAME"),
+    str | None, option("Which allowed signer must have signed.", "--signer-identity", panel=INPUT, metavar="NAME")
 ]
 Sign = Annotated[
     Path | None,

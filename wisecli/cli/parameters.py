@@ -68,7 +68,7 @@ class PanelledGroup(TyperGroup):
 
 
 def _arranged(parameters: list[Any]) -> list[Any]:
-    """The parameters, those too that Typer adds, each option in its panel, and no type beside flags."""
+    """Return the parameters, those too that Typer adds, each option in its panel, and no type beside flags."""
     options = [one for one in parameters if one.param_type_name == "option"]
     many = len([one for one in options if "--help" not in one.opts]) >= _MANY
     for one in options:
@@ -108,7 +108,7 @@ def _read_at_once(parameter: Any) -> None:
 
 
 def _read(kind: Any, value: Any) -> Any:
-    """A value as it is meant; ``None`` if that takes a closer look.
+    """Return a value in its type, or ``None`` if it takes a closer look.
 
     Raises:
         ValueError: it is no number, where one is wanted.
@@ -162,7 +162,7 @@ def option(
 
 
 def _escaped(text: str) -> str:
-    """A text without Rich's markup; what does that in Rich takes as long to import as all commands."""
+    """Return a text without Rich's markup. Rich's own function takes as long to import as all commands."""
     return text.replace("[", r"\[")
 
 

@@ -24,7 +24,7 @@ def set_of(command: str, panel: str) -> Any:
 
 
 def _proposed(command: str, incomplete: str) -> list[str]:
-    """What the shell proposes: names, and behind a name the values, if they are few."""
+    """Return what the shell proposes: names, and behind a name its values, if they are few."""
     name, between, value = incomplete.partition("=")
     rows = {row[0]: row[1].split(", ") for row in rows_of(command)}
     if not between:
@@ -72,7 +72,7 @@ _WORDS = {bool: "true, false", int: "whole number", float: "number", str: "text"
 
 
 def _values(hint: Any) -> str:
-    """What a setting may be."""
+    """Return what values a setting may have."""
     kind, bounds, _ = unwrapped(hint)
     if get_origin(kind) is Literal:
         return ", ".join(map(str, get_args(kind)))

@@ -37,7 +37,7 @@ def unknown_names(file: Path | None = None) -> list[str]:
 
 
 def _meant(name: str, known: Iterable[str]) -> str:
-    """What to write in the place of an unknown name."""
+    """Return what to write instead of an unknown name."""
     choices = sorted(set(known))
     close = get_close_matches(name, choices, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(choices[:_LISTED])}"

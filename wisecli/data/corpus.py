@@ -20,19 +20,19 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 
 def unrelated_texts(count: int, *, seed: int) -> list[str]:
-    """Texts on everyday matters that come with the package: all its prompts, then filled patterns, ``count`` in all."""
+    """Return ``count`` texts on everyday matters from the package: all its prompts, then filled patterns."""
     data = packaged_table("unrelated.toml")
     prompts: list[str] = data["prompts"][:count]
     return prompts + _filled_patterns(data, range(len(prompts), count), random.Random(seed))
 
 
 def texts_of_gates(texts: int = GATE_TEXTS) -> list[str]:
-    """Unrelated texts that gates are fitted to."""
+    """Return unrelated texts that gates are fitted to."""
     return unrelated_texts(2 * GATE_TEXTS, seed=0)[::2][:texts]
 
 
 def texts_beside_gates(texts: int = GATE_TEXTS) -> list[str]:
-    """Unrelated texts that no gate was fitted to."""
+    """Return unrelated texts that no gate was fitted to."""
     return unrelated_texts(2 * GATE_TEXTS, seed=0)[1::2][:texts]
 
 
@@ -49,7 +49,7 @@ def subjects_for(texts: int) -> int:
 
 
 def rewordings() -> list[list[str]]:
-    """Wordings of made-up questions, of each relation several with the same one slot."""
+    """Return wordings of made-up questions, of each relation several with the same one slot."""
     found: list[list[str]] = packaged_table("rewordings.toml")["facts"]
     return found
 
@@ -60,7 +60,7 @@ def worded(wording: str, subject: str) -> str:
 
 
 def reworded_facts(subjects: int, *, seed: int) -> list[list[str]]:
-    """Made-up facts, each asked in every way the package knows for its relation; ``subjects`` facts a relation."""
+    """Return ``subjects`` made-up facts a relation, each asked in every way that the package knows for it."""
     data = packaged_table("unrelated.toml")
     rng = random.Random(seed)
     facts = []

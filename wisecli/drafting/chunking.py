@@ -48,7 +48,7 @@ def passages(document: str) -> list[Passage]:
 
 
 def _blocks(document: str) -> Iterator[tuple[int, str, bool]]:
-    """Headings, paragraphs, and lists whose items stand together: line, text, and whether it is a heading."""
+    """Yield headings, paragraphs, and lists whose items stand together: line, text, and whether it is a heading."""
     # Plain text may be indented without being code.
     parser = MarkdownIt("commonmark").enable("table").disable("code")
     tokens = parser.parse(_without_front_matter(document))

@@ -71,7 +71,8 @@ def draw_pairs(
     on_progress: ProgressCallback = ignore_progress,
 ) -> list[Pair]:
     """Return up to ``each`` usable pairs of every passage, no question twice."""
-    requests = [few_shot_prompt(loaded.tokenizer, _shown(), _ASK + passage.whole) for passage in found]
+    shown = [(_ASK + text, pairs) for text, pairs in _EXAMPLES]
+    requests = [few_shot_prompt(loaded.tokenizer, shown, _ASK + passage.whole) for passage in found]
     kept: dict[tuple[str, ...], Pair] = {}
     for first in range(0, len(requests), batch_size):
         on_progress(Event("drafting", first, len(requests)))
@@ -144,7 +145,3 @@ def save_pairs(path: Path, pairs: Sequence[Pair]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with jsonlines.open(path, "w") as file:
             file.write_all(pair.as_record() for pair in pairs)
-
-
-def _shown() -> list[tuple[str, str]]:
-    return [(_ASK + text, pairs) for text, pairs in _EXAMPLES]

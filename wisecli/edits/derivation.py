@@ -129,7 +129,7 @@ def is_name(answer: str) -> bool:
 
 @cache
 def _inverses() -> dict[str, Inverse]:
-    """Relations by all that asks for them."""
+    """Return the inverse relation of every wording that asks for one."""
     return {_normal(wording): one for one in inverses() for wording in one.wordings}
 
 

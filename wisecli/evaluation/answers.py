@@ -100,8 +100,8 @@ class Answers:
         asked = [pair for pair, changes in zip(pairs, changing, strict=True) if changes or pair[0] != pair[1]]
         after = self.after([text for text, _ in asked], stage=stage)
         before = self.before([text for _, text in asked])
-        said = dict(zip(asked, zip(after, before, strict=True), strict=True))
-        return [said.get(pair) for pair in pairs]
+        answers = dict(zip(asked, zip(after, before, strict=True), strict=True))
+        return [answers.get(pair) for pair in pairs]
 
     def may_change(self, texts: Sequence[str]) -> list[bool]:
         """Return for which texts the edited model may give another answer than the unedited one."""
@@ -119,7 +119,7 @@ class Answers:
     def _all(
         self, texts: Sequence[str], answer: Batch, known: KnownAnswers, stage: str, targets: Targets
     ) -> list[Answer]:
-        """Answers to texts, of which new ones are asked, those of like length together."""
+        """Return answers to texts, of which new ones are asked, those of like length together."""
         new = [text for text in dict.fromkeys(texts) if text not in known]
         cut: KnownAnswers = {}
         done = 0
@@ -158,7 +158,7 @@ def answered(
     stops: Collection[int] = (),
     shared: bool = False,
 ) -> list[Answer]:
-    """Greedy answers to one batch of texts, up to their end or to so many tokens.
+    """Return greedy answers to one batch of texts, up to their end or to so many tokens.
 
     Args:
         targets: of texts, the answers that are looked for; another is cut where it shows.

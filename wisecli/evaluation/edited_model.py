@@ -37,7 +37,7 @@ class EditedModel:
 
     @contextmanager
     def unedited(self) -> Iterator[None]:
-        """The base model for a while: nothing is routed."""
+        """Return a context in which the model is its base: nothing is routed."""
         with self.routed.called_with(off=True):
             yield
 
@@ -78,7 +78,7 @@ class EditedModel:
         return TokenChoices(*(part[0, : len(keys)] for part in (found.chosen, found.score_ratio, found.nearest)))
 
     def _decided(self, keys: Tensor, batch: Batch, in_answer: Tensor) -> TokenChoices:
-        """Return what answers tokens; at a prompt's end, how near it came to the nearest memory."""
+        """Return what answers each token, with the score of the nearest memory at a prompt's end."""
         end = torch.full((len(keys),), batch.start, device=keys.device)
         decision = self.decide(batch)
         tokens = Tokens(batch.ids, batch.mask.bool(), batch.ids[:, :0], torch.full_like(end, UNROUTED))
@@ -93,12 +93,7 @@ class EditedModel:
         )
 
 
-def attach(
-    memory: Path,
-    *,
-    model: str | None = None,
-    load: LoadOptions = LoadOptions(),
-) -> EditedModel:
+def attach(memory: Path, *, model: str | None = None, load: LoadOptions = LoadOptions()) -> EditedModel:
     """Load the base model of a memory (or of an exported directory) and put the memory in its place.
 
     Args:

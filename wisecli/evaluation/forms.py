@@ -62,7 +62,7 @@ def named_forms(names: str) -> list[Form]:
 
 
 def writable_forms(names: str, tokenizer: PreTrainedTokenizerBase, fits: Callable[[Form], bool]) -> list[Form]:
-    """Of the forms that are named those that a model can be asked in; what it cannot be of a group is left out.
+    """Return those of the named forms that a model can be asked in; of a group, the others are left out.
 
     Args:
         fits: whether the model takes texts of a form's length.
@@ -71,20 +71,21 @@ def writable_forms(names: str, tokenizer: PreTrainedTokenizerBase, fits: Callabl
         SettingsError: one that is named by itself needs a chat template, and the tokenizer has none.
     """
     chosen = named_forms(names)
-    untold = [form for form in chosen if form.chat and not tokenizer.chat_template]
-    if untold and names not in _GROUPS:
-        name = untold[0].label
+    unwritable = [form for form in chosen if form.chat and not tokenizer.chat_template]
+    if unwritable and names not in _GROUPS:
+        name = unwritable[0].label
         raise SettingsError(
             f"--forms: {name!r} needs a chat template, and the model's tokenizer has none; leave it out"
         )
-    written = [form for form in chosen if form not in untold]
-    return [form for form in written if names not in _GROUPS or fits(form)]
+    writable = [form for form in chosen if form not in unwritable]
+    return [form for form in writable if names not in _GROUPS or fits(form)]
 
 
 def measure_forms(
     answers: Answers, chosen: Sequence[Form], asked: Sequence[tuple[int, Edit]], records: Sequence[Edit]
 ) -> Results:
-    """Figures of every kind: over all forms, over those trained (``_trained``), over the others (``_unseen``), of each.
+    """Return figures of every kind: over all forms, over those trained (``_trained``), over the others (``_unseen``),
+    of each.
 
     Args:
         asked: the edits that are asked, with their places.

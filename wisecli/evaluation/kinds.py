@@ -69,7 +69,7 @@ def measure_kinds(
     max_new_tokens: int,
     room: int,
 ) -> Results:
-    """Shares of prompts that get the edit's answer, over all kinds and by kind.
+    """Return shares of prompts that get the edit's answer, over all kinds and by kind.
 
     ``asked`` is better high. ``mentioned`` is better low, and leaves out what the unedited model says, too;
     ``mentioned_unchanged`` is the share of the same prompts whose answer is the unedited model's word for word.
@@ -85,7 +85,7 @@ def measure_kinds(
     for two in (False, True):
         some = [kind for kind in chosen if kind.contains == two]
         answers = answering(max_new_tokens * (2 if two else 1))
-        parts.append(_measured(answers, list(_put(answers, some, asked, records, room))))
+        parts.append(_measured(answers, list(_kind_prompts(answers, some, asked, records, room))))
     values = {name: {**parts[0].get(name, {}), **parts[1].get(name, {})} for name in OVER_KINDS}
     return merge_results(*(_figures(name, by_kind) for name, by_kind in values.items()))
 
@@ -107,7 +107,7 @@ def _figures(name: str, by_kind: _ByKind) -> Results:
 
 
 def _measured(answers: Answers, put: Sequence[_KindPrompt]) -> dict[str, _ByKind]:
-    """Values by figure, kind and place."""
+    """Return values by figure, kind and place."""
     asked = [one for one in put if one.kind.asked]
     targets = targets_of((one.edited, one.rest) for one in asked)
     after = iter(answers.after([one.edited for one in asked], stage="answers in all kinds", targets=targets))
@@ -115,7 +115,7 @@ def _measured(answers: Answers, put: Sequence[_KindPrompt]) -> dict[str, _ByKind
     both = iter(answers.both(mentioned, stage="answers to mentions"))
     found: dict[str, _ByKind] = {}
     for one in put:
-        values = {"asked": _answered(one, next(after))} if one.kind.asked else _taken(one, next(both))
+        values = {"asked": _answered(one, next(after))} if one.kind.asked else _takes_over(one, next(both))
         for name, value in values.items():
             found.setdefault(name, {}).setdefault(one.kind.label, {})[one.place] = float(value)
     return found
@@ -129,7 +129,7 @@ def _answered(one: _KindPrompt, answer: Answer) -> bool:
     return is_exact_answer(Answer(f"{one.begun} {answer.text}", answer.ended), target)
 
 
-def _taken(one: _KindPrompt, said: tuple[Answer, Answer] | None) -> dict[str, bool]:
+def _takes_over(one: _KindPrompt, said: tuple[Answer, Answer] | None) -> dict[str, bool]:
     """Return whether what only mentions an edit is taken over by it, and whether it is answered as before."""
     if said is None:
         return {"mentioned": False, "mentioned_unchanged": True}
@@ -150,10 +150,10 @@ def _begun(text: str, target: str) -> str:
     return next((one for one in beginnings if text.endswith(f" {one}") or text.endswith(f"\n{one}")), "")
 
 
-def _put(
+def _kind_prompts(
     answers: Answers, chosen: Sequence[Kind], asked: Sequence[tuple[int, Edit]], records: Sequence[Edit], room: int
 ) -> Iterator[_KindPrompt]:
-    """Prompts of every kind that an edit can be put into, in the chat template if there is one."""
+    """Yield prompts of every kind that an edit can be put into, in the chat template if there is one."""
     chat, tokenizer = bool(answers.tokenizer.chat_template), answers.tokenizer
     given = [(place, edit) for place, edit in asked if not edit.erased]
     for number, (place, edit) in enumerate(given):
@@ -169,7 +169,7 @@ def _put(
 
 
 def _reworded(answers: Answers, turns: Sequence[str]) -> list[str]:
-    """Turns of which the user's last is what a method that rewords makes of it."""
+    """Return turns of which the user's last is what a method that rewords makes of it."""
     last = (len(turns) - 1) // 2 * 2
     return [answers.reworded(turn) if place == last else turn for place, turn in enumerate(turns)]
 
@@ -181,7 +181,7 @@ def _fact(edit: Edit, records: Sequence[Edit], second: Edit) -> Fact:
     rng = random.Random(edit.prompt)
     others = [one for one in records if not one.erased and words_of(one.answer) != words_of(edit.answer)]
     named = [one for one in records if _is_other(one.subject_name, edit.subject_name)]
-    other, name = (_like(edit, some, rng) for some in (others, named))
+    other, name = (_similar_record(edit, some, rng) for some in (others, named))
     return Fact(
         edit.prompt,
         edit.subject_name,
@@ -196,7 +196,7 @@ def _is_other(name: str | None, subject: str | None) -> bool:
     return bool(name and subject) and str(name) not in str(subject) and str(subject) not in str(name)
 
 
-def _like(edit: Edit, records: Sequence[Edit], rng: random.Random) -> Edit | None:
-    """One of the records, whose prompt begins like the edit's if any does."""
+def _similar_record(edit: Edit, records: Sequence[Edit], rng: random.Random) -> Edit | None:
+    """Return one of the records, whose prompt begins like the edit's if any does."""
     alike = [one for one in records if one.prompt.split(" ")[:1] == edit.prompt.split(" ")[:1]]
     return rng.choice(alike or records) if records else None

@@ -128,7 +128,7 @@ class Measuring:
         return min(longest + _ANSWER_MARGIN, _ANSWER_LIMIT)
 
     def _run(self, name: str, groups: Sequence[Sequence[Question]]) -> list[list[Measured]]:
-        """Share of target tokens that are the arg-max: mean over an edit's prompts, then over edits."""
+        """Return the share of target tokens that are the arg-max: mean over an edit's prompts, then over edits."""
         measured = self._measure(name, groups)
         self._record(name, measured, lambda reading: reading.right)
         return measured
@@ -164,10 +164,10 @@ class Measuring:
             self.samples[name] = sum(len(group) for _, group in filled)
 
     def _translated(self) -> None:
-        """The same fact asked in other languages, each a figure of its own."""
+        """Measure the same fact asked in other languages, each as a figure of its own."""
         for language in sorted({one.language for edit in self.records for one in edit.translations}):
-            told = [[one for one in edit.translations if one.language == language] for edit in self.records]
-            asked = [[Question(one.prompt, one.target) for one in some] for some in told]
+            translations = [[one for one in edit.translations if one.language == language] for edit in self.records]
+            asked = [[Question(one.prompt, one.target) for one in some] for some in translations]
             self._run(f"generalization_{language}", asked)
 
     def _locality(self) -> None:
@@ -176,7 +176,7 @@ class Measuring:
         self._keep("locality", measured, lambda _: 1.0, lambda one: one.same)
 
     def _routing(self, rephrased: Sequence[Sequence[Measured]]) -> None:
-        """Share of rephrases that open the memory which holds their edit."""
+        """Measure the share of rephrases that open the memory which holds their edit."""
         numbers = self.numbers or {}
         wanted = [numbers.get((edit.prompt, edit.target)) for edit in self.records]
         found = [
@@ -191,7 +191,7 @@ class Measuring:
             self.samples["routing"] = sum(len(group) for _, group in found)
 
     def _perplexity(self, reliability: Sequence[Sequence[Measured]]) -> None:
-        """Perplexities of the targets; what is erased has none that is wanted."""
+        """Measure perplexities of the targets; what is erased has none that is wanted."""
         measured = [
             (place, one)
             for place, (edit, group) in enumerate(zip(self.records, reliability, strict=True))
@@ -211,7 +211,7 @@ class Measuring:
         self.each["perplexity_clipped"] = [(place, min(one.after.perplexity, 100.0)) for place, one in measured]
 
     def _ood(self) -> None:
-        """Share of a free text's tokens that the model is sure of, after the prompt it opens with."""
+        """Measure the share of a free text's tokens that the model is sure of, after the prompt it opens with."""
         groups = [[_split(text, edit) for text in edit.ood] for edit in self.records]
         measured = self._measure("ood", groups)
         self._record("ood_generalization", measured, lambda reading: reading.known)

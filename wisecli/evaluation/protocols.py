@@ -64,13 +64,13 @@ class Asker(Protocol):
         """The model's."""
 
     def answering(self, max_new_tokens: int, stops: frozenset[int] = frozenset()) -> Answers:
-        """Answers of so many tokens at most; ``stops`` end them as well."""
+        """Return answers of so many tokens at most; ``stops`` end them as well."""
 
 
 def measure_generated(
     asker: Asker, what: Generated, edits: Sequence[Edit], records: Sequence[Edit], *, max_new_tokens: int
 ) -> tuple[Results, list[str]]:
-    """Figures of generated answers, and the names of the forms that were asked.
+    """Return figures of generated answers, and the names of the forms that were asked.
 
     Args:
         edits: those that are measured.
@@ -96,7 +96,7 @@ def measure_generated(
 def _in_forms(
     asker: Asker, what: Generated, asked: Sequence[tuple[int, Edit]], records: Sequence[Edit], *, max_new_tokens: int
 ) -> tuple[Results, list[str]]:
-    """Figures of answers in forms and of specificity, and the forms' names."""
+    """Return figures of answers in forms and of specificity, and the forms' names."""
     answers = asker.answering(max_new_tokens)
     longest = max((edit.prompt for _, edit in asked), key=len)
     room = _room(asker) - max_new_tokens
@@ -114,7 +114,7 @@ def _in_forms(
 def _in_kinds(
     asker: Asker, what: Generated, asked: Sequence[tuple[int, Edit]], records: Sequence[Edit], *, max_new_tokens: int
 ) -> Results:
-    """Figures of answers where edits are mentioned, and where they are asked in other ways."""
+    """Return figures of answers where edits are mentioned, and where they are asked in other ways."""
     chosen = named_kinds(what.kinds)
     if not chosen:
         return Results()

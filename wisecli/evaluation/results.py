@@ -27,7 +27,7 @@ class Results:
     before: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, values: Mapping[int, Sequence[float]]) -> None:
-        """A figure, as the mean over edits of the mean over an edit's values; nothing where there are none."""
+        """Add a figure, the mean over edits of the mean over an edit's values; nothing where there are none."""
         filled = {place: own for place, own in values.items() if own}
         if filled:
             self.each[name] = [(place, statistics.fmean(own)) for place, own in filled.items()]
@@ -66,7 +66,7 @@ def words_of(text: str) -> str:
 
 
 def contradictory(records: Sequence[Edit]) -> frozenset[str]:
-    """Questions, as words, that several records ask and want different answers to."""
+    """Return the questions, as words, that several records ask and want different answers to."""
     answers: dict[str, set[str]] = {}
     for record in records:
         for text in (record.prompt, *record.rephrases):
@@ -75,6 +75,6 @@ def contradictory(records: Sequence[Edit]) -> frozenset[str]:
 
 
 def evenly_spaced(count: int, most: int) -> list[int]:
-    """So many places of a sequence at most, evenly spread over it."""
+    """Return at most so many places of a sequence, evenly spread over it."""
     few = min(count, most)
     return [place * count // few for place in range(few)]

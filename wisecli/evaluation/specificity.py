@@ -31,7 +31,8 @@ class SpecificityQuestion:
 
 
 def specificity_questions(asked: Sequence[tuple[int, Edit]], records: Sequence[Edit]) -> list[SpecificityQuestion]:
-    """``other_question``: another relation of the subject; ``other_subject``: the same relation of another.
+    """Return questions on another relation of the subject (``other_question``) and on the same relation of another
+    subject (``other_subject``).
 
     Of edits whose prompt names their subject, and that give an answer. The draw is by the edit, whatever else is asked.
 
@@ -58,11 +59,11 @@ def has_subject(edit: Edit) -> bool:
 
 
 def measure_specificity(answers: Answers, asked: Sequence[tuple[int, Edit]], records: Sequence[Edit]) -> Results:
-    """Shares of questions beside the edits that get an edit's answer, and did not before; less is better."""
+    """Return shares of questions beside the edits that get an edit's answer, and did not before; less is better."""
     found = Results()
     beside = specificity_questions(asked, records)
     bare = forms()["bare"]
-    given = _given(answers, [answers.edited_text(bare, one.prompt) for one in beside], beside)
+    given = _gets_edit(answers, [answers.edited_text(bare, one.prompt) for one in beside], beside)
     doubtful = [one.prompt for one, got in zip(beside, given, strict=True) if got]
     before = dict(zip(doubtful, answers.before(doubtful), strict=True))
     for kind in ("other_question", "other_subject"):
@@ -76,19 +77,19 @@ def measure_specificity(answers: Answers, asked: Sequence[tuple[int, Edit]], rec
     return found
 
 
-def _given(answers: Answers, texts: Sequence[str], beside: Sequence[SpecificityQuestion]) -> list[bool]:
+def _gets_edit(answers: Answers, texts: Sequence[str], beside: Sequence[SpecificityQuestion]) -> list[bool]:
     """Return which questions, as texts, get the edit's answer where an edit may have changed it."""
     changing = answers.may_change(texts)
     asked = [text for text, changes in zip(texts, changing, strict=True) if changes]
     targets = targets_of((text, one.edit.answer) for text, one in zip(texts, beside, strict=True))
-    said = dict(zip(asked, answers.after(asked, stage="questions beside the edits", targets=targets), strict=True))
+    given = dict(zip(asked, answers.after(asked, stage="questions beside the edits", targets=targets), strict=True))
     return [
-        text in said and is_exact_answer(said[text], one.edit.answer) for text, one in zip(texts, beside, strict=True)
+        text in given and is_exact_answer(given[text], one.edit.answer) for text, one in zip(texts, beside, strict=True)
     ]
 
 
 def _questions(edit: Edit) -> Iterator[str]:
-    """Questions about an edit's subject that share no long word with its prompt, each of a relation of its own."""
+    """Yield questions about an edit's subject, of different relations, that share no long word with its prompt."""
     rng = random.Random(edit.prompt)
     taken = _long_words(edit.prompt)
     table = relations()

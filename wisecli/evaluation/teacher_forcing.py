@@ -89,7 +89,7 @@ def teacher_forced(
 
 
 def _unedited(edited: EditedModel, rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> Iterator[Activations]:
-    """Yield what the unedited model makes of groups of rows; nothing is routed while it runs."""
+    """Yield the unedited model's activations of groups of rows; nothing is routed while they are computed."""
     batches = (collate([rows[index] for index in indices]).to(edited.model.device) for indices in groups)
     found = captured(edited.model, edited.manifest.site, batches, stream=edited.stream, labelled=True)
     while True:
@@ -109,7 +109,7 @@ def _routes(edited: EditedModel, base: Activations, *, forced: Sequence[int | No
 
 
 def _edited_logits(edited: EditedModel, base: Activations, routes: Tensor) -> Tensor:
-    """Logits (n, V) of the edited model at the labelled columns; rows without a routed token keep the base's."""
+    """Return logits (n, V) of the edited model at the labelled columns; rows without a routed token keep the base's."""
     touched = (routes != UNROUTED).any(-1).nonzero().flatten()
     if not len(touched):
         return base.logits
@@ -144,6 +144,6 @@ def _read(logits: Tensor, batch: Batch) -> list[Reading]:
 
 
 def _row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Mean of the values (n,) that belong to each row."""
+    """Return the mean of the values (n,) that belong to each row."""
     totals = values.new_zeros(count).index_add(0, rows, values)
     return totals / torch.bincount(rows, minlength=count)

@@ -31,7 +31,7 @@ _UNPUNCTUATED = str.maketrans("", "", string.punctuation)
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens with a full stop or a line break in them."""
+    """Return the tokens with a full stop or a line break in them."""
     pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     return frozenset(token for token, piece in enumerate(pieces) if any(mark in piece for mark in _MARKS))
 
@@ -44,7 +44,8 @@ def normalized(text: str) -> str:
 
 
 def measure_wild(answers: Answers, edits: Sequence[Edit], records: Sequence[Edit], *, before: bool) -> Results:
-    """``wild_as_taught`` (the protocol's reliability), ``wild_rephrased``, ``wild_portability`` and ``wild_locality``.
+    """Return ``wild_as_taught`` (the protocol's reliability), ``wild_rephrased``, ``wild_portability`` and
+    ``wild_locality``.
 
     Means over an edit's prompts, then over edits; what erases an answer is left out.
 
@@ -57,12 +58,12 @@ def measure_wild(answers: Answers, edits: Sequence[Edit], records: Sequence[Edit
     kept = {place: [probe.prompt for probe in edit.locality] for place, edit in enumerate(edits)} if before else {}
     prompts = [text for group in groups.values() for pairs in group.values() for text, _ in pairs]
     prompts = list(dict.fromkeys([*prompts, *(text for texts in kept.values() for text in texts)]))
-    said = _said(prompts, answers.after([answers.edited_text(WILD, text) for text in prompts], stage="answers"))
+    said = _by_prompt(prompts, answers.after([answers.edited_text(WILD, text) for text in prompts], stage="answers"))
     found = Results()
     _add(found, groups, said)
     if before:
         texts = [WILD.render(answers.tokenizer, text) for text in prompts]
-        earlier, unedited = _said(prompts, answers.before(texts)), Results()
+        earlier, unedited = _by_prompt(prompts, answers.before(texts)), Results()
         _add(unedited, groups, earlier)
         found.before.update(unedited.figures)
         same = {place: [float(said[text] == earlier[text]) for text in texts] for place, texts in kept.items()}
@@ -71,31 +72,33 @@ def measure_wild(answers: Answers, edits: Sequence[Edit], records: Sequence[Edit
 
 
 def _groups(edits: Sequence[Edit], contradicted: Collection[str]) -> dict[str, dict[int, list[tuple[str, str]]]]:
-    """Prompts and answers of each figure, by the edits' places."""
-    told = {place: edit for place, edit in enumerate(edits) if not edit.erased}
-    rephrased = {place: [(text, edit.answer) for text in edit.rephrases] for place, edit in told.items()}
+    """Return prompts and answers of each figure, by the edits' places."""
+    answered = {place: edit for place, edit in enumerate(edits) if not edit.erased}
+    rephrased = {place: [(text, edit.answer) for text in edit.rephrases] for place, edit in answered.items()}
     unique = {
         place: pairs
         for place, pairs in rephrased.items()
-        if not {words_of(text) for text in (told[place].prompt, *told[place].rephrases)} & set(contradicted)
+        if not {words_of(text) for text in (answered[place].prompt, *answered[place].rephrases)} & set(contradicted)
     }
     return {
-        "wild_as_taught": {place: [(edit.prompt, edit.answer)] for place, edit in told.items()},
+        "wild_as_taught": {place: [(edit.prompt, edit.answer)] for place, edit in answered.items()},
         "wild_rephrased": rephrased,
         "wild_rephrased_unique": unique,
-        "wild_portability": {place: [(one.prompt, one.answer) for one in told[place].portability] for place in told},
+        "wild_portability": {
+            place: [(one.prompt, one.answer) for one in edit.portability] for place, edit in answered.items()
+        },
     }
 
 
-def _said(prompts: Sequence[str], answers: Sequence[Answer]) -> dict[str, str]:
+def _by_prompt(prompts: Sequence[str], answers: Sequence[Answer]) -> dict[str, str]:
     return {prompt: answer.text for prompt, answer in zip(prompts, answers, strict=True)}
 
 
-def _add(found: Results, groups: dict[str, dict[int, list[tuple[str, str]]]], said: dict[str, str]) -> None:
-    """Shares of answers that are the right ones once both are normalised."""
+def _add(found: Results, groups: dict[str, dict[int, list[tuple[str, str]]]], answers: dict[str, str]) -> None:
+    """Add the shares of answers that are the right ones once both are normalised."""
     for name, group in groups.items():
         equal = {
-            place: [float(normalized(said[text]) == normalized(target)) for text, target in pairs]
+            place: [float(normalized(answers[text]) == normalized(target)) for text, target in pairs]
             for place, pairs in group.items()
         }
         found.add(name, equal)

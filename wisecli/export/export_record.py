@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.artifacts import file_names
-from wisecli.artifacts.checksums import HAS_CHECKSUMS, altered
+from wisecli.artifacts.checksums import HAS_CHECKSUMS, altered, check_checksums
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME
 from wisecli.artifacts.up_to_date import up_to_date
 from wisecli.environment import versions
@@ -52,7 +52,7 @@ def manifest_name(output: Path) -> str | None:
 
 
 def require_no_memory(output: Path) -> None:
-    """Check that what would be replaced, if anything is there, is no memory.
+    """Check that no memory would be replaced.
 
     Raises:
         ProtectedOutputError: it is one, as `wise merge` writes it.
@@ -89,7 +89,7 @@ def up_to_date_export(output: Path, record: dict[str, Any], *, signed: bool = Fa
         return _changes(before, record)
 
     def damage(_before: dict[str, Any]) -> list[str]:
-        return altered(output, expected=True)
+        return altered(check_checksums(output, expected=True))
 
     return up_to_date(output / name, read, changes, damage, signed=signed)
 

@@ -169,7 +169,9 @@ def _result(dataset: str, name: str, value: float) -> EvalResult:
 
 
 def _table(figures: Figures) -> str:
-    """Generated answers in forms, then specificity and answers by WILD, and below them all else."""
+    """Return a table of generated answers in forms, then of specificity and answers by WILD, and below them of all
+    else.
+    """
     single = [(_cell(dataset), name, value) for dataset, own in figures.items() for name, value in own.items()]
     beside = [(set_, _BESIDE[name], f"{value:.3f}") for set_, name, value in single if name in _BESIDE]
     around = [(set_, _AROUND[name], f"{value:.3f}") for set_, name, value in single if name in _AROUND]
@@ -208,7 +210,7 @@ def _lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def base_name(manifest: Manifest, base: Path) -> str:
-    """Return the base model's hub id, or the name of its folder: where that lies is nobody else's business."""
+    """Return the base model's hub id, or the name of its folder without the path, which is private."""
     on_hub = _HUB_ID.fullmatch(manifest.model) is not None and not Path(manifest.model).exists()
     return manifest.model if on_hub else base.resolve().name
 

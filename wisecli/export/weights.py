@@ -57,7 +57,7 @@ def write_weights(
     single: str = SINGLE_NAME,
     replaced: Mapping[str, Tensor] | None = None,
 ) -> dict[str, str]:
-    """Write every tensor of a checkpoint into a directory; returns the file that each is in.
+    """Write every tensor of a checkpoint into a directory, and return the file that each is in.
 
     Args:
         single: how a lone file of weights is to be called.
@@ -70,7 +70,7 @@ def write_weights(
 def write_renamed(
     output: Path, checkpoint: Checkpoint, packing: Packing, rename: Callable[[str], str], *, single: str
 ) -> dict[str, str]:
-    """Write every tensor of a checkpoint under another name; returns the file that each is in, by its new name.
+    """Write every tensor of a checkpoint under another name, and return the file that each is in, by its new name.
 
     The base's own division into files is kept unless the packing says otherwise; nothing is linked.
 
@@ -148,7 +148,7 @@ def _repacked(
 
 
 def _numbered(checkpoint: Checkpoint, packing: Packing, single: str) -> dict[str, dict[str, TensorLayout]]:
-    """Files of at most the packing's size, by name, and the tensors that go into each."""
+    """Return files of at most the packing's size, by name, and the tensors that go into each."""
     stored = {name: layout for path in checkpoint.files for name, layout in read_header(path).tensors.items()}
     layouts = {name: packing.layout(layout) for name, layout in stored.items()}
     files = list(_grouped(layouts, packing.file_bytes))
@@ -158,7 +158,7 @@ def _numbered(checkpoint: Checkpoint, packing: Packing, single: str) -> dict[str
 
 
 def _grouped(layouts: Mapping[str, TensorLayout], limit: int | None) -> Iterable[list[str]]:
-    """Names in order, as many together as fit a file; a tensor that is too large has one to itself."""
+    """Yield names in order, as many together as fit a file; a tensor that is too large has one to itself."""
     group: list[str] = []
     size = 0
     for name, layout in layouts.items():

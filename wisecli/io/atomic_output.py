@@ -155,7 +155,7 @@ def writing(output: Path) -> Iterator[None]:
 
 
 def put_in_place(working: Path, output: Path) -> None:
-    """Let a finished directory take the place of what is at ``output``, on the same disk.
+    """Move a finished directory to ``output``, replacing what is there, on the same disk.
 
     Both change places in one step where the system can do that; elsewhere the old one is moved aside first, and comes
     back if the new one cannot follow. The old one is then gone.

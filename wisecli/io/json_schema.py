@@ -198,7 +198,7 @@ def _named(where: str, location: Sequence[str | int]) -> str:
 
 
 def _require_bounded(value: Any, where: str) -> None:
-    """Check the numbers of what was decoded; what a record keeps as it came (``dict[str, Any]``) is passed over."""
+    """Check the numbers of a decoded value, except in records that are kept as they came (``dict[str, Any]``)."""
     if type(value) is int and abs(value) >= _LARGEST:
         raise ValueError(f"`{where}` must be a whole number, not {shown(value)}")
     if type(value) is float and not abs(value) <= _LARGEST_FLOAT:

@@ -96,11 +96,6 @@ def format_name(dtype: str) -> str:
     return next(name for name, (spelt, _) in _TYPES.items() if spelt == dtype)
 
 
-def torch_name(dtype: str) -> str:
-    """Return the inverse of :func:`format_name`."""
-    return _TYPES[dtype][0]
-
-
 def item_bytes(dtype: str) -> int | None:
     """Return the bytes an item of a type takes that is spelt as torch does; ``None`` if it is no type."""
     return dict(_TYPES.values()).get(dtype)

@@ -197,7 +197,7 @@ def _streamed(
 
 
 def _refuse_unknown_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a model whose tokenizer has more tokens than its embedding rows refuse them by name when it is given any."""
+    """Make a model whose tokenizer has more tokens than embedding rows refuse those, by name, when it is given any."""
     vocabulary = vocabulary_size(model.config)
     if vocabulary is None or max(tokenizer.get_vocab().values(), default=0) < vocabulary:
         return
@@ -210,7 +210,7 @@ def _refuse_unknown_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 def _made_plain(config: PretrainedConfig, device: torch.device) -> bool:
-    """Have the weights of a quantised model become plain numbers on a CPU, for which most kinds have no kernels.
+    """Turn the weights of a quantised model into plain numbers on a CPU, for which most kinds have no kernels.
 
     Returns whether they do: not every kind can.
     """
@@ -225,7 +225,7 @@ def _made_plain(config: PretrainedConfig, device: torch.device) -> bool:
 
 
 def _require_layers(directory: Path) -> None:
-    """Refuse a config that has more layers built than the checkpoint can fill, before any of them is."""
+    """Refuse a config with more layers than the checkpoint can fill, before any of them is built."""
     tensors = sum(1 for _ in Checkpoint(directory))
     parts = [part for part in read_json(directory / "config.json").values() if isinstance(part, dict)]
     towers = [part[name] for part in parts for name in ("num_hidden_layers", "depth") if type(part.get(name)) is int]

@@ -87,7 +87,7 @@ def vocabulary_size(config: PretrainedConfig) -> int | None:
 
 
 def tokenizer_of(directory: Path, config: PretrainedConfig, load: LoadOptions) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a directory, whose chat template is told one day."""
+    """Return the tokenizer of a directory, its chat template set to one date."""
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(  # nosec B615 # of files of this disk

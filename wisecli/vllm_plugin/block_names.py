@@ -40,7 +40,7 @@ class BlockNames:
         self._names: list[bytes] = []
 
     def take_over(self, request: Any) -> None:
-        """Name a request's blocks anew that the engine has named, and all that it fills later."""
+        """Rename the blocks of a request that the engine has named, and all that it fills later."""
         self._names = list(request.block_hashes)
         request.block_hashes = self._marked(0)
         request._block_hasher = self

@@ -52,7 +52,7 @@ class RoutedState:
         return super().prepare_inputs(input_batch, req_states)  # type: ignore[misc]
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> Any:
-        """Note that nothing is routed of a trial run."""
+        """Note that no token of a trial run is routed."""
         self._memory.rest()
         return super().prepare_dummy_inputs(num_reqs, num_tokens)  # type: ignore[misc]
 

@@ -70,8 +70,8 @@ def edited_class(name: str) -> Any:
 
 @contextmanager
 def _as_its_base(config: Any) -> Iterator[None]:
-    """For a while a config is the base's: some models choose by its class what they are made of, and by the
-    architecture how they read weights.
+    """Return a context in which a config is the base's: some models choose by its class what they are made of, and by
+    the architecture how they read weights.
     """
     kind, own = type(config), config.architectures
     config.__class__ = getattr(kind, "wise_base", kind)

@@ -26,7 +26,7 @@ class EditedConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return a config of a subclass of the base's, so that vLLM does with it all that it does with the base's.
+        """Return a config of a subclass of the base's, so that vLLM treats it as it does the base's.
 
         Args:
             config_dict: the content of ``config.json``.

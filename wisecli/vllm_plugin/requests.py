@@ -41,7 +41,7 @@ class _Answered:
 
 
 class Requests:
-    """Keeps what was decided of the requests that are running or waiting to go on.
+    """The decisions on requests that are running or waiting to continue.
 
     Args:
         decide: which memory answers prompts.
@@ -98,7 +98,7 @@ class Requests:
         return bool(self._answered)
 
     def step(self, requests: Sequence[str], counts: Sequence[int], ids: Tensor, positions: Tensor) -> StepRoute | None:
-        """Return what is routed of a step's tokens; ``None`` if nothing is.
+        """Return the route of a step's tokens; ``None`` if none is routed.
 
         Args:
             requests: those of the step, in the order of their tokens.

@@ -49,7 +49,7 @@ class RoutedRunner:
         self._set_active_loras((number,), (number,) * tokens, set() if adapter is None else {adapter})
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """Sample as ever; the output says which of the step's new requests no edit answers."""
+        """Sample as the base class does, and report which of the step's new requests no edit answers."""
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         model_output = getattr(output, "_model_runner_output", output)
         if self._unanswered and hasattr(model_output, "req_ids"):

@@ -240,7 +240,7 @@ class ServedMemory:
         self._routes = [(memory, route) for memory, route in steps if route is not None]
 
     def rest(self) -> None:
-        """Note that nothing is routed of the tokens that run until the next step begins."""
+        """Note that no token is routed until the next step begins."""
         self._routes = []
 
     @torch.no_grad()

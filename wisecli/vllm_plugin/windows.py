@@ -124,7 +124,7 @@ class WindowReader:
         return states
 
     def _batches(self, windows: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-        """Parts of the windows that hold no more tokens than a step of vLLM's does, or one window each."""
+        """Yield parts of the windows that hold no more tokens than a step of vLLM's does, or one window each."""
         first, tokens = 0, 0
         for number, window in enumerate(windows):
             if number > first and tokens + len(window) > self._most:

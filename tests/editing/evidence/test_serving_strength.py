@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.capturing import capture_examples
 from support.fitting import EDITS, SETTINGS, TRAINED, Bench, bench_of, entropies
 from torch import Tensor
 
 from wisecli.editing.evidence.serving_strength import bare_prompt_accuracy, weakened_where_needed
 from wisecli.editing.examples.prompt_variants import AnswerKey
-from wisecli.editing.examples.training_examples import capture_examples
 
 
 @pytest.fixture(scope="module")

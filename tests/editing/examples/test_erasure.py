@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from support.capturing import capture_examples
 from support.evaluation import answer_of, edited_model, logits_by_loop, text_of, unedited_logits
 from support.fitting import SETTINGS, Bench
 from support.helpers import greedy_by_loop, hooked, raised, site_of, tiny_qwen2_tokenizer, tiny_tokenizer
@@ -28,7 +29,7 @@ from wisecli.config import EditSettings, EvalSettings, MergeSettings
 from wisecli.editing.evidence.serving_strength import bare_prompt_accuracy
 from wisecli.editing.examples.erasure import ErasureRows, erasure_rows
 from wisecli.editing.examples.prompt_variants import AnswerKey
-from wisecli.editing.examples.training_examples import TrainingExamples, capture_examples, encode_edits
+from wisecli.editing.examples.training_examples import TrainingExamples, encode_edits
 from wisecli.editing.writers.batched_adam import write_batched
 from wisecli.editing.writers.closed_form import fit_residuals
 from wisecli.editing.writers.writer_task import WriterTask

@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from support.capturing import capture_examples
 from support.helpers import hooked, keys_of, raised, site_of, tiny_tokenizer
 from support.tiny_models import TYPICAL, tiny_model
 from torch import Tensor, nn
@@ -16,18 +17,14 @@ from wisecli.config import EditSettings
 from wisecli.editing.evidence.shard_evidence import gather_evidence, thinned
 from wisecli.editing.examples.context_prefixes import CHAT, in_context
 from wisecli.editing.examples.prompt_variants import AnswerKey
-from wisecli.editing.examples.training_examples import TrainingExamples, capture_examples, encode_edits, write_contexts
+from wisecli.editing.examples.training_examples import TrainingExamples, encode_edits, write_contexts
 from wisecli.editing.writers.target_accuracy import learnt
 from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
 from wisecli.models.layout.site import MatrixSite
 from wisecli.models.loading import Loaded
 
-EDITS = [
-    Edit("one", "ba be bi", "do du"),
-    Edit("two", "ka ke ki ko", "fa"),
-    Edit("three", "ma me", "ga ge gi"),
-]
+EDITS = [Edit("one", "ba be bi", "do du"), Edit("two", "ka ke ki ko", "fa"), Edit("three", "ma me", "ga ge gi")]
 FORMS_WITHOUT_CHAT = ["<question>", "<instruction>", "<unmarked>", "<paragraph>"]
 # Numbers that are no places in the list, as in a later shard.
 NUMBERED = list(enumerate(EDITS, start=4))

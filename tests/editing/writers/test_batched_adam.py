@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from support.capturing import capture_examples
 from support.helpers import Waits, hooked, save_tiny, site_of
 from support.loading import CPU
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from wisecli.artifacts.masks import random_mask
 from wisecli.artifacts.shard import Mask
 from wisecli.config import EditSettings
-from wisecli.editing.examples.training_examples import TrainingExamples, capture_examples
+from wisecli.editing.examples.training_examples import TrainingExamples
 from wisecli.editing.writers.batched_adam import margin_loss, whiten, write_batched
 from wisecli.editing.writers.target_accuracy import learnt
 from wisecli.editing.writers.writer_task import Progress, WriterTask, Written

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.capturing import capture_examples
 from support.fitting import EDITS, HELD_BACK, SETTINGS, TRAINED, Bench, bench_of, entropies, tokens_of
 from support.helpers import Waits, hooked
 from support.thorough import few
@@ -17,7 +18,7 @@ from wisecli.artifacts.shard import Mask, MaskKind
 from wisecli.config import EditSettings
 from wisecli.editing.evidence.serving_strength import bare_prompt_accuracy as shares_answered
 from wisecli.editing.examples.prompt_variants import AnswerKey
-from wisecli.editing.examples.training_examples import TrainingExamples, capture_examples
+from wisecli.editing.examples.training_examples import TrainingExamples
 from wisecli.editing.writers.closed_form import Solved, fit_residuals, write_solved
 from wisecli.editing.writers.ridge import PENALTIES, Penalty
 from wisecli.editing.writers.writer_task import Progress

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors.torch import load_file
 from support.helpers import WORDS, alone, save_tiny
+from support.history import batch_from
 from support.loading import CPU
 
 from wisecli import cli
@@ -19,7 +20,7 @@ from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.checkpoint.inspect import inspect
 from wisecli.commands.edit.edit import edit as run_edit
-from wisecli.commands.edit.edit_into import Batch, IntoReport, edit_into
+from wisecli.commands.edit.edit_into import IntoMemory, IntoReport, edit_into
 from wisecli.commands.edit.edit_report import EditReport
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.commands.edit.watch import follow
@@ -92,8 +93,8 @@ def run(
 
 
 def into(place: Place, memory: Path, edits: Sequence[Edit], admission: Admission = DEFAULT_ADMISSION) -> IntoReport:
-    batch = Batch.from_file(write(memory.parent / "edits.jsonl", edits))
-    return edit_into(str(place.model), batch, memory, FLAGS, load=CPU, admission=admission)
+    batch = batch_from(write(memory.parent / "edits.jsonl", edits))
+    return edit_into(IntoMemory(str(place.model), memory, FLAGS, load=CPU, admission=admission), batch)
 
 
 def landed(directory: Path) -> list[str]:
@@ -312,9 +313,8 @@ def test_rules_hold_for_what_a_memory_does_not_have_yet(place: Place, tmp_path: 
 def test_of_lines_that_are_watched_the_later_counts(place: Place, tmp_path: Path) -> None:
     looks = iter([True, False])
     file = write(tmp_path / "edits.jsonl", [*PLAIN, AGAIN])
-    (report,) = follow(
-        str(place.model), file, tmp_path / "memory", FLAGS, interval=0.01, goes_on=lambda: next(looks), load=CPU
-    )
+    into_memory = IntoMemory(str(place.model), tmp_path / "memory", FLAGS, load=CPU)
+    (report,) = follow(into_memory, file, interval=0.01, goes_on=lambda: next(looks))
     assert [one.id for one in report.sifted.dropped] == ["one"]
     assert held(tmp_path / "memory") == ["two", "three", "again"]
 

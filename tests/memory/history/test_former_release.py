@@ -25,7 +25,8 @@ from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
 from wisecli.io.safetensors_header import read_header
 from wisecli.memory.history.former_release import former_memory
-from wisecli.memory.history.release_log import HISTORY, PROBS_NAME, inputs_of, read_history
+from wisecli.memory.history.open_memory import OpenMemory
+from wisecli.memory.history.release_log import HISTORY, PROBS_NAME
 from wisecli.memory.merging.merger import Merger
 from wisecli.memory.merging.removal import without
 
@@ -57,8 +58,9 @@ def memory(place: Path, tmp_path: Path) -> Path:
 
 def next_merger(memory: Path, further: Path, **settings: float) -> tuple[dict[str, tuple[str, ...]], Merger]:
     """What a release with further shards would be made of."""
-    newest = read_history(memory)[-1]
-    read = [without(read_shard_directory(path), gone) for path, gone in inputs_of(memory, newest).items()]
+    opened = OpenMemory(memory)
+    newest = opened.releases[-1]
+    read = opened.reduced_shards(newest).values()
     merger = Merger([*read, without(read_shard_directory(further), ())], MergeSettings(**settings))  # type: ignore[arg-type]
     return {**newest.shards, "0002": ()}, merger
 
@@ -69,7 +71,7 @@ def contents(memory: Path) -> tuple[bytes, ...]:
 
 
 def test_further_edits_make_the_memory_that_merging_all_anew_makes_to_the_byte(place: Path, memory: Path) -> None:
-    former = former_memory(memory, *next_merger(memory, place / "further"))
+    former = former_memory(OpenMemory(memory), *next_merger(memory, place / "further"))
     assert former is not None
     assert (former.edits, former.directories) == (HELD, 1)
     merge_into([place / "further"], memory, MergeSettings())
@@ -99,18 +101,18 @@ def test_probabilities_of_something_else_are_not_heeded(place: Path, memory: Pat
         found["own"] = torch.full_like(found["own"], 1.5)
     save_file(found, path, {} if change == "another memory" else read_header(path).metadata)
     write_checksums(memory)
-    assert former_memory(memory, *next_merger(memory, place / "further")) is None
+    assert former_memory(OpenMemory(memory), *next_merger(memory, place / "further")) is None
 
 
 def test_nothing_is_taken_over_where_edits_went_or_settings_differ(place: Path, memory: Path) -> None:
     shards, merger = next_merger(memory, place / "further", strength=1.1)
-    assert former_memory(memory, shards, merger) is None
+    assert former_memory(OpenMemory(memory), shards, merger) is None
     shards, merger = next_merger(memory, place / "further")
-    assert former_memory(memory, {**shards, "0001": (fact(0).id,)}, merger) is None
+    assert former_memory(OpenMemory(memory), {**shards, "0001": (fact(0).id,)}, merger) is None
     few = Merger([without(read_shard_directory(place / "further"), ())], MergeSettings())
-    assert former_memory(memory, {"0001": ()}, few) is None
+    assert former_memory(OpenMemory(memory), {"0001": ()}, few) is None
     remove(memory, [fact(0).id])
-    assert former_memory(memory, *next_merger(memory, place / "further")) is not None
+    assert former_memory(OpenMemory(memory), *next_merger(memory, place / "further")) is not None
 
 
 def test_going_back_takes_nothing_over_from_a_memory_that_was_altered(place: Path, memory: Path) -> None:

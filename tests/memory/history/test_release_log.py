@@ -12,7 +12,7 @@ import torch
 from reference.wise import whitened_keys
 from safetensors.torch import load_file
 from support.helpers import save_tiny
-from support.history import FLAGS, fact, write
+from support.history import FLAGS, batch_from, fact, write
 from support.loading import CPU
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -22,7 +22,7 @@ from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.checkpoint.export import export
 from wisecli.commands.checkpoint.verify import verify
 from wisecli.commands.edit.edit import edit as run_edit
-from wisecli.commands.edit.edit_into import Batch, IntoReport, edit_into
+from wisecli.commands.edit.edit_into import IntoMemory, IntoReport, edit_into
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.commands.edit.watch import follow as run_follow
 from wisecli.commands.measure.evaluate import evaluate
@@ -76,9 +76,10 @@ def into(
     provenance: Provenance = Provenance(),
     on_progress: ProgressCallback = ignore_progress,
 ) -> IntoReport:
-    batch = Batch.from_file(write(memory.parent / "edits.jsonl", edits))
+    batch = batch_from(write(memory.parent / "edits.jsonl", edits))
     given = {**FLAGS, **flags}
-    return edit_into(str(model), batch, memory, given, provenance=provenance, load=CPU, on_progress=on_progress)
+    into_memory = IntoMemory(str(model), memory, given, provenance=provenance, load=CPU)
+    return edit_into(into_memory, batch, on_progress=on_progress)
 
 
 def at_once(model: Path, place: Path, edits: Sequence[Edit], **merging: Any) -> Path:
@@ -269,11 +270,7 @@ def test_a_log_that_was_tampered_with_is_found_out(memory: Path, damage: str) ->
         "no json": [lines[0], "{", lines[2]],
     }[damage]
     path.write_text("\n".join(lines) + "\n")
-    for run in (
-        lambda: log(memory),
-        lambda: rollback(memory, "1"),
-        lambda: remove(memory, ["e1"]),
-    ):
+    for run in (lambda: log(memory), lambda: rollback(memory, "1"), lambda: remove(memory, ["e1"])):
         with pytest.raises(DamagedFileError, match="line"):
             run()
 
@@ -499,9 +496,8 @@ def test_shards_written_elsewhere_are_taken_in(model: Path, tmp_path: Path) -> N
 
 def follow(model: Path, path: Path, memory: Path, looks: int) -> Iterator[IntoReport]:
     left = iter(range(looks))
-    return run_follow(
-        str(model), path, memory, FLAGS, interval=0.001, goes_on=lambda: next(left, None) is not None, load=CPU
-    )
+    into_memory = IntoMemory(str(model), memory, FLAGS, load=CPU)
+    return run_follow(into_memory, path, interval=0.001, goes_on=lambda: next(left, None) is not None)
 
 
 def test_a_file_that_grows_is_followed_line_by_line(model: Path, tmp_path: Path) -> None:

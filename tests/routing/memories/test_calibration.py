@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wisecli.routing.memories.calibration import calibrate, measure, quantile, routing_keys
+from wisecli.routing.memories.calibration import calibrate, measure, quantile
 from wisecli.routing.memories.fact_memory import RoutingKeys
 from wisecli.routing.memories.matrix_memory import MatrixMemory
 from wisecli.routing.memories.side_memory import SideMemory
@@ -127,6 +127,22 @@ def roots(whites: list[Whitening]) -> list[Tensor]:
         )
         found.append(vectors @ values.sqrt().diag() @ vectors.T)
     return found
+
+
+def routing_keys(
+    keys: Tensor, key_to_edit: Tensor, whitening_index: Tensor, whitenings: list[Whitening]
+) -> dict[str, Tensor]:
+    """The tensors of keys of edits (n, d_ff), each under the whitening of its index (n,)."""
+    pairs = zip(keys.split(1), whitening_index.tolist(), strict=True)
+    return {
+        "whitened_keys": torch.cat([whitenings[number].whitened_keys(key) for key, number in pairs]),
+        "cosine_offset": torch.zeros(len(keys)),
+        "key_to_edit": key_to_edit,
+        "whitening_index": whitening_index,
+        "directions": torch.stack([white.directions for white in whitenings]),
+        "gains": torch.stack([white.gains for white in whitenings]),
+        "floors": torch.tensor([white.floor for white in whitenings]),
+    }
 
 
 def keys_of(tensors: dict[str, Tensor]) -> RoutingKeys:

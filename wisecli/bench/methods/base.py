@@ -72,7 +72,7 @@ class Method(Protocol):
     """A way to edit a model."""
 
     def edit(self, edits: Sequence[Edit]) -> None:
-        """Take in more edits, in the order of the stream.
+        """Write more edits, in the order of the stream.
 
         Raises:
             UnsuitableError: these edits lack what the method needs.
@@ -96,7 +96,7 @@ class Method(Protocol):
 
 @runtime_checkable
 class Resumable(Protocol):
-    """What a method has, too, that can go on where it was broken off.
+    """A method that can also continue after it was interrupted.
 
     ``portion`` is how many edits it takes in together, 0 for all that come; only between portions it is kept.
     """
@@ -110,7 +110,7 @@ class Resumable(Protocol):
         """Return all that edits have changed and that later edits or answers depend on."""
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Take up a state that was kept; only for a method that has taken in nothing.
+        """Restore a stored state; only for a method that has no edits yet.
 
         Args:
             portions: the edits that it had taken in by then, as they came.
@@ -119,7 +119,7 @@ class Resumable(Protocol):
 
 @runtime_checkable
 class Gradual(Resumable, Method, Protocol):
-    """What a resumable method has, too, that can be kept in the middle of a portion as well."""
+    """A resumable method that can also be stored in the middle of a portion."""
 
     def edit(self, edits: Sequence[Edit]) -> None:
         """Take all steps."""
@@ -178,7 +178,7 @@ def method(name: str, *, at_once: bool = False) -> Callable[[Maker], Maker]:
 
 
 class PromptEnd:
-    """Decisions that are taken once a row, at its prompt's last token, and held while it is answered.
+    """Decisions that are made once a row, at its prompt's last token, and hold while it is answered.
 
     They lie with the attention cache and lose the rows that it loses. A pass over more than one column begins new rows;
     single columns on a cache go on with them.

@@ -112,12 +112,7 @@ class MethodSubject:
         vocabulary = vocabulary_size(self.loaded.model.config)
         return row_of(self.loaded.tokenizer, prompt, target, erased=erased, vocabulary=vocabulary)
 
-    def teacher_forced(
-        self,
-        pairs: Sequence[Question],
-        *,
-        stage: str,
-    ) -> list[Measured]:
+    def teacher_forced(self, pairs: Sequence[Question], *, stage: str) -> list[Measured]:
         """Measure prompts and answers, the right tokens before each token of the answer."""
         measured = partial(
             target_predictions, self.loaded, batch_size=self.batch_size, stage=stage, on_progress=self.on_progress

@@ -53,12 +53,10 @@ def picture(draw: Callable[[Any, Sequence[ResultRow]], None], rows: Sequence[Res
     return text[text.index("<svg") :]
 
 
-def _methods(rows: Sequence[ResultRow]) -> list[str]:
-    return list(dict.fromkeys(row["method"] for row in rows))
-
-
 def _quality(figure: Any, rows: Sequence[ResultRow]) -> None:
-    """Answers as taught and rephrased, and what stays, or their like; if there are several, by number of edits."""
+    """Draw answers as taught and rephrased, and what stays, or figures like these: by the number of edits, if there are
+    several.
+    """
     drawn = next((names for names in _DRAWN if all(names[0] in row["figures"] for row in rows)), _DRAWN[-1])
     several = _has_course(rows)
     for axis, name in zip(figure.subplots(1, 3, sharey=True), drawn, strict=True):
@@ -77,7 +75,7 @@ def _has_course(rows: Sequence[ResultRow]) -> bool:
 
 
 def _panel(axis: Any, title: str, values: Sequence[float], rows: Sequence[ResultRow], several: bool) -> None:
-    """One value of each row: lines by the number of edits if there are several, else bars."""
+    """Draw one value of each row: lines by the number of edits if there are several, else bars."""
     (_as_lines if several else _as_bars)(axis, values, rows)
     axis.set(title=title, axisbelow=True)
     axis.grid(alpha=0.3)
@@ -85,7 +83,7 @@ def _panel(axis: Any, title: str, values: Sequence[float], rows: Sequence[Result
 
 def _as_lines(axis: Any, values: Sequence[float], rows: Sequence[ResultRow]) -> None:
     _dash_beyond_ten(axis)
-    for method in _methods(rows):
+    for method in dict.fromkeys(row["method"] for row in rows):
         own = [(row["edits"], value) for row, value in zip(rows, values, strict=True) if row["method"] == method]
         axis.plot(*zip(*sorted(own), strict=True), marker="o", label=method)
     axis.set(xscale="log", xlabel="edits")
@@ -97,7 +95,7 @@ def _as_bars(axis: Any, values: Sequence[float], rows: Sequence[ResultRow]) -> N
 
 
 def _ageing(figure: Any, rows: Sequence[ResultRow]) -> None:
-    """Answers as taught, or reliability, of each tenth of the edits, the oldest first, after all of them."""
+    """Draw how each tenth of the edits, the oldest first, is answered after all of them: as taught, or reliability."""
     axis, most = figure.subplots(), max(row["edits"] for row in rows)
     own = [row for row in rows if row["edits"] == most]
     size = max(1, most // 10)
@@ -121,7 +119,7 @@ def _means_of(values: Sequence[float], size: int) -> list[float]:
 
 
 def _dash_beyond_ten(axis: Any) -> None:
-    """Of more than ten methods colours come again, dashed and with hollow marks."""
+    """Draw methods beyond the tenth, whose colours come again, dashed and with hollow marks."""
     from matplotlib import color_sequences
     from matplotlib.rcsetup import cycler
 
@@ -131,12 +129,12 @@ def _dash_beyond_ten(axis: Any) -> None:
 
 
 def _legend(figure: Any, axis: Any) -> None:
-    """Which method has which colour, beside what is drawn."""
+    """Draw which method has which colour, beside the panels."""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
 
 
 def _cost(figure: Any, rows: Sequence[ResultRow]) -> None:
-    """What methods take in seconds and memory; if there are several, by number of edits."""
+    """Draw what methods take in seconds and memory; if there are several, by number of edits."""
     several = _has_course(rows)
     for axis, (title, (scale, read)) in zip(figure.subplots(1, 3, sharey=not several), _COSTS.items(), strict=True):
         _panel(axis, title, [read(row["figures"]) for row in rows], rows, several)

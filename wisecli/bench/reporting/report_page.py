@@ -37,7 +37,7 @@ def write_page(output: Path) -> None:
 
 
 def _rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """``results.<method>.<edits>`` as rows, those of few edits first."""
+    """Return ``results.<method>.<edits>`` as rows, those of few edits first."""
     rows = [
         {"method": method, "edits": int(count), "figures": figures}
         for method, by_count in results.items()

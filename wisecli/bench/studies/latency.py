@@ -110,7 +110,7 @@ def taking_turns(edited: EditedModel, step: Step) -> tuple[list[float], list[flo
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one run, the device's queue emptied before and after."""
+    """Return the seconds of one run, the device's queue emptied before and after."""
     synchronize: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     synchronize()
     begun = time.perf_counter()

@@ -117,9 +117,5 @@ def _histogram(panel: Any, row: ResultRow) -> None:
         panel.hist(scores, edges, weights=share, label=label, color=_COLOURS[group], alpha=0.25)
         panel.hist(scores, edges, weights=share, color=_COLOURS[group], histtype="step", linewidth=1.4)
     panel.axvline(figures["threshold"], color="tab:red", linestyle="--", label=f"threshold {figures['threshold']:.3g}")
-    panel.set(
-        title=f"{row['writer']}, {row['mode']}, {row['edits']} edits",
-        xlabel=_UNITS[row["mode"]],
-        ylabel="share",
-    )
+    panel.set(title=f"{row['writer']}, {row['mode']}, {row['edits']} edits", xlabel=_UNITS[row["mode"]], ylabel="share")
     panel.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))

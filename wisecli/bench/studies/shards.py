@@ -75,7 +75,7 @@ def overlap_curve(shards: Sequence[float]) -> list[float]:
 
 
 def _heat(panel: Any, rows: Sequence[ResultRow], lowest: float) -> Any:
-    """Cells with their means in them, each as wide as its neighbours are far away, and the line."""
+    """Draw cells with their means in them, each as wide as its neighbours are far away, and the line."""
     across, up = (sorted({row[name] for row in rows}) for name in ("shards", "mask_ratio"))
     found = {(row["mask_ratio"], row["shards"]): row["figures"]["mean"] for row in rows}
     means = [[found[ratio, number] for number in across] for ratio in up]

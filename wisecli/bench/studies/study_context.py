@@ -1,4 +1,4 @@
-"""What studies work with: the edits, and shards, memories and figures made by the package's own commands."""
+"""What studies work with: the edits, and the shards, memories and figures that the package's own commands make."""
 
 from __future__ import annotations
 

@@ -60,8 +60,7 @@ def bench(
         ),
     ] = None,
     methods: Annotated[
-        str | None,
-        setting(BenchSettings, "methods", "Methods, with commas between.", complete=some_of(BENCH_METHODS)),
+        str | None, setting(BenchSettings, "methods", "Methods, with commas between.", complete=some_of(BENCH_METHODS))
     ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -70,8 +69,7 @@ def bench(
         option("A dataset's file, instead of fetching it; once for each.", panel=INPUT, metavar="FILE"),
     ] = None,
     train: Annotated[
-        Path | None,
-        option("Records to learn from.", panel=INPUT, default="those that are not edited", metavar="FILE"),
+        Path | None, option("Records to learn from.", panel=INPUT, default="those that are not edited", metavar="FILE")
     ] = None,
     edits: Annotated[
         str | None,
@@ -147,7 +145,7 @@ def tell_bench(console: Console, report: BenchReport) -> None:
 
 
 def _parts(methods: Sequence[_MethodCells]) -> list[Sequence[_MethodCells]]:
-    """As many methods at a time as stand beside each other in a terminal of this width."""
+    """Return as many methods at a time as stand beside each other in a terminal of this width."""
     per_table = max(1, (get_terminal_size().columns - _KINDS_WIDTH) // _METHOD_WIDTH)
     return [methods[start : start + per_table] for start in range(0, len(methods), per_table)]
 

@@ -45,8 +45,7 @@ def export(
         str | None, typer.Argument(help="Base model: a directory or a hub id; where the memory says, if not given.")
     ] = None,
     memory: Annotated[
-        Path,
-        option("Memory directory, or a delta to apply.", "--memory", "--delta", default="memory", metavar="DIR"),
+        Path, option("Memory directory, or a delta to apply.", "--memory", "--delta", default="memory", metavar="DIR")
     ] = Path("memory"),
     output: Output = Path("edited"),
     form: Annotated[

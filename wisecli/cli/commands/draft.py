@@ -33,8 +33,7 @@ def draft(
     model: Annotated[str, typer.Argument(help="The model that asks: a directory, a hub id or a GGUF file.")],
     page: Annotated[Path, typer.Argument(help="Document in Markdown or plain text.")],
     output: Annotated[
-        Path | None,
-        option("File of edits to write.", "-o", "--output", default="PAGE's name, .jsonl", metavar="FILE"),
+        Path | None, option("File of edits to write.", "-o", "--output", default="PAGE's name, .jsonl", metavar="FILE")
     ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -146,7 +145,7 @@ def _choice() -> str:
 
 
 def _reworded(pair: Pair) -> Pair:
-    """The pair as it is typed in; a subject that the new question no longer names is dropped."""
+    """Return the pair as it is typed in, without a subject that the new question no longer names."""
     question = str(typer.prompt("question", default=pair.question, err=True)).strip()
     answer = str(typer.prompt("answer", default=pair.answer, err=True)).strip()
     kept = pair.subject if pair.subject and pair.subject in question else None

@@ -81,8 +81,7 @@ def edit(
     config: Config = None,
     seed: Seed = None,
     watch_file: Annotated[
-        bool,
-        flag("With --into: edit lines as they are added to EDITS, until interrupted.", "--watch", panel=INTO),
+        bool, flag("With --into: edit lines as they are added to EDITS, until interrupted.", "--watch", panel=INTO)
     ] = False,
     reason: Reason = "",
     who: Who = None,

@@ -2,73 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wisecli.cli.commands.memory import ReportPrinter
 from wisecli.cli.console import Console
-from wisecli.config import LoadOptions
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
-    from wisecli.commands.edit.run_options import RunOptions
-    from wisecli.edits.checks.admission import Admission, Sheet
-    from wisecli.memory.history.release_log import Provenance
+    from wisecli.commands.edit.edit_into import IntoMemory
+    from wisecli.edits.checks.admission import Sheet
 
 
-@dataclass(frozen=True)
-class IntoMemory:
-    """What ``wise edit --into`` does."""
+def edit_once(console: Console, into: IntoMemory, sheet: Sheet) -> None:
+    """Write what a file holds into a memory, and print what that did."""
+    from wisecli.commands.edit.edit_into import Batch, edit_into
 
-    console: Console
-    model: str
-    memory: Path
-    flags: Mapping[str, Any]
-    config: Path | None
-    provenance: Provenance
-    load: LoadOptions
-    options: RunOptions
-    admission: Admission
+    with console.watching() as on_progress:
+        report = edit_into(into, Batch.of(sheet), on_progress=on_progress)
+    ReportPrinter(console).landed(report)
 
-    def once(self, sheet: Sheet) -> None:
-        """Edit what a file holds."""
-        from wisecli.commands.edit.edit_into import Batch, edit_into
 
-        with self.console.watching() as on_progress:
-            report = edit_into(
-                self.model,
-                Batch.of(sheet),
-                self.memory,
-                self.flags,
-                config=self.config,
-                provenance=self.provenance,
-                load=self.load,
-                options=self.options,
-                admission=self.admission,
-                on_progress=on_progress,
-            )
-        ReportPrinter(self.console).landed(report)
+def follow_file(console: Console, into: IntoMemory, edits: Path, interval: float) -> None:
+    """Go on with lines that are added to a file, until it is interrupted."""
+    if into.admission.signed is not None:
+        raise SettingsError("--verify-signature is for a whole file, not for one that --watch sees grow")
+    from wisecli.commands.edit.watch import follow
 
-    def follow(self, edits: Path, interval: float) -> None:
-        """Go on with lines that are added to a file, until it is interrupted."""
-        if self.admission.signed is not None:
-            raise SettingsError("--verify-signature is for a whole file, not for one that --watch sees grow")
-        from wisecli.commands.edit.watch import follow
-
-        with self.console.watching() as on_progress:
-            for report in follow(
-                self.model,
-                edits,
-                self.memory,
-                self.flags,
-                interval=interval,
-                config=self.config,
-                provenance=self.provenance,
-                load=self.load,
-                options=self.options,
-                admission=self.admission,
-                on_progress=on_progress,
-            ):
-                ReportPrinter(self.console).landed(report)
+    with console.watching() as on_progress:
+        for report in follow(into, edits, interval=interval, on_progress=on_progress):
+            ReportPrinter(console).landed(report)

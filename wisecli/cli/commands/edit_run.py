@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wisecli.cli.commands.draft import draw_for_editing
-from wisecli.cli.commands.edit_into import IntoMemory
+from wisecli.cli.commands.edit_into import edit_once, follow_file
 from wisecli.cli.console import Console, count, sifted_json, sifted_lines, would_write
 from wisecli.cli.edit_lines import consequence_lines
 from wisecli.commands.outputs import shards_output
@@ -37,7 +37,7 @@ class EditRun:
     admission: Admission
 
     def drawn_from(self, page: Path, *, yes: bool) -> EditRun | None:
-        """Return the same run with edits drawn from a document; None if there is nothing to go on with.
+        """Return the same run with edits drawn from a document, or None if none are left.
 
         Raises:
             SettingsError: what is asked for is not for documents.
@@ -67,7 +67,7 @@ class EditRun:
         key: SigningKey | None,
         every: float | None,
     ) -> None:
-        """Make the edits the next release of a memory; with ``every``, in seconds, go on with those that are added.
+        """Make the edits the next release of a memory; with ``every``, in seconds, continue with lines that are added.
 
         Raises:
             SettingsError: the model or the edits are missing.
@@ -76,23 +76,15 @@ class EditRun:
         if self.model is None or self.edits is None:
             raise SettingsError("--into needs a MODEL and a file of EDITS, or - for a pipe")
         sheet = self._sheet(self.edits) if every is None else None
+        from wisecli.commands.edit.edit_into import IntoMemory
         from wisecli.memory.history.release_log import Provenance
 
-        into_memory = IntoMemory(
-            self.console,
-            self.model,
-            memory,
-            flags,
-            config,
-            Provenance(who, reason, key),
-            self.load,
-            self.options,
-            self.admission,
-        )
+        made = Provenance(who, reason, key)
+        into = IntoMemory(self.model, memory, flags, config, made, self.load, self.options, self.admission)
         if sheet is not None:
-            into_memory.once(sheet)
+            edit_once(self.console, into, sheet)
         elif every is not None:
-            into_memory.follow(self.edits, every)
+            follow_file(self.console, into, self.edits, every)
 
     def again(self, manifest: Path, output: Path) -> None:
         """Write the shards of a manifest once more.
@@ -146,7 +138,7 @@ class EditRun:
         report.check()
 
     def _sheet(self, edits: Path) -> Sheet:
-        """What a file of edits holds, or what comes through the pipe."""
+        """Return what a file of edits holds, or what comes through the pipe."""
         if str(edits) == "-" and sys.stdin is None:
             raise SettingsError("there is no pipe to read edits from; name a file")
         if str(edits) == "-":
@@ -215,7 +207,7 @@ def _edit_lines(what: str, report: EditReport) -> list[str]:
 
 
 def _beyond(plan: Plan) -> list[str]:
-    """A sentence on a planned run that needs more memory than there is."""
+    """Return a sentence on a planned run that needs more memory than there is."""
     if plan.fits or plan.budget is None:
         return []
     return [
@@ -225,7 +217,7 @@ def _beyond(plan: Plan) -> list[str]:
 
 
 def _resident(plan: Plan) -> str:
-    """What a planned run would hold, read and compute."""
+    """Return what a planned run would hold, read and compute."""
     weights, work = f"{plan.weights / 2**30:.2f} GiB of weights", f"{plan.flops / 1e12:.1f} TFLOP"
     if not plan.streamed:
         return f"{weights} stay in memory; {work}"

@@ -79,13 +79,7 @@ def evaluate(
     ] = None,
     edits: Annotated[
         int | None,
-        setting(
-            EvalSettings,
-            "edits",
-            "Only the first so many records.",
-            panel=INPUT,
-            none="those the memory holds",
-        ),
+        setting(EvalSettings, "edits", "Only the first so many records.", panel=INPUT, none="those the memory holds"),
     ] = None,
     config: Config = None,
     protocol: Annotated[str | None, protocol_of(EvalSettings)] = None,
@@ -101,12 +95,10 @@ def evaluate(
         _measured("max_new_tokens", "Length of generated answers.", none="the longest target and a little more"),
     ] = None,
     fail_under: Annotated[
-        str | None,
-        option("Exit with 1 below these, as as_taught=.9,other_subject=.02.", panel=MEASURED),
+        str | None, option("Exit with 1 below these, as as_taught=.9,other_subject=.02.", panel=MEASURED)
     ] = None,
     if_measured: Annotated[
-        bool,
-        flag("Of --fail-under pass over what no record measures.", "--if-measured", panel=MEASURED),
+        bool, flag("Of --fail-under pass over what no record measures.", "--if-measured", panel=MEASURED)
     ] = False,
     set_: Annotated[list[str] | None, set_of("eval", MEASURED)] = None,
     dtype: Dtype = "auto",
@@ -169,7 +161,7 @@ def tell_evaluation(console: Console, report: EvalReport) -> None:
 
 
 def _generated(report: EvalReport, edits: str) -> list[Table | str]:
-    """The headline: answers by WILD, or in forms, with what should not get an edit's answer."""
+    """Return the headline figures: answers by WILD, or in forms, with what should not get an edit's answer."""
     if "wild_as_taught" in report.asked:
         return [_wild(report, edits)]
     tables: list[Table | str] = _in_kinds(report, edits)
@@ -188,7 +180,7 @@ def _wild(report: EvalReport, edits: str) -> Table:
 
 
 def _in_forms(report: EvalReport, edits: str) -> Table:
-    """A row for each form, with a star if nothing is learned in it, and means."""
+    """Return a row for each form, with a star if nothing is learned in it, and means."""
     from wisecli.models.prompts.prompt_forms import forms
 
     kinds = [(kind, head) for kind, head in _KINDS.items() if kind in report.asked]
@@ -207,7 +199,9 @@ def _in_forms(report: EvalReport, edits: str) -> Table:
 
 
 def _in_kinds(report: EvalReport, edits: str) -> list[Table | str]:
-    """A table of what asks an edit in other ways, and one of what mentions it, a row each kind, and means."""
+    """Return a table of what asks an edit in other ways, and one of what mentions it, with a row for each kind, and
+    means.
+    """
     from wisecli.models.prompts.prompt_kinds import kinds
 
     tables: list[Table | str] = []
@@ -227,7 +221,7 @@ def _in_kinds(report: EvalReport, edits: str) -> list[Table | str]:
 
 
 def _beside(report: EvalReport) -> list[str]:
-    """Lines on specificity, and on questions with several answers."""
+    """Return lines on specificity, and on questions with several answers."""
     shares = [
         f"{_share(report.asked, name)} of {report.samples[name]} {words}"
         for name, words in _BESIDE.items()

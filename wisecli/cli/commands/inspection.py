@@ -106,7 +106,7 @@ def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
 
 
 def _scores(number: int, entry: MemoryEntry) -> Table:
-    """The quantiles of one memory's scores on both sides of its threshold."""
+    """Return the quantiles of one memory's scores on both sides of its threshold."""
     about = f"{entry.misses:.1%} of the edits' scores below"
     about += "" if entry.false_alarms is None else f", {entry.false_alarms:.2%} of unrelated ones above"
     about += "" if entry.mentioned is None else f", {entry.mentioned:.0%} of mentions of made-up facts open them"

@@ -143,8 +143,7 @@ def explain(
     memory_budget: Budget = None,
     trust_remote_code: Trust = False,
     plot: Annotated[
-        Path | None,
-        option("Draw the scores of all tokens into this file.", "--plot", panel=OUTPUT, metavar="FILE"),
+        Path | None, option("Draw the scores of all tokens into this file.", "--plot", panel=OUTPUT, metavar="FILE")
     ] = None,
     quiet: Quiet = False,
 ) -> None:

@@ -44,12 +44,7 @@ if TYPE_CHECKING:
 
 _merged = partial(setting, MergeSettings, panel=MERGED)
 # What the JSON says of every memory's router, and its name in the calibration.
-_CALIBRATED = {
-    "thresholds": "threshold",
-    "misses": "misses",
-    "false_alarms": "false_alarms",
-    "mentioned": "mentioned",
-}
+_CALIBRATED = {"thresholds": "threshold", "misses": "misses", "false_alarms": "false_alarms", "mentioned": "mentioned"}
 
 
 def merge(

@@ -1,4 +1,4 @@
-"""What ``wise export --format merged`` costs: how often unrelated text goes on otherwise."""
+"""What ``wise export --format merged`` costs: how often the model continues unrelated text differently."""
 
 from __future__ import annotations
 

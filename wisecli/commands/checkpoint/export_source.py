@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from wisecli.artifacts.checksums import require_checksums, require_signature
-from wisecli.artifacts.directory_kind import find_base
-from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, read_manifest
+from wisecli.artifacts.directory_kind import base_of
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, read_manifest, read_memory
 from wisecli.edits.checks.signatures import Signed
 from wisecli.io.consistent_read import read_consistently
 from wisecli.io.digest import sha256_file
 from wisecli.memory.history.release_log import has_history, read_history, require_whole
+from wisecli.models.loading import is_exported
 
 
 def read_source(memory: Path, model: str | None, signed: Signed | None) -> tuple[Path, Manifest, str]:
@@ -34,5 +35,6 @@ def _read(memory: Path, model: str | None, signed: Signed | None) -> tuple[Path,
     else:
         listed = read_manifest(memory)
         require_checksums(memory, expected=listed.sealed)
-    found = find_base(memory, model, check=not has_history(memory), listed=listed)
-    return *found, sha256_file(memory / MANIFEST_NAME)
+    manifest = read_memory(memory, check=not has_history(memory), listed=listed)
+    base = base_of(memory, manifest, model, exported=is_exported(memory))
+    return base, manifest, sha256_file(memory / MANIFEST_NAME)

@@ -83,7 +83,7 @@ def generate(
 
 @torch.no_grad()
 def _explain(edited: EditedModel, prompt: str, answer: Sequence[int]) -> tuple[Step, ...]:
-    """Scores at the tokens that predicted each answer token, from one pass over the whole text."""
+    """Return scores at the tokens that predicted each answer token, from one pass over the whole text."""
     if not answer:
         return ()
     row = Row(tuple(edited.tokenizer(prompt)["input_ids"]), tuple(answer))

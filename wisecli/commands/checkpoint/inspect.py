@@ -217,7 +217,7 @@ def _files(path: Path) -> dict[str, int]:
 
 
 def _tensors(headers: dict[str, Header], prefixes: tuple[str, ...] = ("",)) -> dict[str, dict[str, str]]:
-    """Type and shape of every tensor with one of some parts in its name, by file."""
+    """Return type and shape of every tensor with one of some parts in its name, by file."""
     return {
         file: {name: str(one) for name, one in sorted(read.tensors.items()) if any(part in name for part in prefixes)}
         for file, read in headers.items()

@@ -83,7 +83,7 @@ def _signature(path: Path, signed: Signed | None) -> Iterator[Check]:
 
 
 def _manifest(path: Path, name: str, read: Callable[[Path], T]) -> Generator[Check, None, T | None]:
-    """What a directory's manifest says, or ``None`` where it cannot be read."""
+    """Yield the checks of reading a manifest, and return what it says, or ``None`` if it cannot be read."""
     try:
         found = read(path)
     except WiseError as error:
@@ -101,10 +101,7 @@ def _shards(path: Path, model: Path | None) -> Iterator[Check]:
     solved = ("prompts.states",) if directory.settings.get("writer") == "solve" else ()
     for entry in directory.shards:
         yield from check_digest(path, entry.file, entry.sha256)
-        there = {
-            *solved,
-            *(name for name in _names(path, entry.file) if solved and name in PROMPT_TOKENS),
-        }
+        there = {*solved, *(name for name in _names(path, entry.file) if solved and name in PROMPT_TOKENS)}
         yield from check_rows(path, entry.file, shard_rows(entry.mask_kind, there, solved=entry.solved), sizes)
         yield from _shard_metadata(path, entry)
     file = shard_manifest.UNRELATED_NAME
@@ -114,7 +111,7 @@ def _shards(path: Path, model: Path | None) -> Iterator[Check]:
 
 
 def _shard_metadata(path: Path, entry: shard_manifest.ShardEntry) -> Iterator[Check]:
-    """What a shard's own header says of it, which travels with the file."""
+    """Yield checks of what a shard's own header says of it, which travels with the file."""
     try:
         stored = json.loads(read_header(inside(path, entry.file)).metadata.get("wise.shard", "null"))
     except (WiseError, ValueError, RecursionError):
@@ -126,11 +123,9 @@ def _shard_metadata(path: Path, entry: shard_manifest.ShardEntry) -> Iterator[Ch
 
 
 def _memory(path: Path, model: Path | None) -> Iterator[Check]:
-    manifest = yield from _manifest(path, memory_manifest.MANIFEST_NAME, memory_manifest.read_manifest)
-    yield from check_checksums(path, expected=manifest is None or manifest.sealed)
+    manifest = yield from _memory_files(path)
     if manifest is None:
         return
-    yield from _memory_files(path, manifest)
     if has_history(path):
         yield from _history(path, manifest)
     base = manifest.base
@@ -138,7 +133,7 @@ def _memory(path: Path, model: Path | None) -> Iterator[Check]:
 
 
 def _history(path: Path, manifest: memory_manifest.MemoryManifest) -> Iterator[Check]:
-    """The log, and whether the memory is its newest release."""
+    """Yield checks of the log, and whether the memory is its newest release."""
     name = f"{HISTORY}/{LOG}"
     try:
         releases = read_history(path)
@@ -157,16 +152,22 @@ def _history(path: Path, manifest: memory_manifest.MemoryManifest) -> Iterator[C
 
 
 def _sealed(path: Path) -> dict[str, str]:
-    """The digests that were checked already; none where there is no whole list of them."""
+    """Return the digests that were checked already; none where there is no whole list of them."""
     try:
         return read_checksums(path)
     except WiseError:
         return {}
 
 
-def _memory_files(path: Path, manifest: memory_manifest.MemoryManifest) -> Iterator[Check]:
-    stored, site = manifest.memory, manifest.site
-    checked = _sealed(path)
+def _memory_files(path: Path) -> Generator[Check, None, memory_manifest.MemoryManifest | None]:
+    """Yield the checks of a memory's manifest and of the files that it lists, and return what it says, if it can be
+    read.
+    """
+    manifest = yield from _manifest(path, memory_manifest.MANIFEST_NAME, memory_manifest.read_manifest)
+    yield from check_checksums(path, expected=manifest is None or manifest.sealed)
+    if manifest is None:
+        return None
+    stored, site, checked = manifest.memory, manifest.site, _sealed(path)
     for file, digest in manifest.sha256.items():
         if file not in checked:
             yield from check_digest(path, file, digest)
@@ -175,14 +176,13 @@ def _memory_files(path: Path, manifest: memory_manifest.MemoryManifest) -> Itera
     yield from check_layouts(path, stored.file, stored.layouts, stored.prefix)
     known = {"d": site.d, "d_ff": site.width, "M": len(stored.thresholds)}
     yield from check_rows(path, stored.file, memory_rows(stored.kind, stored.tensors), known, stored.prefix)
+    return manifest
 
 
 def _exported(path: Path, model: Path | None) -> Iterator[Check]:
-    manifest = yield from _manifest(path, memory_manifest.MANIFEST_NAME, memory_manifest.read_manifest)
-    yield from check_checksums(path, expected=manifest is None or manifest.sealed)
+    manifest = yield from _memory_files(path)
     if manifest is None:
         return
-    yield from _memory_files(path, manifest)
     if not has_checksums(path):
         yield from _unlisted(path, manifest)
     yield from check_index(path)
@@ -199,7 +199,7 @@ def _exported(path: Path, model: Path | None) -> Iterator[Check]:
 
 
 def _merged(path: Path, _model: Path | None) -> Iterator[Check]:
-    """A stock checkpoint, which no manifest describes further."""
+    """Yield checks of a checkpoint without a router, which no manifest describes further."""
     content = yield from _manifest(path, MERGED, lambda directory: read_json(directory / MERGED))
     yield from check_checksums(path, expected=content is None or bool(content.get(HAS_CHECKSUMS)))
     if (path / INDEX_NAME).is_file():
@@ -207,7 +207,7 @@ def _merged(path: Path, _model: Path | None) -> Iterator[Check]:
 
 
 def _stock(path: Path, model: Path | None) -> Iterator[Check]:
-    """A checkpoint with the memory as decoder blocks: those, and the base model around them."""
+    """Yield checks of a checkpoint with the memory as decoder blocks: of those, and of the base model around them."""
     yield from _merged(path, model)
     manifest = yield from _manifest(path, MERGED, read_gated)
     if manifest is None:
@@ -220,7 +220,7 @@ def _stock(path: Path, model: Path | None) -> Iterator[Check]:
 
 
 def _gguf(path: Path, model: Path | None) -> Iterator[Check]:
-    """One file of llama.cpp's, which its digest alone vouches for."""
+    """Yield the check of a GGUF file, of which there is its digest alone."""
     yield from _merged(path, None)
     manifest = yield from _manifest(path, MERGED, read_gated)
     if manifest is not None and model is not None:
@@ -228,7 +228,7 @@ def _gguf(path: Path, model: Path | None) -> Iterator[Check]:
 
 
 def _unlisted(path: Path, manifest: memory_manifest.MemoryManifest) -> Iterator[Check]:
-    """Weights, code and settings that the manifest has no digest of."""
+    """Yield weights, code and settings that the manifest has no digest of."""
     for entry in sorted(path.iterdir()):
         if entry.suffix in _MATTERS and entry.name not in (*manifest.sha256, memory_manifest.MANIFEST_NAME):
             yield Check("sha256", entry.name, "unchecked", found=f"{memory_manifest.MANIFEST_NAME} has no digest of it")
@@ -237,7 +237,7 @@ def _unlisted(path: Path, manifest: memory_manifest.MemoryManifest) -> Iterator[
 def _config(
     config: dict[str, Any], manifest: memory_manifest.MemoryManifest, memory: dict[str, Any]
 ) -> Iterator[Check]:
-    """What the routed model is built from, against ``router.json``."""
+    """Yield checks of what the routed model is built from, against ``router.json``."""
     in_config, site = config.get(EXPORTED_KEY), manifest.site
     in_config = in_config if isinstance(in_config, dict) else {}
     described = {name: value for name, value in memory.items() if name not in ("file", "prefix")}

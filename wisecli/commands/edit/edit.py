@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from wisecli.commands.edit.edit_report import EditReport
-from wisecli.commands.edit.planning import free_site, nothing_to_do, output_of, planned
+from wisecli.commands.edit.planning import free_site, nothing_to_do, output_of, planned, require_ready
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.config import EditSettings, LoadOptions
 from wisecli.editing.run.base_model import Base
 from wisecli.editing.run.job import Job
 from wisecli.edits.checks.admission import DEFAULT_ADMISSION, Admission, Sheet
-from wisecli.edits.checks.unnamed_subjects import warn_of_unnamed_subjects
 from wisecli.progress import ProgressCallback, ignore_progress
 
 
@@ -56,9 +55,7 @@ def edit(
 
         report = write(base, admitted, edits_file, output, options, skip_known=admission.skip_known)
         return replace(report, seconds=time.perf_counter() - started)
-    if settings.by_facts:
-        warn_of_unnamed_subjects(sheet.name, admitted.numbered, on_progress)
-    output_of(job, output, options, edits_file).require_apart()
+    require_ready(base, output_of(job, output, options, edits_file), sheet.name, admitted.numbered)
     if admitted.numbered:
         report = planned(base, job, free_site(base, job, output, options), output)
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.artifacts.shard_manifest import MANIFEST_NAME as SHARDS_MANIFEST
-from wisecli.artifacts.shard_manifest import ShardDirectory, read_shard_directory
+from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.edit.edit_report import EditReport
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.commands.edit.writing import carry_out
@@ -21,21 +21,13 @@ from wisecli.editing.run.worker import Worker
 from wisecli.edits.checks.admission import DEFAULT_ADMISSION, Admission, AdmissionReport, Admitted, Sheet
 from wisecli.edits.checks.unnamed_subjects import warn_of_unnamed_subjects
 from wisecli.edits.record import Edit, Numbered
-from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
+from wisecli.errors import ChangedInputError, DamagedFileError, SettingsError
 from wisecli.io.atomic_output import discard
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.digest import sha256_file
-from wisecli.memory.history.release_log import (
-    Change,
-    Provenance,
-    Release,
-    changing,
-    has_history,
-    read_history,
-    require_whole,
-    shard_path,
-)
-from wisecli.memory.history.releases import merging_of, name_after, newest_shards, publish
+from wisecli.memory.history.open_memory import OpenMemory
+from wisecli.memory.history.release_log import Change, Provenance, Release, changing, shard_path
+from wisecli.memory.history.releases import publish
 from wisecli.memory.history.superseded_edits import superseding, with_consequences
 from wisecli.models.loading import Loaded, require_base
 from wisecli.models.model_files import find_model
@@ -67,39 +59,14 @@ class Batch:
     origin: dict[str, str]
 
     @classmethod
-    def from_file(cls, path: Path, *, admission: Admission = DEFAULT_ADMISSION) -> Batch:
-        """Return a whole file of edits.
-
-        Raises:
-            SignatureError: it was not signed as the admission asks.
-            EditFileError: naming the line, if a record cannot be used.
-        """
-        return cls.of(admission.read(path, name=path.name))
-
-    @classmethod
     def of(cls, sheet: Sheet) -> Batch:
         """Return a whole file of edits that was read before."""
         return cls(sheet.numbered, {"name": sheet.name, "sha256": sheet.sha256})
 
 
-def edit_into(
-    model: str,
-    batch: Batch,
-    memory: Path,
-    flags: Mapping[str, Any],
-    *,
-    config: Path | None = None,
-    provenance: Provenance = Provenance(),
-    load: LoadOptions = LoadOptions(),
-    options: RunOptions = RunOptions(),
-    admission: Admission = DEFAULT_ADMISSION,
-    loaded: Loaded | None = None,
-    on_progress: ProgressCallback = ignore_progress,
-) -> IntoReport:
-    """Write edits against the same base and the same matrix as those that a memory holds, and join all of them.
-
-    An edit of a fact that the memory holds already takes the place of the earlier one, which stays in the history. A
-    run that was broken off goes on where it was when it is asked for again in the same way.
+@dataclass(frozen=True)
+class IntoMemory:
+    """The model and the memory that batches of edits are written for, and how.
 
     Args:
         flags: settings of :class:`EditSettings`; those that are ``None`` are as the memory's newest shards have them.
@@ -107,84 +74,110 @@ def edit_into(
         options: of these only ``executor`` and ``strict`` count.
         admission: what is asked of edits that the memory does not hold yet. What the model says already is trained all
             the same if it takes the place of what the memory holds.
+    """
+
+    model: str
+    memory: Path
+    flags: Mapping[str, Any]
+    config: Path | None = None
+    provenance: Provenance = Provenance()
+    load: LoadOptions = LoadOptions()
+    options: RunOptions = RunOptions()
+    admission: Admission = DEFAULT_ADMISSION
+
+
+def edit_into(
+    into: IntoMemory, batch: Batch, *, loaded: Loaded | None = None, on_progress: ProgressCallback = ignore_progress
+) -> IntoReport:
+    """Write edits against the same base and the same matrix as those that a memory holds, and join all of them.
+
+    An edit of a fact that the memory holds already takes the place of the earlier one, which stays in the history. A
+    run that was broken off goes on where it was when it is asked for again in the same way.
+
+    Args:
         loaded: the model, if it is there already.
 
     Raises:
         MemoryHistoryError: the directory holds a memory that was made otherwise.
         WiseError: any of the input, the model or the disk cannot be used; the memory is as it was.
     """
-    started = time.perf_counter()
+    started, model, memory = time.perf_counter(), into.model, into.memory
     pending = memory.absolute().parent / f".{memory.name}.shards"
     with changing(memory):
-        releases = read_history(memory) if has_history(memory) else []
-        if not releases and memory.exists() and any(memory.iterdir()):
-            raise MemoryHistoryError(memory)
-        held = require_whole(memory, releases).edits if releases else ()
-        _tidy(memory, pending, releases)
+        opened = OpenMemory(memory, may_be_new=True)
+        held, releases = opened.require_whole(), opened.releases
+        _discard_merged(opened, pending)
         already = set(held)
         known = tuple(edit.id for _, edit in batch.numbered if edit in already)
-        admitted = admission.admit(batch.origin["name"], batch.numbered, held=held, on_progress=on_progress)
+        admitted = into.admission.admit(batch.origin["name"], batch.numbered, held=held, on_progress=on_progress)
         worker = None
         if admitted.numbered:
-            before = dict([newest_shards(memory, releases)] if releases else [])
-            settings = _settings(memory, before, flags, config, model)
-            job = Job(model=model, settings=settings, edits=admitted.edits, load=replace(load, revision=None))
-            worker = Worker(job, on_progress, loaded=loaded)
-            name, special = batch.origin["name"], admission.allow_special
-            worker.reader.require(name, admitted.numbered, settings, allow_special=special)
-            if settings.by_facts:
-                warn_of_unnamed_subjects(name, admitted.numbered, on_progress)
-            if admission.skip_known:
-                admitted = worker.without_known(admitted, spared=set(_giving_way(held, admitted).values()))
+            worker = _worker(opened, into, batch.origin["name"], admitted, loaded, on_progress)
+            if into.admission.skip_known:
+                admitted = worker.without_known(admitted, spared=set(_replaced_edits(held, admitted).values()))
                 worker = worker.with_edits(admitted.edits)
         if worker is None or not admitted.numbered:
             seconds, newest = time.perf_counter() - started, releases[-1] if releases else None
             return IntoReport(memory, newest, len(held), known, None, seconds, admitted.sifted)
-        edited = _written(worker, pending, options)
+        edited = _written(worker, pending, into.options)
         del worker  # the model is let go before shards are merged
-        giving_way = _giving_way(held, admitted)
-        with without_edits(memory, releases, giving_way, model, load, on_progress, before) as left:
-            name = name_after(memory, left.new)
+        giving_way = _replaced_edits(held, admitted)
+        with without_edits(opened, giving_way, model=model, load=into.load, on_progress=on_progress) as left:
+            name = opened.name_after(left.new)
             change = Change(
                 "edit",
                 {**left.shards, name: ()},
-                added=tuple(edit.id for edit in read_shard_directory(pending).written),
+                added=tuple(edit.id for edit in opened.shards_at(pending).written),
                 replaced=giving_way,
                 edits_file=batch.origin,
-                provenance=provenance,
+                provenance=into.provenance,
             )
-            published = publish(
-                memory,
-                change,
-                merging_of(releases),
-                new={**left.new, name: pending},
-                read=left.read,
-                model=model,
-                on_progress=on_progress,
-            )
+            new = {**left.new, name: pending}
+            published = publish(opened, change, opened.merging, new=new, model=model, on_progress=on_progress)
         discard(pending, memory)
     seconds = time.perf_counter() - started
     return IntoReport(memory, published.release, published.held, known, edited, seconds, admitted.sifted)
 
 
-def _tidy(memory: Path, pending: Path, releases: Sequence[Release]) -> None:
+def _worker(
+    memory: OpenMemory,
+    into: IntoMemory,
+    name: str,
+    admitted: Admitted,
+    loaded: Loaded | None,
+    on_progress: ProgressCallback,
+) -> Worker:
+    """Return what writes admitted edits of a file, which are checked against the tokenizer first."""
+    settings = _settings(memory, into)
+    job = Job(model=into.model, settings=settings, edits=admitted.edits, load=replace(into.load, revision=None))
+    worker = Worker(job, on_progress, loaded=loaded)
+    worker.base.reader.require(name, admitted.numbered, settings, allow_special=into.admission.allow_special)
+    if settings.by_facts:
+        warn_of_unnamed_subjects(name, admitted.numbered, on_progress)
+    return worker
+
+
+def _discard_merged(memory: OpenMemory, pending: Path) -> None:
     """Take away shards of a run that was killed when its release was in place already."""
     if not pending.is_dir():
         return
     manifest = pending / SHARDS_MANIFEST
-    taken = {sha256_file(shard_path(memory, name) / SHARDS_MANIFEST) for one in releases[-1:] for name in one.shards}
+    names = [name for one in memory.releases[-1:] for name in one.shards]
+    taken = {sha256_file(shard_path(memory.path, name) / SHARDS_MANIFEST) for name in names}
     if not manifest.is_file() or sha256_file(manifest) in taken:
-        discard(pending, memory)
+        discard(pending, memory.path)
 
 
-def _giving_way(held: Sequence[Edit], admitted: Admitted) -> dict[str, str]:
-    """Held edits that give way to new ones, and their consequences."""
+def _replaced_edits(held: Sequence[Edit], admitted: Admitted) -> dict[str, str]:
+    """Return the ids of held edits that new ones replace, and of their consequences, each with the id of what takes its
+    place.
+    """
     found = {**admitted.superseded, **superseding(held, admitted.edits)}
     return with_consequences(held, admitted.edits, found)
 
 
 def _written(worker: Worker, pending: Path, options: RunOptions) -> EditReport:
-    """Shards of a batch, or those that a run wrote that was broken off before it could join them.
+    """Write the shards of a batch, unless a run that was broken off before it could merge them has written them.
 
     Raises:
         ChangedInputError: it wrote other edits.
@@ -196,34 +189,24 @@ def _written(worker: Worker, pending: Path, options: RunOptions) -> EditReport:
     StagedShards(pending, len(done.shards)).sweep()
     if done.edits != worker.job.edits:
         raise ChangedInputError(pending, ["the edits are others"])
-    untaken = tuple(name for entry in done.shards for name in entry.untaken)
-    site = done.site
-    report = EditReport(
-        pending, len(done.edits), len(done.shards), site.layer, site.module, 0.0, 0, untaken, done.left_out
-    )
-    return report.told_apart(done.edits)
+    return EditReport.of_shards(pending, done, peak_rss_bytes=0)
 
 
-def _settings(
-    memory: Path, before: Mapping[str, ShardDirectory], flags: Mapping[str, Any], config: Path | None, model: str
-) -> EditSettings:
+def _settings(memory: OpenMemory, into: IntoMemory) -> EditSettings:
     """Return the settings of the newest shards, but for what is asked for; always of the same layer.
-
-    Args:
-        before: the newest shards, by their name, if the memory has had any.
 
     Raises:
         SettingsError: another layer is asked for.
         WrongBaseError: the model is another.
     """
-    newest = next(iter(before.values()), None)
-    if newest is None:
-        return resolve(EditSettings, flags, section="edit", file=config)
-    directory = find_model(model, revision=newest.revision)
+    if not memory.releases:
+        return resolve(EditSettings, into.flags, section="edit", file=into.config)
+    newest = memory.newest_shards()
+    directory = find_model(into.model, revision=newest.revision)
     require_base(directory, Checkpoint(directory), newest.site, newest.fingerprint)
-    given = {name: value for name, value in flags.items() if value is not None}
+    given = {name: value for name, value in into.flags.items() if value is not None}
     wanted = given.pop("layer", "auto")
     if wanted not in ("auto", str(newest.site.layer)):
-        raise SettingsError(f"--layer {wanted}: {memory} edits layer {newest.site.layer}; leave the flag out")
-    settings = resolve(EditSettings, {**newest.settings, "shards": None, **given}, section="edit", file=config)
+        raise SettingsError(f"--layer {wanted}: {memory.path} edits layer {newest.site.layer}; leave the flag out")
+    settings = resolve(EditSettings, {**newest.settings, "shards": None, **given}, section="edit", file=into.config)
     return replace(settings, layer=str(newest.site.layer))

@@ -13,6 +13,7 @@ from wisecli.environment import peak_vram_bytes
 from wisecli.errors import GateFailedError
 
 if TYPE_CHECKING:
+    from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry
     from wisecli.editing.run.resource_estimate import Plan
 
 
@@ -57,7 +58,17 @@ class EditReport:
         """Whole running time, loading included, over the edits and their consequences."""
         return self.seconds / max(1, self.edits + len(self.consequences))
 
-    def told_apart(self, edits: Sequence[Edit]) -> EditReport:
+    @classmethod
+    def of_shards(
+        cls, output: Path, shards: ShardDirectory, *, peak_rss_bytes: int, up_to_date: bool = False
+    ) -> EditReport:
+        """Return the report on shards that were there already."""
+        counts, place = (len(shards.edits), len(shards.shards)), (shards.site.layer, shards.site.module)
+        missed = untaken(shards.shards), shards.left_out
+        report = cls(output, *counts, *place, 0.0, peak_rss_bytes, *missed, up_to_date=up_to_date)
+        return report.with_consequences_apart(shards.edits)
+
+    def with_consequences_apart(self, edits: Sequence[Edit]) -> EditReport:
         """Return the same report with the consequences among what was written counted apart."""
         consequences = consequences_in(edits)
         return replace(self, edits=len(edits) - len(consequences), consequences=consequences)
@@ -70,3 +81,8 @@ class EditReport:
         """
         if self.differing:
             raise GateFailedError(f"{self.output}: {', '.join(self.differing)} differ from those of the manifest")
+
+
+def untaken(entries: Sequence[ShardEntry]) -> tuple[str, ...]:
+    """Return the ids of edits of some shards of whose target some token is not the arg-max."""
+    return tuple(name for entry in entries for name in entry.untaken)

@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from wisecli.commands.edit.edit_report import EditReport
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.commands.outputs import shards_output
 from wisecli.config import EditSettings
+from wisecli.editing.background.sample_sizes import CALIBRATION_KEYS
 from wisecli.editing.run.base_model import Base
 from wisecli.editing.run.job import Job
 from wisecli.editing.run.resource_estimate import plan_edit
+from wisecli.edits.checks.unnamed_subjects import warn_of_unnamed_subjects
+from wisecli.edits.record import Numbered
 from wisecli.environment import peak_rss_bytes
 from wisecli.io.atomic_output import require_space
 from wisecli.io.overwrite_policy import Output
 from wisecli.models.layout.site import Site, find_site
 from wisecli.models.loading import device_memory, require_dtype
 
-# About what the statistics of unrelated text take: keys in half precision, two moments.
-_KEPT_KEYS, _KEPT_DIRECTIONS = 4096, 1024
+# About how many directions the moments of unrelated text have together.
+_KEPT_DIRECTIONS = 1024
 
 
 def output_of(job: Job, output: Path, options: RunOptions, *inputs: Path) -> Output:
     """Return where shards go, and that only former shards may be replaced there."""
     return shards_output(output, job.model, *inputs, force=options.force)
+
+
+def require_ready(base: Base, place: Output, name: str, numbered: Sequence[Numbered]) -> None:
+    """Warn of edits that name no subject, where prompts must, and check that the output is none of the inputs.
+
+    Args:
+        name: of the file that the numbered edits are from.
+
+    Raises:
+        ProtectedOutputError: it is.
+    """
+    if base.job.settings.by_facts:
+        warn_of_unnamed_subjects(name, numbered, base.on_progress)
+    place.require_apart()
 
 
 def own_parts(job: Job, options: RunOptions) -> range:
@@ -62,7 +80,7 @@ def planned(base: Base, job: Job, site: Site, output: Path) -> EditReport:
     seconds = time.perf_counter() - started
     return EditReport(
         output, len(job.edits), len(job.parts), site.layer, site.module, seconds, plan.peak, plan=plan
-    ).told_apart(job.edits)
+    ).with_consequences_apart(job.edits)
 
 
 def nothing_to_do(base: Base, job: Job, output: Path) -> EditReport:
@@ -72,10 +90,10 @@ def nothing_to_do(base: Base, job: Job, output: Path) -> EditReport:
 
 
 def _expected_bytes(site: Site, settings: EditSettings, edits: int, shards: int) -> int:
-    """Size of the shards to be written, taking six key positions an edit and prompt."""
+    """Return the size of the shards to be written, taking six key positions an edit and prompt."""
     keys = edits * (settings.contexts + settings.augment + 2) * 6
     size = settings.mask_ratio * site.d * site.width * (4 if settings.mask_kind == "columns" else 8)
     size *= not settings.for_lookup
     return round(
-        shards * size + 2 * keys * (site.d + site.width) + (2 * _KEPT_KEYS + 4 * _KEPT_DIRECTIONS) * site.width
+        shards * size + 2 * keys * (site.d + site.width) + (2 * CALIBRATION_KEYS + 4 * _KEPT_DIRECTIONS) * site.width
     )

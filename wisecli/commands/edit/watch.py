@@ -6,34 +6,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from wisecli.commands.edit.edit_into import Batch, IntoReport, edit_into
-from wisecli.commands.edit.run_options import RunOptions
-from wisecli.config import EditSettings, LoadOptions, resolve
+from wisecli.commands.edit.edit_into import Batch, IntoMemory, IntoReport, edit_into
+from wisecli.config import EditSettings, resolve
 from wisecli.editing.run.base_model import Base
 from wisecli.editing.run.job import Job
-from wisecli.edits.checks.admission import DEFAULT_ADMISSION, Admission
 from wisecli.edits.record import Edit, parse_line
 from wisecli.errors import BusyError, EditFileError
-from wisecli.memory.history.release_log import Provenance, has_history, read_history
-from wisecli.memory.history.releases import directories_of
+from wisecli.memory.history.open_memory import OpenMemory
+from wisecli.memory.history.release_log import has_history
 from wisecli.progress import Event, ProgressCallback, ignore_progress
 
 
 def follow(
-    model: str,
+    into: IntoMemory,
     path: Path,
-    memory: Path,
-    flags: Mapping[str, Any],
     *,
     interval: float = 1.0,
     goes_on: Callable[[], bool] = lambda: True,
-    config: Path | None = None,
-    provenance: Provenance = Provenance(),
-    load: LoadOptions = LoadOptions(),
-    options: RunOptions = RunOptions(),
-    admission: Admission = DEFAULT_ADMISSION,
     on_progress: ProgressCallback = ignore_progress,
 ) -> Iterator[IntoReport]:
     """Edit whatever lines a file has that the memory has not taken in yet, and then those that are added to it.
@@ -41,41 +31,34 @@ def follow(
     The model is loaded once. A line counts once its end is written. Lines that an earlier run took in are passed over.
 
     Args:
+        into: by default the later one of two lines in conflict counts, as if they had come one after the other.
         interval: seconds between two looks at the file.
         goes_on: asked before each look.
-        admission: as of :func:`wisecli.commands.edit.edit_into.edit_into`, as are the others that are not said here; by
-            default the later one of two lines in conflict counts, as it would if they had come one after the other.
 
     Raises:
         EditFileError: naming the line, if a record cannot be used; what came before it has landed.
     """
-    admission = admission if admission.on_conflict else replace(admission, on_conflict="latest")
-    settings = resolve(EditSettings, flags, section="edit")
-    base = Base(Job(model=model, settings=settings, edits=(), load=replace(load, revision=None)), on_progress)
-    taken, lines = set(_taken(memory)), _Lines(path)
+    if not into.admission.on_conflict:
+        into = replace(into, admission=replace(into.admission, on_conflict="latest"))
+    settings = resolve(EditSettings, into.flags, section="edit")
+    base = Base(Job(model=into.model, settings=settings, edits=(), load=replace(into.load, revision=None)), on_progress)
+    taken, lines = set(_edits_taken_in(into.memory)), _Lines(path)
+
+    def landing(batch: Batch) -> IntoReport | None:
+        while True:
+            try:
+                return edit_into(into, batch, loaded=base.loaded, on_progress=on_progress)
+            except BusyError:  # somebody else changes the memory; what came through the file still lands
+                if not goes_on():
+                    return None
+                on_progress(Event("waiting", note=f"for who is changing {into.memory.name}"))
+                time.sleep(interval)
+
     while goes_on():
         for batch in _batches(lines.more(), path, taken):
-            landed = None
-            while landed is None:
-                try:
-                    landed = edit_into(
-                        model,
-                        batch,
-                        memory,
-                        flags,
-                        config=config,
-                        provenance=provenance,
-                        load=load,
-                        options=options,
-                        admission=admission,
-                        loaded=base.loaded,
-                        on_progress=on_progress,
-                    )
-                except BusyError:  # somebody else changes the memory; what came through the file still lands
-                    if not goes_on():
-                        return
-                    on_progress(Event("waiting", note=f"for who is changing {memory.name}"))
-                    time.sleep(interval)
+            landed = landing(batch)
+            if landed is None:
+                return
             yield landed
             taken.update(edit for _, edit in batch.numbered)
         on_progress(Event("waiting", note=f"for lines of {path.name}"))
@@ -89,7 +72,7 @@ class _Lines:
         self.path, self.offset, self.number = path, 0, 0
 
     def more(self) -> list[tuple[int, bytes]]:
-        """Whole lines that were added, with their numbers."""
+        """Return whole lines that were added, with their numbers."""
         if not self.path.is_file():
             return []
         if self.path.stat().st_size < self.offset:
@@ -106,7 +89,7 @@ class _Lines:
 
 
 def _batches(lines: Sequence[tuple[int, bytes]], path: Path, taken: Set[Edit]) -> Iterator[Batch]:
-    """Edits that land together: all that are new, up to a line that cannot be used or an id that is there again.
+    """Yield edits that land together: all that are new, up to a line that cannot be used or an id that comes again.
 
     Raises:
         EditFileError: naming a line that cannot be used, once what came before it has landed.
@@ -135,9 +118,10 @@ def _batch(path: Path, found: Mapping[str, tuple[int, Edit]]) -> Batch:
     return Batch(numbered, {"name": path.name, "lines": f"{numbered[0][0]}-{numbered[-1][0]}"})
 
 
-def _taken(memory: Path) -> Iterator[Edit]:
+def _edits_taken_in(memory: Path) -> Iterator[Edit]:
     """Yield every edit that any release has brought."""
     if has_history(memory):
-        for release in read_history(memory):
-            for directory in directories_of(memory, release):
+        opened = OpenMemory(memory)
+        for release in opened.releases:
+            for directory in opened.directories(release):
                 yield from directory.edits

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from wisecli.artifacts.background_stats import load_background
-from wisecli.artifacts.shard_manifest import (
-    UNRELATED_NAME,
-    ShardDirectory,
-    ShardEntry,
-    read_shard_directory,
-)
-from wisecli.commands.edit.edit_report import EditReport
-from wisecli.commands.edit.planning import free_site, nothing_to_do, output_of, own_parts, planned
+from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory, ShardEntry, read_shard_directory
+from wisecli.commands.edit.edit_report import EditReport, untaken
+from wisecli.commands.edit.planning import free_site, nothing_to_do, output_of, own_parts, planned, require_ready
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.editing.run.base_model import Base
 from wisecli.editing.run.executors import executor_for
@@ -24,7 +18,6 @@ from wisecli.editing.run.shard_differences import differences, up_to_date_shards
 from wisecli.editing.run.staging import StagedShards
 from wisecli.editing.run.worker import Worker
 from wisecli.edits.checks.admission import Admitted
-from wisecli.edits.checks.unnamed_subjects import warn_of_unnamed_subjects
 from wisecli.environment import peak_rss_bytes
 from wisecli.errors import BusyError, ChangedInputError, GateFailedError, NothingTookError, StoppedError
 from wisecli.models.loading import Loaded
@@ -39,17 +32,15 @@ def write(
     Args:
         skip_known: whether those are left out first that the model knows.
     """
-    worker = Worker(base.job, base.on_progress, base=base)
+    worker, place = Worker(base.job, base.on_progress, base=base), output_of(base.job, output, options, edits_file)
     if report := up_to_date(worker, output, options, skip_known=skip_known):
         return replace(report, sifted=admitted.sifted)
     if skip_known and not options.dry_run:
         if options.only == (1, 1):  # with more parts than shards some have nothing to do, even when all is done
-            output_of(base.job, output, options, edits_file).require()
+            place.require()
         admitted = worker.without_known(admitted)
         worker = worker.with_edits(admitted.edits)
-    if base.job.settings.by_facts:
-        warn_of_unnamed_subjects(str(edits_file), admitted.numbered, base.on_progress)
-    output_of(worker.job, output, options, edits_file).require_apart()
+    require_ready(base, place, str(edits_file), admitted.numbered)
     report = carry_out(worker, output, options) if admitted.numbered else nothing_to_do(base, worker.job, output)
     return replace(report, sifted=admitted.sifted)
 
@@ -67,8 +58,8 @@ def run(
 
 
 def carry_out(worker: Worker, output: Path, options: RunOptions = RunOptions()) -> EditReport:
-    """Do the job of a worker; everything else as in :func:`edit`."""
-    return _carried_out(worker, output, options).told_apart(worker.job.edits)
+    """Do the job of a worker, and report edits and consequences apart; everything else as in :func:`edit`."""
+    return _carried_out(worker, output, options).with_consequences_apart(worker.job.edits)
 
 
 def _carried_out(worker: Worker, output: Path, options: RunOptions) -> EditReport:
@@ -99,12 +90,12 @@ def _carried_out(worker: Worker, output: Path, options: RunOptions) -> EditRepor
     seconds = time.perf_counter() - started
     missing = 0 if finished is not None else len(unfinished.missing())
     left_out = () if finished is None else finished.left_out
-    figures = (seconds, peak_rss_bytes(), _untaken(entries), left_out, missing)
+    figures = (seconds, peak_rss_bytes(), untaken(entries), left_out, missing)
     return EditReport(output, count, parts, begun.site.layer, begun.site.module, *figures)
 
 
 def up_to_date(worker: Worker, output: Path, options: RunOptions, *, skip_known: bool = False) -> EditReport | None:
-    """Return what there is to say of shards that are there already, if they are what is asked for.
+    """Return the report on shards that are there already, if they are those that are asked for.
 
     Raises:
         OutputExistsError: they are others, or damaged.
@@ -119,19 +110,16 @@ def up_to_date(worker: Worker, output: Path, options: RunOptions, *, skip_known:
             StagedShards(output, len(worker.job.parts)).sweep()
     if found is None:
         return None
-    missed = (*_untaken(found.shards), *found.left_out)
+    missed = (*untaken(found.shards), *found.left_out)
     if options.strict and missed:
         raise GateFailedError(f"{len(missed)} of {len(found.edits)} edits did not take: {', '.join(missed)}")
-    site = found.site
-    figures = (0.0, peak_rss_bytes(), _untaken(found.shards), found.left_out)
-    report = EditReport(output, len(found.edits), len(found.shards), site.layer, site.module, *figures, up_to_date=True)
-    return report.told_apart(found.edits)
+    return EditReport.of_shards(output, found, peak_rss_bytes=peak_rss_bytes(), up_to_date=True)
 
 
 def _write(
     unfinished: StagedShards, worker: Worker, mine: range, options: RunOptions
 ) -> tuple[ShardDirectory, list[ShardEntry], ShardDirectory | None]:
-    """Plan or take up the plan, write what is missing, finish if nothing is missing any more."""
+    """Make or resume the plan, write the missing shards, and finish once all are there."""
     with executor_for(options.executor, worker) as engine:
         with unfinished.alone() as current:
             if not current:
@@ -146,10 +134,10 @@ def _write(
                 worker.on_progress(Event("shards", sum(done is not None for done in found.values()), len(mine)))
     dones = [done for done in found.values() if done is not None]
     entries = [done.entry for done in dones if done.entry is not None]
-    missed = [*_untaken(entries), *(name for done in dones for name in done.left_out)]
+    missed = [*untaken(entries), *(name for done in dones for name in done.left_out)]
     count = sum(len(worker.job.parts[number]) for number in mine)
     # Gradient steps may be too few on purpose.
-    nothing = worker.job.settings.by_facts and len(_untaken(entries)) == count
+    nothing = worker.job.settings.by_facts and len(untaken(entries)) == count
     if missed and (options.strict or nothing):
         unfinished.forget(mine)
         if nothing:
@@ -173,7 +161,3 @@ def _begun(unfinished: StagedShards, worker: Worker, *, force: bool) -> ShardDir
         raise ChangedInputError(unfinished.output, changes)
     unfinished.discard()
     return None
-
-
-def _untaken(entries: Sequence[ShardEntry]) -> tuple[str, ...]:
-    return tuple(name for entry in entries for name in entry.untaken)

@@ -39,7 +39,7 @@ class CheckedAnswer:
 
     @property
     def sentence(self) -> str:
-        """What came instead of what should have."""
+        """The answer that came instead of the right one, in a sentence."""
         came = f"has no answer ({self.error})" if self.error else f"gives {self.answer!r}, not {self.expected}"
         return f"{self.endpoint}: {self.prompt!r} {came}"
 

@@ -11,9 +11,7 @@ from wisecli.artifacts.memory_manifest import MANIFEST_NAME, read_manifest
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.memory.rollback import find_release
 from wisecli.edits.record import Edit
-from wisecli.errors import MemoryHistoryError
-from wisecli.memory.history.release_log import has_history, read_history
-from wisecli.memory.history.releases import directories_of, newest_shards
+from wisecli.memory.history.open_memory import OpenMemory
 
 _NOT_COMPARED = ("shards",)
 
@@ -86,10 +84,7 @@ def _read(named: str) -> tuple[Sequence[Edit], Mapping[str, Any]]:
 
 
 def _of_release(memory: Path, wanted: str) -> tuple[Sequence[Edit], Mapping[str, Any]]:
-    if not has_history(memory):
-        raise MemoryHistoryError(memory)
-    releases = read_history(memory)
-    release = find_release(memory, releases, wanted)
-    directories, (_, some) = directories_of(memory, release), newest_shards(memory, releases[: release.number])
-    about = {**release.merge, "layer": some.site.layer, "base": some.fingerprint.matrix}
-    return [edit for directory in directories for edit in directory.written], about
+    opened = OpenMemory(memory)
+    release = find_release(opened, wanted)
+    edits, some = opened.edits(release), opened.newest_shards(release.number)
+    return edits, {**release.merge, "layer": some.site.layer, "base": some.fingerprint.matrix}

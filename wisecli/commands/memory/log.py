@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.artifacts.checksums import require_signature
-from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.edits.checks.signatures import Signed
 from wisecli.edits.record import Edit, consequences_in
 from wisecli.io.consistent_read import read_consistently
-from wisecli.memory.history.release_log import Release, has_full_digests, read_history, require_whole, shard_path
-from wisecli.memory.history.releases import directories_of
+from wisecli.memory.history.open_memory import OpenMemory
+from wisecli.memory.history.release_log import Release, has_full_digests
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,14 @@ def log(memory: Path, *, edit: str | None = None, signed: Signed | None = None) 
 
 def _logged(memory: Path, edit: str | None, signed: Signed | None) -> LogReport:
     require_signature(memory, signed)
-    releases = read_history(memory)
-    require_whole(memory, releases)
+    opened = OpenMemory(memory)
+    opened.require_whole()
+    releases = opened.releases
     came = {name: release.number for release in releases for name in release.added}
-    held = [one for directory in directories_of(memory, releases[-1]) for one in directory.written]
+    held = opened.edits(releases[-1])
     edits = tuple((one, came.get(one.id, 0)) for one in held if edit in (None, one.id))
     shards = dict.fromkeys(name for release in releases for name in release.shards)
-    written = (one for name in shards for one in read_shard_directory(shard_path(memory, name)).edits)
+    written = (one for name in shards for one in opened.shards(name).edits)
     followed = frozenset(one.id for one in consequences_in(written))
     return LogReport(memory, tuple(_of(releases, edit)), edits, has_full_digests(releases), followed)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -88,13 +89,8 @@ def merge(
     merger = Merger(read, settings, model=model)
     settings, site, count = merger.settings, merger.site, merger.count
     followed = len(consequences_in(merger.edits))
-    names = (
-        settings.mode or "",
-        merger.method,
-        count,
-        len(merger.edits) - followed,
-        merger.by_facts,
-    )
+    names = settings.mode or "", merger.method, count, len(merger.edits) - followed, merger.by_facts
+    report = partial(MergeReport, output, *names, consequences=followed)
     if there and not dry_run:
         tidy(output)
     signed = provenance.key is not None
@@ -106,12 +102,11 @@ def merge(
     if now is not None:
         measured = now.manifest.memories, time.perf_counter() - started, peak_rss_bytes()
         held = len(now.manifest.edits) if grown else None
-        return MergeReport(output, *names, *measured, up_to_date=True, consequences=followed, held=held, gone=now.gone)
+        return report(*measured, up_to_date=True, held=held, gone=now.gone)
     require_space(output, 4 * (count if settings.mode == "retrieve" else 1) * site.d * site.width)
     if dry_run:
         peak = 4 * (2 * count + 2) * site.d * site.width
-        seconds = time.perf_counter() - started
-        return MergeReport(output, *names, (), seconds, peak, planned=True, consequences=followed)
+        return report((), time.perf_counter() - started, peak, planned=True)
     merged = merger.merge(on_progress)
     manifest = merged.manifest
     with changing(output):
@@ -123,8 +118,7 @@ def merge(
             with whole_directory(output, force=force) as working:
                 write_memory(working, manifest, sealed=True)
                 write_checksums(working, provenance.key)
-    seconds = time.perf_counter() - started
-    return MergeReport(output, *names, manifest.calibrations, seconds, peak_rss_bytes(), consequences=followed)
+    return report(manifest.calibrations, time.perf_counter() - started, peak_rss_bytes())
 
 
 def _require_merged(output: Path) -> None:

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timezone
 from pathlib import Path
 
 from wisecli.errors import SettingsError
-from wisecli.memory.history.release_log import (
-    Change,
-    Provenance,
-    Release,
-    changing,
-    read_history,
-    require_whole_history,
-)
-from wisecli.memory.history.releases import directories_of, publish, settings_of
+from wisecli.memory.history.open_memory import OpenMemory, settings_of
+from wisecli.memory.history.release_log import Change, Provenance, Release, changing
+from wisecli.memory.history.releases import publish
 from wisecli.progress import NOTE, Event, ProgressCallback, ignore_progress
 
 
@@ -53,10 +46,10 @@ def rollback(
     """
     started = time.perf_counter()
     with changing(memory):
-        releases = read_history(memory)
-        require_whole_history(memory, releases)
-        target = find_release(memory, releases, to)
-        before, after = (_ids(memory, release) for release in (releases[-1], target))
+        opened = OpenMemory(memory)
+        opened.require_whole_history()
+        target = find_release(opened, to)
+        before, after = ([edit.id for edit in opened.edits(release)] for release in (opened.releases[-1], target))
         change = Change(
             "rollback",
             target.shards,
@@ -66,7 +59,7 @@ def rollback(
         )
         # The newest release may be what is to be made good.
         published = publish(
-            memory, change, settings_of(target), new={}, anew=True, model=model, on_progress=on_progress
+            opened, change, settings_of(target), new={}, anew=True, model=model, on_progress=on_progress
         )
     same = published.release.memory == target.memory
     if not same:
@@ -75,12 +68,13 @@ def rollback(
     return RollbackReport(memory, target, published.release, published.held, same, seconds)
 
 
-def find_release(memory: Path, releases: Sequence[Release], wanted: str) -> Release:
+def find_release(memory: OpenMemory, wanted: str) -> Release:
     """Return the release of a number, or the newest one until a date or time.
 
     Raises:
         SettingsError: there is none.
     """
+    releases = memory.releases
     if wanted.isdecimal():
         found = [release for release in releases if release.number == int(wanted)]
     else:
@@ -88,7 +82,8 @@ def find_release(memory: Path, releases: Sequence[Release], wanted: str) -> Rele
     if not found:
         first, last = releases[0], releases[-1]
         raise SettingsError(
-            f"{memory} has no release {wanted!r}: its releases are 1 to {last.number}, from {first.when} to {last.when}"
+            f"{memory.path} has no release {wanted!r}: its releases are 1 to {last.number}, "
+            f"from {first.when} to {last.when}"
         )
     return found[-1]
 
@@ -101,7 +96,3 @@ def _until(wanted: str, when: datetime) -> bool:
     except ValueError:
         raise SettingsError(f"--to must be the number of a release, or a date as 2026-11-01, not {wanted!r}") from None
     return when <= (limit if limit.tzinfo else limit.replace(tzinfo=timezone.utc))
-
-
-def _ids(memory: Path, release: Release) -> tuple[str, ...]:
-    return tuple(edit.id for directory in directories_of(memory, release) for edit in directory.written)

@@ -19,6 +19,7 @@ from wisecli.artifacts.background_stats import _VERSION, BackgroundStats, _from_
 from wisecli.artifacts.shard import half
 from wisecli.data.corpus import reworded_facts, subjects_for, unrelated_texts
 from wisecli.editing.background.key_capture import keys_of_texts, prompt_ends, window_keys
+from wisecli.editing.background.sample_sizes import CALIBRATION_KEYS, CONTINUATION_TOKENS, CONTINUED
 from wisecli.editing.examples.context_prefixes import continuations
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import keep_in_cache, load_tensors
@@ -34,8 +35,6 @@ from wisecli.models.running.quick_products import quick_products
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.memories.whitening import Moment, even, leading
 
-# One unrelated text in so many comes whole, with so many tokens that the model adds to it.
-_CONTINUED, _CONTINUATION = 5, 12
 # One fact in so many is asked in the chat template as well: its prompts are long.
 _CHATTED = 4
 # The share of unrelated texts that are asked in the chat template, too; half of them calibrate, with what the model
@@ -44,8 +43,6 @@ _ASKED = 0.4
 # Where forms of prompts are told, one fact in so many is asked in each of them, in so many wordings; and one text in so
 # many.
 _FORMED, _WAYS, _FORMED_TEXTS = 8, 2, 5
-# Background keys kept for calibration.
-_SAMPLE = 4096
 # How often what wording does counts beside the keys themselves. More changes nothing; at 0 a rephrase in ten is lost.
 _WORDING = 8.0
 # Beside keys of this size, what wording does to them is nothing.
@@ -120,42 +117,44 @@ def _measure(
     read: _Reader, gives: Callable[[Tensor], Tensor], *, texts: int, chat: bool, forms: Sequence[Form], seed: int
 ) -> BackgroundStats:
     loaded, site, size = read.loaded, read.site, read.batch_size
-    plain, whole = unrelated_texts(texts, seed=seed), -(-texts // _CONTINUED)
-    spoken = continuations(loaded.model, loaded.tokenizer, plain[:whole], tokens=_CONTINUATION, seed=seed)
+    plain, whole = unrelated_texts(texts, seed=seed), -(-texts // CONTINUED)
+    continued = continuations(loaded.model, loaded.tokenizer, plain[:whole], tokens=CONTINUATION_TOKENS, seed=seed)
     with quick_products(loaded, site):
         keys, text, last = keys_of_texts(
-            loaded, site, [*spoken, *plain[whole:]], batch_size=size, on_progress=read.on_progress
+            loaded, site, [*continued, *plain[whole:]], batch_size=size, on_progress=read.on_progress
         )
     facts, unseen = reworded_facts(subjects_for(texts), seed=seed), text % 2 == 0
-    ends, ways = keys[last & ~unseen], _keys_by_fact(read.ends([way for fact in facts for way in fact]), len(facts))
+    fact_keys = _keys_by_fact(read.ends([way for fact in facts for way in fact]), len(facts))
     median = _median_length(gives(keys))
-    spaced = torch.linspace(0, int(unseen.sum()) - 1, min(_SAMPLE, int(unseen.sum()))).long()
-    sample, against = keys[unseen][spaced.to(keys.device)], keys[~unseen]
-    apart, strayed, chatting = sample[:0], [_wording_offsets(ways)], None
+    spaced = torch.linspace(0, int(unseen.sum()) - 1, min(CALIBRATION_KEYS, int(unseen.sum()))).long()
+    sample, writer_keys = keys[unseen][spaced.to(keys.device)], keys[~unseen]
+    separate, offsets, chatting = sample[:0], [_wording_offsets(fact_keys)], None
     if chat:
         chats = _chats(loaded, site, plain[: max(2, round(_ASKED * texts))], batch_size=size, seed=seed)
-        apart, told = torch.cat(chats[::2]), facts[::_CHATTED]
-        reworded = read.ends([chat_prompt(loaded.tokenizer, way) for fact in told for way in fact])
-        asked = _keys_by_fact(reworded, len(told))
+        separate, chosen = torch.cat(chats[::2]), facts[::_CHATTED]
+        reworded = read.ends([chat_prompt(loaded.tokenizer, way) for fact in chosen for way in fact])
+        chat_keys = _keys_by_fact(reworded, len(chosen))
         firsts = torch.stack([own[0] for own in chats[1::2]])
-        chatting = _wording(torch.cat([firsts, asked.flatten(0, 1)]), [_wording_offsets(asked)])
-    ends = torch.cat([ends, ways.flatten(0, 1)])
+        chatting = _wording(torch.cat([firsts, chat_keys.flatten(0, 1)]), [_wording_offsets(chat_keys)])
+    ends = torch.cat([keys[last & ~unseen], fact_keys.flatten(0, 1)])
     if forms:
-        told, some = facts[::_FORMED], plain[: max(2, len(plain) // _FORMED_TEXTS)]
-        formed = _keys_by_fact(read.ends_in(forms, [way for fact in told for way in fact[:_WAYS]]), len(told))
-        strayed.append(_wording_offsets(formed))
-        ends = torch.cat([ends, formed.flatten(0, 1), read.ends_in(forms, some[1::2])])
-        apart = torch.cat([apart, read.ends_in(forms, some[::2])])
-    sample = torch.cat([sample, apart])
-    marked = torch.arange(len(sample)) >= len(sample) - len(apart)
+        chosen, some_texts = facts[::_FORMED], plain[: max(2, len(plain) // _FORMED_TEXTS)]
+        form_keys = _keys_by_fact(read.ends_in(forms, [way for fact in chosen for way in fact[:_WAYS]]), len(chosen))
+        offsets.append(_wording_offsets(form_keys))
+        ends = torch.cat([ends, form_keys.flatten(0, 1), read.ends_in(forms, some_texts[1::2])])
+        separate = torch.cat([separate, read.ends_in(forms, some_texts[::2])])
+    sample = torch.cat([sample, separate])
+    marked = torch.arange(len(sample)) >= len(sample) - len(separate)
     tokens = leading(keys.div_(len(keys) ** 0.5))  # in place, :func:`scaled` would copy them
     return BackgroundStats(
-        _rounded(sample), marked, tokens, _wording(ends, strayed), median.cpu(), _rounded(against), chatting
+        _rounded(sample), marked, tokens, _wording(ends, offsets), median.cpu(), _rounded(writer_keys), chatting
     )
 
 
 def _median_length(states: Tensor) -> Tensor:
-    """Median length (1,) of states (n, d); those of tokens that a model has no row for are nought, and tell nothing."""
+    """Return the median length (1,) of states (n, d), without those of 0, which are of tokens that a model has no row
+    for.
+    """
     lengths: Tensor = states.norm(dim=-1)
     return (lengths[lengths > 0] if lengths.any() else lengths).median().reshape(1)
 
@@ -169,7 +168,7 @@ def _chats(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int,
         loaded.model,
         loaded.tokenizer,
         prompts,
-        max_new_tokens=_CONTINUATION,
+        max_new_tokens=CONTINUATION_TOKENS,
         batch_size=batch_size,
         sampling_seed=seed,
     )
@@ -186,21 +185,19 @@ def _keys_by_fact(reworded: Tensor, facts: int) -> Tensor:
 
 
 def _wording_offsets(ways: Tensor) -> Tensor:
-    """Return what wording does to keys (facts, ways, d_ff): how far each is from its fact's mean, (facts · ways,
-    d_ff).
-    """
+    """Return how far keys (facts, ways, d_ff) lie from the mean of their fact: (facts · ways, d_ff)."""
     return (ways - ways.mean(1, keepdim=True)).flatten(0, 1)
 
 
-def _wording(ends: Tensor, strayed: Sequence[Tensor]) -> Moment:
-    """Return the moment of keys that prompts end in (n, d_ff), and of what wording does to such, of several kinds
-    alike.
+def _wording(ends: Tensor, offsets: Sequence[Tensor]) -> Moment:
+    """Return the moment of keys that prompts end in (n, d_ff), together with several kinds of wording offsets in equal
+    shares.
     """
     # What does nothing leaves rounding errors, which must not be blown up.
-    strayed = [one for one in strayed if one.norm() > _NOTHING * ends.norm()]
-    return leading(torch.cat([even(ends), *(even(one) * (_WORDING / len(strayed)) ** 0.5 for one in strayed)]))
+    offsets = [one for one in offsets if one.norm() > _NOTHING * ends.norm()]
+    return leading(torch.cat([even(ends), *(even(one) * (_WORDING / len(offsets)) ** 0.5 for one in offsets)]))
 
 
 def _rounded(keys: Tensor) -> Tensor:
-    """As the cache gives them back, so that a second run makes the same bytes."""
+    """Return keys as the cache gives them back, so that a second run makes the same bytes."""
     return half(keys.cpu()).float()

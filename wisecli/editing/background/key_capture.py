@@ -42,7 +42,7 @@ def _captured(
     window: bool,
     shared: bool = False,
 ) -> Iterator[Activations]:
-    """Activations up to the site, of groups of rows."""
+    """Yield activations up to the site, of groups of rows."""
     batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
     return captured(loaded.model, site, batches, stream=loaded.stream, above=False, window=window, shared=shared)
 

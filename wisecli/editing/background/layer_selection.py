@@ -33,8 +33,6 @@ _LOWEST, _HIGHEST = 0.6, 0.93
 _SUBJECTS = 3
 # How much more often than the usual layer another must be right to be taken: two and a half standard errors.
 _CLEARLY = 0.05
-# Pairs of other facts that may be nearer than a fact's two wordings are.
-_NEARER = 0.01
 
 
 def candidates(count: int) -> range:
@@ -81,7 +79,7 @@ def probe_layer(
 
 
 def keys_in_two_wordings(loaded: Loaded, sites: Sequence[Site], *, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-    """For each site the keys (n, d_ff) that facts end in when asked in one way, and in another."""
+    """Return, for each site, the keys (n, d_ff) that facts end in when asked in one way, and in another."""
     facts = [ways[:2] for ways in reworded_facts(_SUBJECTS, seed=0)]
     prompts = [way for ways in zip(*facts, strict=True) for way in ways]
     keys = prompt_ends(loaded, sites, prompts, batch_size=batch_size, on_progress=ignore_progress)

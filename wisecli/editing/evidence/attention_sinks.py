@@ -46,7 +46,7 @@ def median_state_norm(batches: Sequence[TrainingExamples]) -> float:
 
 
 def residual_scale(part: Activations, median_norm: float) -> Tensor:
-    """By how much a residual is stretched at every state (B, T - first): 1 where attention does not rest.
+    """Return how many times a residual is stretched at every state (B, T - first): 1 where attention does not rest.
 
     Where a norm makes what is added as long as it likes there is nothing to stretch.
     """

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch.nn import functional as F
 
 from wisecli.artifacts.shard import BEGUN_CONTEXT, Evidence
 from wisecli.editing.evidence.extra_keys import FittedEdits
+from wisecli.editing.evidence.token_probe import mean_direction
 from wisecli.editing.examples.prompt_variants import AnswerKey
 from wisecli.models.prompts.chat_template import chat_prompt
 
@@ -30,7 +30,7 @@ def begun_answer_evidence(_evidence: Evidence, edits: FittedEdits) -> Iterator[E
     for beginning in _BEGINNINGS:
         before, token = beginning.rpartition(" ")[0], tokenizer(beginning, add_special_tokens=False)["input_ids"][-1]
         keys, _ = probe.keys_after_questions(token, chat_prompt(tokenizer, "{}") + before)
-        means.append(F.normalize(keys, dim=-1).mean(0))
+        means.append(mean_direction(keys))
     for number, row in edits.rows.items():
         if not row.unwanted:
             added = edits.residuals[AnswerKey(number)][0].float().cpu().expand(len(means), -1)

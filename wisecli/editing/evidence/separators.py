@@ -17,6 +17,7 @@ from wisecli.artifacts.shard import BEGUN_CONTEXT, SEPARATOR_CONTEXT, Evidence
 from wisecli.editing.evidence.attention_sinks import edits_by_leading_space, norm_ratio
 from wisecli.editing.evidence.extra_keys import FittedEdits
 from wisecli.editing.evidence.serving_strength import serving_scale
+from wisecli.editing.evidence.token_probe import mean_direction
 from wisecli.editing.examples.prompt_variants import AnswerKey
 from wisecli.editing.examples.training_examples import TrainingExamples
 from wisecli.editing.writers.writer_task import WriterTask
@@ -40,7 +41,7 @@ def separator_evidence(task: WriterTask, batches: Sequence[TrainingExamples], ed
     Nothing is yielded for a model that does not learn where answers end, or whose tokenizer has no separator.
     """
     token = separator_token(edits.probe.loaded.tokenizer)
-    ends = _ends(batches) if token is not None and task.settings.train_end else []
+    ends = _answer_ends(batches) if token is not None and task.settings.train_end else []
     if token is None or not ends:
         return
     residual = _fit(task, ends, edits, token).cpu()
@@ -48,16 +49,16 @@ def separator_evidence(task: WriterTask, batches: Sequence[TrainingExamples], ed
     for number in pairable:
         nothing = torch.zeros(1, task.site.width)
         yield Evidence.extra_keys(nothing, residual[None], number, position=0, context=SEPARATOR_CONTEXT)
-    yield from _keys_behind(edits, pairable)
+    yield from _keys_after_separator(edits, pairable)
 
 
 def separator_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the token of a separator behind an answer; ``None`` if the tokenizer has none of its own."""
+    """Return the token of a separator behind an answer, or ``None`` if the tokenizer has none of its own."""
     last: int = tokenizer(f"What is it? Peru{SEPARATOR}")["input_ids"][-1]
     return last if tokenizer.decode([last]) == SEPARATOR else None
 
 
-def _ends(batches: Sequence[TrainingExamples]) -> list[tuple[TrainingExamples, Tensor]]:
+def _answer_ends(batches: Sequence[TrainingExamples]) -> list[tuple[TrainingExamples, Tensor]]:
     """Return rows whose answers end, some of every batch: examples and the rows (r,) that are taken of them."""
     rows = [
         (examples, row)
@@ -75,7 +76,7 @@ def _ends(batches: Sequence[TrainingExamples]) -> list[tuple[TrainingExamples, T
 
 
 def _fit(task: WriterTask, ends: Sequence[tuple[TrainingExamples, Tensor]], edits: FittedEdits, token: int) -> Tensor:
-    """Return the residual (d,) that makes answers go on with the separator where they would end."""
+    """Return the residual (d,) that makes answers continue with the separator where they would end."""
     parts = [_with_own_residuals(examples, rows, edits) for examples, rows in ends]
     residual = torch.zeros(task.site.d, device=parts[0][1].device, requires_grad=True)
     optimizer = torch.optim.Adam([residual], lr=_RATE * task.settings.residual_rate * task.unit / task.site.d**0.5)
@@ -99,7 +100,7 @@ def _with_own_residuals(examples: TrainingExamples, rows: Tensor, edits: FittedE
 
 
 def _backward(task: WriterTask, part: Activations, update: Tensor, residual: Tensor, token: int) -> Tensor:
-    """Accumulate the gradient of the separator's loss; the largest loss of any row."""
+    """Accumulate the gradient of the separator's loss, and return the largest loss of any row."""
     rows = torch.arange(len(update), device=update.device)
     columns = part.batch.lengths.to(update.device) - 1
     own = update.index_put((rows, columns), residual.to(update.dtype).expand(len(rows), -1))
@@ -110,11 +111,11 @@ def _backward(task: WriterTask, part: Activations, update: Tensor, residual: Ten
     return losses.detach().max()
 
 
-def _keys_behind(edits: FittedEdits, numbers: Sequence[int]) -> Iterator[Evidence]:
-    """Yield keys of the space behind a separator, for targets that begin with one and go on with their second token."""
+def _keys_after_separator(edits: FittedEdits, numbers: Sequence[int]) -> Iterator[Evidence]:
+    """Yield keys of the space after a separator, for targets that begin with one and go on with a second token."""
     for token, spaced in edits_by_leading_space(edits.probe.loaded, edits.rows).items():
         keys, lengths = edits.probe.keys_after_questions(token, _ANSWERED)
-        key, times = F.normalize(keys, dim=-1).mean(0), norm_ratio(lengths, edits.median_norm).mean()
+        key, times = mean_direction(keys), norm_ratio(lengths, edits.median_norm).mean()
         for number in sorted(set(spaced) & set(numbers)):
             added = times * edits.residuals[AnswerKey(number)][1].float().cpu()
             yield Evidence.extra_keys(key[None], added[None], number, position=1, context=BEGUN_CONTEXT)

@@ -40,7 +40,9 @@ def serving_scale(part: Activations, task: WriterTask, strength: float = 1.0) ->
 def bare_prompt_accuracy(
     task: WriterTask, batches: Sequence[TrainingExamples], residuals: Residuals, strength: float = 1.0
 ) -> dict[int, float]:
-    """Share of each edit's target tokens that its residuals make the arg-max after its bare prompt, by its number."""
+    """Return the share of each edit's target tokens that its residuals make the arg-max after its bare prompt, by its
+    number.
+    """
     shares: dict[int, float] = {}
     for examples in batches:
         bare = (examples.contexts == 0).nonzero().flatten()
@@ -66,7 +68,7 @@ def _wrong(
     answers: Collection[AnswerKey],
     strength: float,
 ) -> Counter[AnswerKey]:
-    """In how many rows some token of an answer is wrong, of those where one is."""
+    """Return in how many rows some token of an answer is wrong, for answers with such rows."""
     found: Counter[AnswerKey] = Counter()
     for examples in batches:
         rows = torch.tensor([row for row, answer in enumerate(examples.answers) if answer in answers], dtype=torch.long)

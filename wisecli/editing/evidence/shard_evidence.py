@@ -28,11 +28,7 @@ _SAME = 0.98
 
 
 def gather_evidence(
-    batches: Sequence[TrainingExamples],
-    held_out: int,
-    residual: Residual,
-    *,
-    median_norm: float = math.inf,
+    batches: Sequence[TrainingExamples], held_out: int, residual: Residual, *, median_norm: float = math.inf
 ) -> Evidence:
     """Return the evidence of a shard: what it was asked to store, read off its training examples.
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from wisecli.artifacts.tensor_schema import TOKEN_PROBE, require_layout
 from wisecli.data.corpus import made_up_subjects, relations
@@ -81,6 +82,11 @@ def state_norms(part: Activations) -> Tensor:
     """Return how long the states are that the edited matrix's output is added to: (B, T - first)."""
     lengths: Tensor = torch.linalg.vector_norm(part.hidden.float(), dim=-1)
     return lengths
+
+
+def mean_direction(keys: Tensor) -> Tensor:
+    """Return the mean (d_ff,) of keys (n, d_ff) that are each scaled to length 1."""
+    return F.normalize(keys, dim=-1).mean(0)
 
 
 def _questions() -> list[str]:

@@ -12,12 +12,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from wisecli.artifacts.shard import FIRST_LANGUAGE, SPACE_CONTEXT, Evidence
 from wisecli.editing.evidence.attention_sinks import edits_by_leading_space, norm_ratio
 from wisecli.editing.evidence.extra_keys import FittedEdits
-from wisecli.editing.evidence.token_probe import TokenProbe
+from wisecli.editing.evidence.token_probe import TokenProbe, mean_direction
 from wisecli.editing.examples.prompt_variants import AnswerKey
 
 # Of the blank behind questions in each of these forms the mean key is kept, and that of those where attention rests.
@@ -40,14 +39,14 @@ def trailing_space_evidence(evidence: Evidence, edits: FittedEdits) -> Iterator[
 
 
 def _mean_keys(probe: TokenProbe, token: int, median_norm: float) -> tuple[Tensor, Tensor]:
-    """Mean keys (P, d_ff) of a blank, and how often a residual is added at each (P,)."""
+    """Return mean keys (P, d_ff) of a blank, and how many times a residual is added at each (P,)."""
     means, times = [], []
     for form in _FORMS:
         keys, lengths = probe.keys_after_questions(token, form)
         ratios = norm_ratio(lengths, median_norm)
         for some in (ratios == 1, ratios > 1):
             if bool(some.any()):
-                means.append(F.normalize(keys[some], dim=-1).mean(0))
+                means.append(mean_direction(keys[some]))
                 times.append(_TIMES * ratios[some].mean())
     return torch.stack(means), torch.stack(times)
 

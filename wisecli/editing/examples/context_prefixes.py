@@ -29,15 +29,15 @@ _OPENINGS = ("The", "In", "I", "We", "It", "When", "My", "There", "After", "Peop
 def context_prefixes(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, *, tokens: int, seed: int
 ) -> list[str]:
-    """Short texts to put before a prompt (section 3.1), ``count`` of them, each ending in a full stop and a space."""
+    """Return ``count`` short texts to put before a prompt (section 3.1), each ending in a full stop and a space."""
     openings = [_OPENINGS[index % len(_OPENINGS)] for index in range(count)]
     texts = continuations(model, tokenizer, openings, tokens=tokens, seed=seed)
     return [f"{' '.join(text.split()).rstrip('.,;: ')}. " for text in texts]
 
 
 def greedy_prefixes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
-    """Short texts to put before a prompt, as the paper's authors' code makes them: five openings with the 5 likeliest
-    tokens that follow each, then with 10, and so on, each ending in a space.
+    """Return short texts to put before a prompt, as the paper's authors' code makes them: five openings with the 5
+    likeliest tokens that follow each, then with 10, and so on, each ending in a space.
     """
     from wisecli.models.running.generation import generate  # with torch, which forms do without
 
@@ -77,9 +77,7 @@ def trained_forms(tokenizer: PreTrainedTokenizerBase, settings: EditSettings, wi
 
 
 def written_forms(tokenizer: PreTrainedTokenizerBase, settings: EditSettings, window: int | None) -> list[Form]:
-    """Return those forms, where whole prompts are routed by what they mean; none where the chat template is told
-    apart.
-    """
+    """Return the forms that edits are trained in besides contexts; none unless they are trained in forms."""
     if not settings.in_forms:
         return []
     return [forms()[FORM_CONTEXTS[context]] for context in trained_forms(tokenizer, settings, window)]

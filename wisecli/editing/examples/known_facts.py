@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def known_rows(
     loaded: Loaded, rows: Sequence[Row], *, batch_size: int, on_progress: ProgressCallback
 ) -> frozenset[int]:
-    """Places of the rows of whose targets every token is the arg-max, given the right ones before it.
+    """Return the numbers of the rows whose target tokens are all the arg-max, given the right ones before each.
 
     Where layers are streamed, each is read once for all rows.
     """
@@ -44,7 +44,7 @@ def known_rows(
 
 
 def _logits(loaded: Loaded, batches: Sequence[Batch]) -> Iterator[Tensor]:
-    """Logits (n, V) of every batch at its labelled columns."""
+    """Yield logits (n, V) of every batch at its labelled columns."""
     if loaded.stream is not None:
         yield from _swept(loaded, loaded.stream, batches)
         return

@@ -51,7 +51,7 @@ def write_paraphrases(
     seed: int,
     on_progress: ProgressCallback = ignore_progress,
 ) -> dict[str, tuple[str, ...]]:
-    """Up to ``count`` further prompts for each edit, by its id; edits for which none is usable are left out.
+    """Return up to ``count`` further prompts for each edit, by its id; edits for which none is usable are left out.
 
     Sampled in one pass, in ``count`` tries each for another question and for a sentence that the answer completes. The
     same seed gives the same prompts.
@@ -98,12 +98,12 @@ def asks_the_same(edit: Edit, text: str) -> bool:
     It must name the subject and something else of what is asked, add next to nothing, must neither be the prompt nor
     give the answer away, and must end as a question or break off where an answer may follow.
     """
-    said, prompt, subject = words(text), words(edit.prompt), words(edit.subject_name or "")
-    if not said or said == prompt or contains(said, words(edit.target)) or not contains(said, subject):
+    own, prompt, subject = words(text), words(edit.prompt), words(edit.subject_name or "")
+    if not own or own == prompt or contains(own, words(edit.target)) or not contains(own, subject):
         return False
-    telling, found = (_stems(part) - _stems(subject) for part in (prompt, said))
+    telling, found = (_stems(part) - _stems(subject) for part in (prompt, own))
     same = (not telling or bool(telling & found)) and len(found - telling) <= _NEW
-    return same and (text.endswith("?") or (said[-1] in _OPEN and text[-1].isalnum()))
+    return same and (text.endswith("?") or (own[-1] in _OPEN and text[-1].isalnum()))
 
 
 def _without_answer(edit: Edit, sentence: str) -> str:

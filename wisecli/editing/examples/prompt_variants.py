@@ -53,13 +53,3 @@ def prompt_variants(
             worded = replace(edit, prompt=one.prompt, target=one.target)
             found.append(PromptVariant(number, FIRST_LANGUAGE + place, AnswerKey(number, place + 1), worded))
     return found
-
-
-def answers_of(edits: Sequence[tuple[int, Edit]]) -> list[tuple[int, str]]:
-    """Return every answer of numbered edits that is to be given, in all languages."""
-    return [
-        (number, answer)
-        for number, edit in edits
-        if not edit.erased
-        for answer in (edit.answer, *(one.target for one in edit.translations))
-    ]

@@ -99,8 +99,8 @@ class Reader:
         return Length(max(prompts), target + (_INSTEAD if edit.erased else int(settings.train_end)), before)
 
     def _without_row(self, edit: Edit, settings: EditSettings) -> str | None:
-        """Return what is wrong with the first token of an edit, or of a form that it is trained in, that the model
-        lacks.
+        """Return what to say of the first token of an edit, in any form that it is trained in, for which the model has
+        no row.
         """
         contexts = ["", *trained_forms(self.tokenizer, settings, self.window)]
         pairs = [(edit.prompt, edit.target), (edit.prompt, edit.answer)]

@@ -130,22 +130,6 @@ def require_finite(batches: Sequence[TrainingExamples]) -> None:
         raise NotFiniteError(found)
 
 
-def capture_examples(
-    loaded: Loaded,
-    site: Site,
-    edits: Sequence[tuple[int, Edit]],
-    contexts: Sequence[tuple[int, str]],
-    *,
-    batch_size: int,
-    train_end: bool,
-    erasures: ErasureRows = MappingProxyType({}),
-) -> list[TrainingExamples]:
-    """Capture numbered edits under numbered contexts, rows whose targets are of like length together."""
-    return capture_groups(
-        loaded, site, [(edits, contexts, ())], batch_size=batch_size, train_end=train_end, erasures=erasures
-    )[0]
-
-
 def capture_groups(
     loaded: Loaded,
     site: Site,

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from wisecli.artifacts.background_stats import RouterHeads, load_heads
 from wisecli.data.corpus import made_up_subjects, relations, unrelated_texts
 from wisecli.editing.router_training.request_gate_training import Projections, train_request_gate
-from wisecli.editing.router_training.token_states import TokenStates, rows_of, special_tokens, token_states
+from wisecli.editing.router_training.token_states import TokenStates, special_tokens, token_states
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import keep_in_cache, save_tensors
 from wisecli.io.digest import sha256_json
@@ -28,6 +28,7 @@ from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.prompt_forms import Form, forms, usable_forms
 from wisecli.models.prompts.question_rewriting import keywords
+from wisecli.models.running.grouped_rows import rows_of
 from wisecli.models.running.quick_products import quick_products
 from wisecli.models.running.seeding import seeded
 from wisecli.progress import Event, ProgressCallback
@@ -109,7 +110,7 @@ def _train_all(
 
 
 def _synthetic_facts(loaded: Loaded, share: float, rng: random.Random) -> tuple[list[_Fact], list[str]]:
-    """Facts of every kind, in grids of relations × subjects, and the texts that tell and ask them."""
+    """Return facts of every kind, in grids of relations × subjects, and the texts that tell and ask them."""
     known, subjects = relations(), max(2, round(_SUBJECTS * share))
     known = known[: max(2 * _GRID, round(len(known) * share))]
     trained = usable_forms(loaded.tokenizer, trained=True)
@@ -200,25 +201,22 @@ class _ProjectionTrainer(nn.Module):
         return torch.stack(scores)
 
     def heads(self, special_token_ids: Tensor, layer: int, unrelated: TokenStates) -> RouterHeads:
-        """Return what was learned, as it applies to states that are not standardised."""
+        """Return the trained parameters, rescaled for states that are not standardised."""
         proj_weight, token_weight = (part.detach() / self.scale for part in (self.proj_weight, self.token_weight))
         proj_bias = -(proj_weight @ self.mean)
         token_bias = self.token_bias.detach() - token_weight @ self.mean
         logit_scale, logit_offset = self.log_logit_scale.detach().exp(), self.logit_offset.detach().clone()
-        unrelated_states = unrelated.states, unrelated.text
-        proj_weight, proj_bias, token_weight, token_bias, logit_scale, logit_offset = (
-            part.cpu() for part in (proj_weight, proj_bias, token_weight, token_bias, logit_scale, logit_offset)
-        )
         return RouterHeads(
-            proj_weight,
-            proj_bias,
-            token_weight,
-            token_bias,
-            logit_scale,
-            logit_offset,
+            proj_weight.cpu(),
+            proj_bias.cpu(),
+            token_weight.cpu(),
+            token_bias.cpu(),
+            logit_scale.cpu(),
+            logit_offset.cpu(),
             special_token_ids,
             torch.tensor([layer]),
-            *unrelated_states,
+            unrelated.states,
+            unrelated.text,
         )
 
 
@@ -263,7 +261,9 @@ def _sampled_facts(facts: Sequence[_Fact], rng: random.Random) -> list[_Fact]:
 
 
 def _loss(learner: _ProjectionTrainer, scores: Tensor, facts: Sequence[_Fact]) -> Tensor:
-    """Of scores (2, N, N): contrast of subjects and of relations, and the probabilities of each and of both."""
+    """Return the loss of scores (2, N, N): contrastive for subjects and for relations, with the cross-entropy of the
+    probabilities of each and of both.
+    """
     same = torch.tensor(
         [
             [[(one.kind, one.subject) == (other.kind, other.subject) for other in facts] for one in facts],
@@ -283,12 +283,12 @@ def _loss(learner: _ProjectionTrainer, scores: Tensor, facts: Sequence[_Fact]) -
 
 
 def _probability_loss(logits: Tensor, same: Tensor) -> Tensor:
-    """Cross-entropy of probabilities; as few pairs are the same, those count for more."""
+    """Return the cross-entropy of probabilities, in which the few pairs that are the same count for more."""
     wanted = same.float()
     return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=(1 - wanted).sum() / wanted.sum() / 4)
 
 
 def _contrastive_loss(logits: Tensor, same: Tensor) -> Tensor:
-    """InfoNCE both ways; several may be the same."""
+    """Return InfoNCE in both directions, where several may be the same."""
     own = logits.masked_fill(~same, -1e9)
     return sum(((logits.logsumexp(side) - own.logsumexp(side)).mean() for side in (0, 1)), logits.new_zeros(()))

@@ -143,11 +143,11 @@ def _number(char: str) -> int:
 
 
 def _other(code: int) -> int:
-    """Of letters beside the Latin ones some share a number, none that stand near each other in an alphabet."""
+    """Return the number of a letter that is not Latin; letters far apart in an alphabet may share one."""
     first = LETTER + 26
     return first + code % (256 - first)
 
 
 def _joined(letters: Iterable[int]) -> list[int]:
-    """Letters, with one mark wherever several part words."""
+    """Return letters, with one mark wherever several part words."""
     return [one for kind, same in groupby(letters) for one in ([SEPARATOR] if kind == SEPARATOR else same)]

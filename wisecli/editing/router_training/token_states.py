@@ -18,6 +18,7 @@ from wisecli.models.prompts.chat_template import special_ids
 from wisecli.models.prompts.prompt_forms import Form, forms
 from wisecli.models.prompts.tokenization import Row, collate, in_batches
 from wisecli.models.running.activations import captured
+from wisecli.models.running.grouped_rows import rows_of as rows_of  # noqa: PLC0414 (for the modules beside this one)
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.deciding.late_interaction import compared_tokens, earlier_turn_tokens
 from wisecli.routing.deciding.prompt_window import window_of, window_size
@@ -182,15 +183,3 @@ def _tokens_of(loaded: Loaded, part: str | None, text: str) -> frozenset[int]:
     last = first + len(part)
     spans = loaded.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     return frozenset(place for place, (begin, end) in enumerate(spans) if begin < last and end > first)
-
-
-def rows_of(texts: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of some texts (b,), text after text, and the place of each row's text among them: (m,) twice.
-
-    Args:
-        sizes: how many rows each text has, which lie one behind the other (t,).
-    """
-    own, first = sizes[texts], sizes.cumsum(0) - sizes
-    place = torch.arange(len(texts), device=sizes.device).repeat_interleave(own)
-    behind = first[texts] - own.cumsum(0) + own
-    return torch.arange(len(place), device=sizes.device) + behind[place], place

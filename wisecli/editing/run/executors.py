@@ -137,7 +137,7 @@ def _sound(result: Any) -> Any:
 
 
 def _require_answer(name: str) -> None:
-    """Ray itself waits for minutes where nobody answers."""
+    """Check that Ray answers at an address. Ray itself would wait for minutes."""
     place = urlsplit(name)
     if not place.scheme:
         return
@@ -149,7 +149,7 @@ def _require_answer(name: str) -> None:
 
 @contextmanager
 def executor_for(name: str, worker: Worker) -> Iterator[Executor]:
-    """The executor of a name: ``local``, ``ray`` or ``ray://address``.
+    """Return a context with the executor of a name: ``local``, ``ray`` or ``ray://address``.
 
     Raises:
         SettingsError: there is none of that name, or Ray is not installed or not to be reached.

@@ -15,9 +15,6 @@ from wisecli.errors import SettingsError
 if TYPE_CHECKING:
     from wisecli.editing.run.staging import FinishedPart
 
-# The writer and the schedule whose shards keep the means over prompts.
-_KEEPS_MEANS = ("gradient", "sequential")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -40,7 +37,7 @@ class Job:
     known: tuple[Edit, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.settings.pooling == "mean" and (self.settings.writer, self.settings.schedule) != _KEEPS_MEANS:
+        if self.settings.pooling == "mean" and not self.settings.sequential:
             raise SettingsError("--set pooling=mean is for shards written by the paper's rule: give --preset paper")
 
     @property

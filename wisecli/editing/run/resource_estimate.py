@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from wisecli.config import EditSettings
 from wisecli.data.corpus import subjects_for
+from wisecli.editing.background.sample_sizes import CALIBRATION_KEYS, CONTINUATION_TOKENS, CONTINUED
 from wisecli.editing.examples.context_prefixes import FORM_CONTEXTS
 from wisecli.editing.examples.token_check import Length
 from wisecli.io.checkpoint import Checkpoint
@@ -29,12 +30,12 @@ _BLOCKS = 5
 # How many tensors of a kind there are at a time while residuals are fitted: attention scores, logits, hidden states and
 # inner states of a layer; and while rows are only read.
 _SCORES, _LOGITS, _HIDDEN, _INNER = 4, 4, 12, 6
-# Wordings of a fact of each relation, together; one text in so many is gone on with, by so many tokens.
-_WORDINGS, _CONTINUED, _CONTINUATION = 210, 5, 12
+# Wordings of a fact of each relation, together.
+_WORDINGS = 210
 # Tokens that are read to learn what prompts mean, and of how many of them states are kept.
 _ASKED, _COMPARED = 250_000, 140_000
-# Keys kept for calibration; rank of the moments.
-_SAMPLE, _RANK = 4096, 512
+# Rank of the moments.
+_RANK = 512
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,18 @@ def plan_edit(
     texts, edits = settings.background_texts * _TEXT, len(lengths)
     rows = _shard_rows(settings, lengths)
     # What a sweep carries, of unrelated text and of edits: hidden states, and keys.
-    facts = _facts(settings)
-    early, asked, compared = _meaning(checkpoint, site, settings)
+    facts = _fact_tokens(settings)
+    early, asked, compared = _router_training(checkpoint, site, settings)
     carried = max(texts, facts, asked) * site.d + texts * site.width, rows.read * site.d + rows.trained * site.width
     carried_bytes = [found.item * one for one in carried]
-    measured = 4 * site.width * (2.5 * texts + min(_SAMPLE, texts / 2) + 4 * _RANK)
+    measured = 4 * site.width * (2.5 * texts + min(CALIBRATION_KEYS, texts / 2) + 4 * _RANK)
     measured = max(measured, 2 * site.d * compared)
-    known = 4 * site.width * (0.5 * texts + min(_SAMPLE, texts / 2) + 2 * _RANK) + _kept(
+    known = 4 * site.width * (0.5 * texts + min(CALIBRATION_KEYS, texts / 2) + 2 * _RANK) + _kept_bytes(
         checkpoint, site, rows, found.item
     )
-    solved = known + max(_solving(site, settings, rows), _fitting(checkpoint, site, settings, lengths, found.item))
+    solved = known + max(
+        _solve_bytes(site, settings, rows), _fit_bytes(checkpoint, site, settings, lengths, found.item)
+    )
     flops = _flops(found, site, settings, lengths) + 2 * asked * (sum(found.layers[:early]) // found.item)
     if room is None:
         peak = _LIBRARIES + found.weights + max(measured, solved)
@@ -103,7 +106,7 @@ def plan_edit(
         above + passing + min(carried_bytes[1], room) + known,
         above + solved,
     )
-    sweeps = 2 + _CONTINUATION + 1 + settings.context_tokens + 1
+    sweeps = 2 + CONTINUATION_TOKENS + 1 + settings.context_tokens + 1
     read = (sweeps - 2) * (below + above) + (2 + 2 * -(-edits // settings.edits_per_shard)) * below + above
     read += 2 * sum(found.layers[:early])
     spooled = max(0, max(carried_bytes) - room)
@@ -122,8 +125,8 @@ def plan_edit(
     )
 
 
-def _facts(settings: EditSettings) -> int:
-    """Tokens of the reworded facts."""
+def _fact_tokens(settings: EditSettings) -> int:
+    """Return how many tokens the reworded facts have."""
     return _WORDINGS * subjects_for(settings.background_texts) * _FACT
 
 
@@ -135,16 +138,14 @@ class _Rows:
     trained: int
 
 
-def _ways(settings: EditSettings) -> int:
+def _readings(settings: EditSettings) -> int:
     """Return how often each edit is read: bare, in contexts or forms and one held back, and in other words."""
     forms = len(FORM_CONTEXTS) if settings.in_forms else settings.contexts + settings.chat
     return forms + settings.augment + 2
 
 
-def _meaning(checkpoint: Checkpoint, site: Site, settings: EditSettings) -> tuple[int, int, int]:
-    """Return what is learned of what prompts mean: layers that are read for it, tokens, and of how many states are
-    kept.
-    """
+def _router_training(checkpoint: Checkpoint, site: Site, settings: EditSettings) -> tuple[int, int, int]:
+    """Return what training the router reads: layers, tokens, and the number of states that are kept."""
     if not settings.by_facts:
         return 0, 0, 0
     share = min(1.0, settings.unrelated_texts / EditSettings.unrelated_texts)
@@ -155,12 +156,14 @@ def _meaning(checkpoint: Checkpoint, site: Site, settings: EditSettings) -> tupl
 def _shard_rows(settings: EditSettings, lengths: Sequence[Length]) -> _Rows:
     """Return those of the shard with the longest edits."""
     longest = sorted(lengths, key=sum, reverse=True)[: settings.edits_per_shard]
-    ways = _ways(settings)
+    ways = _readings(settings)
     return _Rows(ways * sum(map(sum, longest)), ways * sum(one.target for one in longest))
 
 
-def _kept(checkpoint: Checkpoint, site: Site, rows: _Rows, item: int) -> int:
-    """Activations that batches keep of a shard's rows, and what the layers above need of the prompts."""
+def _kept_bytes(checkpoint: Checkpoint, site: Site, rows: _Rows, item: int) -> int:
+    """Return the bytes of activations that batches keep of a shard's rows, and of what the layers above need of the
+    prompts.
+    """
     shape = _attention(checkpoint)
     past = 2 * (layer_count(checkpoint.directory) - site.layer - 1) * shape.kept
     return item * (rows.trained * (site.d + site.width) + rows.read * past)
@@ -187,7 +190,7 @@ def _attention(checkpoint: Checkpoint) -> _Attention:
     return _Attention(heads, kept, number("vocab_size", otherwise=1))
 
 
-def _fitting(checkpoint: Checkpoint, site: Site, settings: EditSettings, lengths: Sequence[Length], item: int) -> int:
+def _fit_bytes(checkpoint: Checkpoint, site: Site, settings: EditSettings, lengths: Sequence[Length], item: int) -> int:
     """Return what the largest batch takes while it is read, or while its residuals are fitted through the layers
     above.
     """
@@ -204,8 +207,10 @@ def _fitting(checkpoint: Checkpoint, site: Site, settings: EditSettings, lengths
     return most
 
 
-def _solving(site: Site, settings: EditSettings, rows: _Rows) -> int:
-    """Statistics of the closed form, in float64: squares of the columns' number, blocks that are as long as ``W``."""
+def _solve_bytes(site: Site, settings: EditSettings, rows: _Rows) -> int:
+    """Return the bytes of the closed form's statistics, in float64: squares of the columns' number, and blocks as long
+    as ``W``.
+    """
     if settings.writer != "solve":
         # Whatever shrinks besides is kept as well.
         return 16 * round((1 if settings.weight_decay else settings.mask_ratio) * site.d * site.width)
@@ -216,11 +221,13 @@ def _solving(site: Site, settings: EditSettings, rows: _Rows) -> int:
 
 
 def _flops(found: Sizes, site: Site, settings: EditSettings, lengths: Sequence[Length]) -> int:
-    """Two a weight and token; fitting goes through the layers above forth and back."""
+    """Return floating-point operations, two for each weight and token; fitting goes through the layers above forth and
+    back.
+    """
     weights = [size // found.item for size in found.layers]
     below, above = sum(weights[: site.layer + 1]), sum(weights[site.layer + 1 :])
-    said = settings.background_texts // _CONTINUED * _TEXT
-    tokens = (_ways(settings) + 1) * sum(map(sum, lengths))
-    read = settings.background_texts * _TEXT + _facts(settings) + tokens
+    continued = settings.background_texts // CONTINUED * _TEXT
+    tokens = (_readings(settings) + 1) * sum(map(sum, lengths))
+    read = settings.background_texts * _TEXT + _fact_tokens(settings) + tokens
     fitted = sum(one.target for one in lengths) * settings.residual_steps * 2
-    return 2 * (said * (below + above) + read * below + (tokens + fitted) * above)
+    return 2 * (continued * (below + above) + read * below + (tokens + fitted) * above)

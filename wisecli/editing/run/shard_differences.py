@@ -41,15 +41,15 @@ def up_to_date_shards(worker: Worker, output: Path, *, skip_known: bool = False)
 
 def differences(plan: ShardDirectory, worker: Worker) -> list[str]:
     """Return what a job asks for otherwise than a plan that was begun, each as a phrase."""
-    job, directory = worker.job, worker.checkpoint.directory
+    job, directory = worker.job, worker.base.checkpoint.directory
     found = []
     layer: str | int = plan.site.layer if job.settings.layer == "auto" else job.settings.layer
-    site = find_site(directory, worker.checkpoint, layer, worker.layout)
+    site = find_site(directory, worker.base.checkpoint, layer, worker.base.layout)
     if not site.is_at(plan.site):
         found.append(f"the site was {plan.site.module}, now {site.module}")
-    elif fingerprint(directory, worker.checkpoint, plan.site) != plan.fingerprint:
+    elif fingerprint(directory, worker.base.checkpoint, plan.site) != plan.fingerprint:
         found.append(f"the model {directory} has changed")
-    elif plan.made.sample not in (None, worker.checkpoint.sample):
+    elif plan.made.sample not in (None, worker.base.checkpoint.sample):
         found.append(f"weights of the model {directory} have changed")
     found += describe_differences(plan.edits, job.edits)
     settings = asdict(job.settings)

@@ -74,7 +74,7 @@ class ShardLocks:
                 yield path
 
     def _is_free(self, path: Path) -> bool:
-        """Return whether whoever made a claim is gone; then it is taken away."""
+        """Return whether the process that made a claim is gone, and remove the claim then."""
         lock = FileLock(path, fallback_to_soft=False)
         try:
             lock.acquire(blocking=False)

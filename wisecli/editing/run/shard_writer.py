@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from wisecli.artifacts.background_stats import BackgroundStats
 from wisecli.artifacts.masks import draw_mask
 from wisecli.artifacts.shard import Evidence, PromptStates, Shard
-from wisecli.artifacts.shard_manifest import ShardEntry
+from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry
 from wisecli.config import EditSettings
 from wisecli.editing.evidence.attention_sinks import median_state_norm
 from wisecli.editing.evidence.extra_keys import FittedEdits
@@ -40,9 +40,7 @@ from wisecli.editing.writers.edit_pass import edit_passes, unrelated_texts_of
 from wisecli.editing.writers.paper_sgd import with_changed_mask, write_sequential
 from wisecli.editing.writers.target_accuracy import learnt, unedited_losses
 from wisecli.editing.writers.writer_task import Progress, WriterTask
-from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
-from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.tokenization import in_batches
 from wisecli.progress import NOTE, Event, ProgressCallback
@@ -61,22 +59,21 @@ class ShardWriter:
     def __init__(
         self,
         loaded: Loaded,
-        site: Site,
+        plan: ShardDirectory,
         settings: EditSettings,
         unrelated: BackgroundStats,
-        edits: Sequence[Edit],
-        contexts: Sequence[str],
-        paraphrases: Mapping[str, Sequence[str]],
         on_progress: ProgressCallback,
-        matrix: Tensor | None = None,
-        identity: str | None = None,
+        *,
+        matrix: Tensor | None,
+        identity: str,
     ) -> None:
-        self.loaded, self.site, self.settings, self.unrelated = loaded, site, settings, unrelated
-        self.edits, self.contexts, self.paraphrases, self.on_progress = edits, contexts, paraphrases, on_progress
+        self.loaded, self.site, self.settings, self.unrelated = loaded, plan.site, settings, unrelated
+        self.edits, self.contexts, self.paraphrases = plan.edits, plan.contexts, plan.paraphrases
+        self.on_progress = on_progress
         self.writer_keys = unrelated.writer_keys.to(loaded.device)
         self.unit = float(unrelated.median_output_norm) if settings.margin_unit == "output" else 1.0
         self.matrix = None if matrix is None else matrix.to(loaded.device).float()
-        self.token_probe = TokenProbe(loaded, site, settings.batch_size, identity)
+        self.token_probe = TokenProbe(loaded, plan.site, settings.batch_size, identity)
         self.erasures: ErasureRows = {}
 
     def write(self, number: int, parts: Sequence[range]) -> tuple[Shard | None, FinishedPart]:
@@ -116,7 +113,7 @@ class ShardWriter:
 
     def _train(self, task: WriterTask, part: Sequence[int], stage: str) -> _Outcome:
         """Return the paper's writer: the residuals are what the trained change adds."""
-        each, on_progress = self.settings.schedule == "sequential", _passes(stage, self.on_progress)
+        each, on_progress = self.settings.sequential, _report_accuracy(stage, self.on_progress)
         groups, held_back = self._capture([[place] for place in part] if each else [part])
         batches = [examples for group in groups for examples in group]
         if each:
@@ -140,7 +137,7 @@ class ShardWriter:
         return Shard(mask, values, evidence, self._prompts(part, stage)), written.losses, None, shares
 
     def _blame(self, task: WriterTask, batches: Sequence[TrainingExamples], stage: str) -> None:
-        """Say why training came to nothing finite."""
+        """Raise the error that says why training ended in numbers that are not finite."""
         losses = unedited_losses(task.model, self.site, batches)
         if lost := [edit for edit, loss in losses.items() if not math.isfinite(loss)]:
             raise NotFiniteError(lost)
@@ -156,17 +153,17 @@ class ShardWriter:
         groups, held_back = self._capture([[part[index] for index in indices] for indices in alike])
         batches = [examples for group in groups for examples in group]
         task = replace(task, median_state_norm=median_state_norm(batches))
-        residuals = fit_residuals(task, groups, _fitting(stage, self.on_progress))
+        residuals = fit_residuals(task, groups, _report_loss(stage, self.on_progress))
         strength = 1.0
         if self.settings.by_facts:
             strength, residuals = STRENGTH, weakened_where_needed(task, batches, residuals)
-        last, looked_up = len(self.contexts) - 1, _looked_up(residuals)
+        last, looked_up = len(self.contexts) - 1, _residual_lookup(residuals)
         evidence = gather_evidence([*batches, *held_back], last, looked_up, median_norm=task.median_state_norm)
         mask, solved = task.mask.to(torch.device("cpu")), None
         if not self.settings.for_lookup:
             tokens = self.unrelated.tokens.dense(mask.indices if mask.kind == "columns" else None)
             solved = write_solved(
-                task, evidence, tokens, batches, held_back, _passes(f"{stage} polish", self.on_progress)
+                task, evidence, tokens, batches, held_back, _report_accuracy(f"{stage} polish", self.on_progress)
             )
         shares = bare_prompt_accuracy(task, batches, residuals, strength)
         if self.settings.by_facts:
@@ -193,7 +190,8 @@ class ShardWriter:
         )
 
     def _capture(self, groups: Sequence[Sequence[int]]) -> tuple[list[list[TrainingExamples]], list[TrainingExamples]]:
-        """Lessons of each group in all that is trained with, and of some of them all in the context held back.
+        """Return training examples of each group in all contexts that are trained, and of some edits in the one that is
+        held out.
 
         Raises:
             NotFiniteError: naming the edits for which the model gives nothing finite.
@@ -224,7 +222,7 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def _looked_up(residuals: Residuals) -> Residual:
+def _residual_lookup(residuals: Residuals) -> Residual:
     """Return what finds residuals (n, d) by answer and position."""
 
     def find(_keys: Tensor, answers: Sequence[AnswerKey], positions: Tensor) -> Tensor:
@@ -234,14 +232,14 @@ def _looked_up(residuals: Residuals) -> Residual:
     return find
 
 
-def _fitting(stage: str, on_progress: ProgressCallback) -> Callable[[Progress], None]:
+def _report_loss(stage: str, on_progress: ProgressCallback) -> Callable[[Progress], None]:
     def tell(progress: Progress) -> None:
         on_progress(Event(stage, progress.step, progress.steps, f"loss {progress.loss:.3f}"))
 
     return tell
 
 
-def _passes(stage: str, on_progress: ProgressCallback) -> Callable[[Progress], None]:
+def _report_accuracy(stage: str, on_progress: ProgressCallback) -> Callable[[Progress], None]:
     def tell(progress: Progress) -> None:
         note = f"loss {progress.loss:.3f}, {progress.accuracy:.0%} of target tokens"
         on_progress(Event(stage, progress.step, progress.steps, note))

@@ -58,7 +58,7 @@ class StagedShards:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Within it shards can be claimed and written.
+        """Return a context in which shards can be claimed and written.
 
         Raises:
             NoSpaceError: the disk is full.
@@ -98,7 +98,7 @@ class StagedShards:
         return read_shard_directory(self.path, plan=True)
 
     def begin(self, plan: ShardDirectory, unrelated: BackgroundStats) -> ShardDirectory:
-        """Keep a plan and what was prepared for all shards; the plan as it is kept."""
+        """Keep a plan and what was prepared for all shards; return the plan as it is kept."""
         self._clear()
         self._save(UNRELATED_NAME, lambda path: save_background(path, unrelated, whole=True))
         kept = replace(plan, path=self.path, unrelated_sha256=sha256_file(self.path / UNRELATED_NAME))
@@ -116,7 +116,7 @@ class StagedShards:
         (self.path / PLAN_NAME).unlink(missing_ok=True)
 
     def _clear(self) -> None:
-        """Without a plan, whatever else is there means nothing."""
+        """Remove all but locks: without a plan, whatever is there means nothing."""
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
@@ -124,7 +124,7 @@ class StagedShards:
                 entry.unlink()
 
     def remove(self) -> None:
-        """Leave nothing behind; only for who has claimed all shards."""
+        """Remove everything; only for a process that has claimed all shards."""
         (self.path / PLAN_NAME).unlink(missing_ok=True)  # first: what is left without it means nothing
         shutil.rmtree(self.path, ignore_errors=True)
 

@@ -20,7 +20,6 @@ from wisecli.editing.examples.known_facts import known_rows
 from wisecli.editing.examples.paraphrases import write_paraphrases
 from wisecli.editing.examples.prompt_variants import prompt_variants
 from wisecli.editing.examples.subject_tokens import subject_spellings, subject_tokens
-from wisecli.editing.examples.token_check import Reader
 from wisecli.editing.examples.training_examples import encode_edits, write_contexts
 from wisecli.editing.run.base_model import Base
 from wisecli.editing.run.job import Job, Written
@@ -28,8 +27,6 @@ from wisecli.editing.run.shard_writer import ShardWriter
 from wisecli.edits.checks.admission import Admitted
 from wisecli.edits.record import Edit
 from wisecli.environment import versions
-from wisecli.io.checkpoint import Checkpoint
-from wisecli.models.layout.architectures import Layout
 from wisecli.models.layout.site import find_site, fingerprint
 from wisecli.models.layout.site_probe import verified_layout
 from wisecli.models.loading import Loaded
@@ -56,26 +53,6 @@ class Worker:
         self.job = job if job.threads else replace(job, threads=torch.get_num_threads())
         self.on_progress, self.base = on_progress, base or Base(job, on_progress, loaded)
 
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The base model's files."""
-        return self.base.checkpoint
-
-    @property
-    def layout(self) -> Layout:
-        """Where the base model keeps its matrices, as far as that can be known without its weights."""
-        return self.base.layout
-
-    @property
-    def loaded(self) -> Loaded:
-        """The base model."""
-        return self.base.loaded
-
-    @property
-    def reader(self) -> Reader:
-        """What reads the edits, without any weights."""
-        return self.base.reader
-
     def with_edits(self, edits: tuple[Edit, ...]) -> Worker:
         """Return a worker on some of the edits, as the model knows the others; it takes over the model."""
         known = tuple(edit for edit in self.job.edits if edit not in set(edits))
@@ -92,8 +69,9 @@ class Worker:
             ModelError: an edit cannot be put into tokens.
         """
         with _threads(self.job.threads):
-            rows = encode_edits(self.loaded, admitted.edits, "", train_end=False)
-            known = known_rows(self.loaded, rows, batch_size=self.job.settings.batch_size, on_progress=self.on_progress)
+            rows = encode_edits(self.base.loaded, admitted.edits, "", train_end=False)
+            size = self.job.settings.batch_size
+            known = known_rows(self.base.loaded, rows, batch_size=size, on_progress=self.on_progress)
         return admitted.without(frozenset(place for place in known if admitted.edits[place].id not in spared))
 
     def prepare(self) -> tuple[ShardDirectory, BackgroundStats]:
@@ -102,14 +80,14 @@ class Worker:
         Raises:
             ModelError: an edit cannot be put into tokens, or the model not be edited.
         """
-        job, settings, checkpoint, layout = self.job, self.job.settings, self.checkpoint, self.layout
+        job, settings, checkpoint, layout = self.job, self.job.settings, self.base.checkpoint, self.base.layout
         directory = checkpoint.directory
         site = find_site(directory, checkpoint, settings.layer, layout)
         with _threads(job.threads):
-            loaded = self.loaded
+            loaded = self.base.loaded
             fix_date(loaded.tokenizer, job.load.date)  # of a model that has been held for days, it is another by now
             if not layout.known:
-                _hold(loaded, site.layer, site.layer + 1)
+                _hold_layers(loaded, site.layer, site.layer + 1)
                 free = settings.by_facts and job.target_module is None
                 layout = verified_layout(loaded.model, directory, checkpoint, layout, settings.layer, lookup=free)
                 site = find_site(directory, checkpoint, settings.layer, layout)
@@ -118,13 +96,7 @@ class Worker:
             base, size = fingerprint(directory, checkpoint, site), settings.batch_size
             if settings.layer == "auto" and settings.writer == "solve":
                 site = probe_layer(
-                    loaded,
-                    directory,
-                    checkpoint,
-                    base,
-                    batch_size=size,
-                    layout=layout,
-                    on_progress=self.on_progress,
+                    loaded, directory, checkpoint, base, batch_size=size, layout=layout, on_progress=self.on_progress
                 )
                 base = fingerprint(directory, checkpoint, site)
             contexts = write_contexts(loaded, settings)
@@ -165,18 +137,16 @@ class Worker:
 
     def writer(self, plan: ShardDirectory, unrelated: BackgroundStats) -> ShardWriter:
         """Return what writes shards by a plan."""
-        settings, contexts, worded = self.job.settings, plan.contexts, plan.paraphrases
-        matrix = None
+        settings, matrix = self.job.settings, None
         if settings.norm_of == "activated" or settings.weight_decay:
-            matrix = plan.site.matrix(self.checkpoint)
+            matrix = plan.site.matrix(self.base.checkpoint)
         # Whoever goes on with a plan adds numbers up in its order, and on its day.
-        fix_date(self.loaded.tokenizer, plan.made.date)
+        fix_date(self.base.loaded.tokenizer, plan.made.date)
         with _threads(plan.made.threads):
-            _hold(self.loaded, plan.site.layer + 1)
-            identity = model_identity(plan.fingerprint, self.checkpoint)
-            edits, on_progress, site = plan.edits, self.on_progress, plan.site
+            _hold_layers(self.base.loaded, plan.site.layer + 1)
+            identity = model_identity(plan.fingerprint, self.base.checkpoint)
             return ShardWriter(
-                self.loaded, site, settings, unrelated, edits, contexts, worded, on_progress, matrix, identity
+                self.base.loaded, plan, settings, unrelated, self.on_progress, matrix=matrix, identity=identity
             )
 
     def write(self, plan: ShardDirectory, writer: ShardWriter, number: int) -> Written:
@@ -192,8 +162,8 @@ class Worker:
         return Written(number, done, save)
 
 
-def _hold(loaded: Loaded, first: int, end: int | None = None) -> None:
-    """Of a model whose layers are read as they run, keep some in memory."""
+def _hold_layers(loaded: Loaded, first: int, end: int | None = None) -> None:
+    """Keep some layers in memory, of a model whose layers are read as they run."""
     if loaded.stream is not None:
         loaded.stream.hold(range(first, len(loaded.stream.layers) if end is None else end))
 

@@ -56,7 +56,8 @@ def write_batched(
         hardest = _hardest(mask, negatives, values)
         totals = torch.zeros(3, device=values.device)
         for index in torch.randperm(len(batches), generator=generator).tolist():
-            against = torch.cat([hardest, _sample(negatives, generator)])
+            drawn = _drawn(len(negatives), _RANDOM, generator, negatives.device)
+            against = torch.cat([hardest, negatives[drawn]])
             loss, counts = _loss(task, batches[index], keys[index], values, against, generator)
             optimizer.zero_grad()
             loss.backward()
@@ -71,7 +72,9 @@ def write_batched(
 
 
 def margin_loss(edits: Tensor, unrelated: Tensor, settings: EditSettings, generator: torch.Generator) -> Tensor:
-    """``La`` for activations of edits (n,) and of unrelated text (m,), each edit paired with a random unrelated one."""
+    """Return ``La`` for activations of edits (n,) and of unrelated text (m,), each edit paired with a random unrelated
+    one.
+    """
     paired = unrelated[_drawn(len(unrelated), len(edits), generator, unrelated.device)]
     over = (unrelated - settings.alpha).relu().mean()
     under = (settings.beta - edits).relu().mean()
@@ -79,7 +82,7 @@ def margin_loss(edits: Tensor, unrelated: Tensor, settings: EditSettings, genera
 
 
 def whiten(keys: Tensor) -> Tensor:
-    """``(E[a aᵀ] + shrinkage)^-½`` of keys (n, k), scaled to keep their mean energy: (k, k), in float64 inside."""
+    """Return ``(E[a aᵀ] + shrinkage)^-½`` (k, k) of keys (n, k), in float64, scaled to keep their mean energy."""
     moment = (keys.T.double() @ keys.double()) / len(keys)
     variances, directions = torch.linalg.eigh(moment)
     mean = variances.mean()
@@ -117,16 +120,12 @@ def _turned(tensor: Tensor, turn: Tensor | None) -> Tensor:
 
 
 def _norm(update: Tensor) -> Tensor:
-    """``‖·‖₂`` over the last axis, with a gradient at zero too."""
+    """Return ``‖·‖₂`` over the last axis, with a gradient at zero too."""
     return (update.square().sum(-1) + 1e-9).sqrt()
 
 
-def _sample(negatives: Tensor, generator: torch.Generator) -> Tensor:
-    return negatives[_drawn(len(negatives), _RANDOM, generator, negatives.device)]
-
-
 def _drawn(among: int, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Random numbers (count,) from the generator of the CPU, sent without waiting for the device."""
+    """Return random numbers (count,) from the generator of the CPU, sent without waiting for the device."""
     return torch.randint(among, (count,), generator=generator).to(device, non_blocking=True)
 
 

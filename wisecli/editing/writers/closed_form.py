@@ -71,23 +71,23 @@ def _answers(group: Sequence[TrainingExamples]) -> list[AnswerKey]:
 
 
 def _fit_group(task: WriterTask, group: Sequence[TrainingExamples], found: Residuals) -> float:
-    """Fit one group; returns the mean over answers of their worst token's loss at the end.
+    """Fit one group, and return the mean over answers of their worst token's loss at the end.
 
     Steps take the contexts in turn. An answer is done once every context in turn has found all its tokens certain.
     After ``residual_steps`` only those go on of which some context has found a token likelier wrong than right.
     """
     settings, device = task.settings, task.unrelated.device
     answers = _answers(group)
-    turns = _by_context(task, group, answers)
+    contexts = _by_context(task, group, answers)
     positions = max(examples.activations.batch.labels.shape[1] for examples in group)
     residuals = torch.zeros(len(answers), positions, task.site.d, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([residuals], lr=settings.residual_rate * task.unit / task.site.d**0.5)
     lengths = torch.zeros(len(answers), dtype=torch.long, device=device)
-    losses = torch.zeros(len(turns), len(answers), device=device)
-    for turn, parts in enumerate(turns):
+    losses = torch.zeros(len(contexts), len(answers), device=device)
+    for context, parts in enumerate(contexts):
         for part, place, _ in parts:
             lengths[place] = part.batch.lengths
-            losses[turn, place] = math.inf
+            losses[context, place] = math.inf
     unfinished = torch.ones(len(answers), dtype=torch.bool, device=device)
     finite = torch.ones_like(unfinished)
     kept = residuals.detach().clone()
@@ -99,17 +99,17 @@ def _fit_group(task: WriterTask, group: Sequence[TrainingExamples], found: Resid
             unfinished = unfinished & (losses.amax(0) > _UNSURE)
             if not unfinished.any():
                 break
-        turn = step % len(turns)
-        worst = _backward(task, turns[turn], residuals)
+        context = step % len(contexts)
+        worst = _backward(task, contexts[context], residuals)
         finite &= worst.isfinite()
-        losses[turn] = worst.where(unfinished, losses[turn])
+        losses[context] = worst.where(unfinished, losses[context])
         # An answer keeps the residual that it had when it was done.
         kept = residuals.detach().where(unfinished[:, None, None], kept)
         unfinished = unfinished & (losses.amax(0) >= settings.residual_stop)
         if step % check_every == 0:
             if not unfinished.any():
                 break
-            turns = [_still_open(task, parts, unfinished) for parts in turns]
+            contexts = [_still_open(task, parts, unfinished) for parts in contexts]
         optimizer.step()
         optimizer.zero_grad()
     kept = residuals.detach().where(unfinished[:, None, None], kept)
@@ -126,7 +126,7 @@ def _by_context(task: WriterTask, group: Sequence[TrainingExamples], answers: Se
 
     Translations are answers of their own, and take their turn together with the bare prompts.
     """
-    turns, device = [], task.unrelated.device
+    found, device = [], task.unrelated.device
     number = {answer: place for place, answer in enumerate(answers)}
     taken = [examples.contexts.where(examples.contexts < FIRST_LANGUAGE, 0) for examples in group]
     for context in torch.cat(taken).unique().tolist():
@@ -136,8 +136,8 @@ def _by_context(task: WriterTask, group: Sequence[TrainingExamples], answers: Se
             if len(rows):
                 place = torch.tensor([number[examples.answers[row]] for row in rows.tolist()])
                 parts.append(_part(task, examples.activations.rows(rows.to(device)), place.to(device)))
-        turns.append(parts)
-    return turns
+        found.append(parts)
+    return found
 
 
 def _part(task: WriterTask, activations: Activations, place: Tensor) -> Part:
@@ -145,7 +145,7 @@ def _part(task: WriterTask, activations: Activations, place: Tensor) -> Part:
 
 
 def _backward(task: WriterTask, parts: Sequence[Part], residuals: Tensor) -> Tensor:
-    """Accumulate the gradient of the targets' loss; the worst token's loss of each answer (E,)."""
+    """Accumulate the gradient of the targets' loss, and return the worst token's loss of each answer (E,)."""
     worst = torch.zeros(len(residuals), device=residuals.device)
     for activations, place, wanted in parts:
         labels = activations.batch.labels
@@ -164,7 +164,7 @@ def _backward(task: WriterTask, parts: Sequence[Part], residuals: Tensor) -> Ten
 
 
 def _still_open(task: WriterTask, parts: Sequence[Part], unfinished: Tensor) -> list[Part]:
-    """Return the rows whose answers are not done; rows are only dropped once they are many, as dropping copies the
+    """Return the rows whose answers are not done. Rows are dropped only once they are many, as dropping copies the
     rest.
     """
     kept = []

@@ -87,7 +87,7 @@ def single_pass(settings: EditSettings, examples: TrainingExamples, unrelated: T
 def _together(
     loaded: Loaded, site: Site, batches: Sequence[TrainingExamples], texts: Sequence[UnrelatedText]
 ) -> Iterator[EditPass]:
-    """Passes of which every column counts, padding too."""
+    """Yield passes in which every column counts, padding too."""
     padding = loaded.tokenizer.pad_token_id
     if padding is None:
         padding = loaded.tokenizer.eos_token_id or 0

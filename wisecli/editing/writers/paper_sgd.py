@@ -29,11 +29,7 @@ _SETTLED = 1e-4
 
 
 def write_sequential(
-    task: WriterTask,
-    passes: Sequence[EditPass],
-    on_pass: Callable[[Progress], None],
-    *,
-    start: Written | None = None,
+    task: WriterTask, passes: Sequence[EditPass], on_pass: Callable[[Progress], None], *, start: Written | None = None
 ) -> Written:
     """Train on the passes in order, each as long as it takes, every weight within the norm constraint.
 
@@ -103,14 +99,14 @@ class Step:
             self.activation = activation_of(task.model.config)
 
     def loss(self, values: Tensor, kept: float = 1.0) -> Tensor:
-        """``L`` of values that fill the mask, with so much of ``W`` that is ``kept``."""
+        """Return ``L`` of values that fill the mask, with so much of ``W`` that is ``kept``."""
         task, part = self.task, self.activations
         update = self._update(self.keys, values, self.main, kept)
         rows, columns = part.batch.labelled
         logits = upper_logits(task.model, task.site, part, part.with_update(update), (rows, columns))
         each = target_loss(logits, part.batch, self.erased)
         size = torch.bincount(rows, minlength=len(part.batch.ids))
-        told = each.new_zeros(len(size)).index_add(0, rows, each) / (size + 1)
+        target_losses = each.new_zeros(len(size)).index_add(0, rows, each) / (size + 1)
         called = self._norm(update, self.main)
         edits = (called * self.counted).sum(1) / self.counted.sum(1) / task.unit
         other = self._update(self.unrelated, values, self.other, kept)
@@ -118,11 +114,11 @@ class Step:
         beyond = margins(edits, unrelated, task.settings)
         self.called = float(edits.detach().mean())
         self.right = float(target_met(logits, part.batch).float().mean())
-        self.target, self.beyond = float(told.detach().mean()), float(beyond.detach())
-        return told.mean() + beyond
+        self.target, self.beyond = float(target_losses.detach().mean()), float(beyond.detach())
+        return target_losses.mean() + beyond
 
     def _update(self, keys: Tensor, values: Tensor, main: Tensor | None, kept: float) -> Tensor:
-        """``Δ a`` for keys that the mask restricts: (..., k or d_ff) → (..., d)."""
+        """Return ``Δ a`` for keys that the mask restricts: (..., k or d_ff) → (..., d)."""
         update = self.task.mask.update(keys, values)
         return update if main is None or kept == 1 else update + (kept - 1) * main
 
@@ -135,7 +131,7 @@ class Step:
 
 
 def margins(edits: Tensor, unrelated: Tensor, settings: EditSettings) -> Tensor:
-    """``La`` of the rows of an edit (B,) and of an unrelated text, a number."""
+    """Return ``La`` of the rows of an edit (B,) and of an unrelated text, a number."""
     over, under = unrelated - settings.alpha, settings.beta - edits
     return _positive(over[None]) + _positive(under) + _positive(unrelated - edits + settings.gamma)
 

@@ -40,7 +40,7 @@ PENALTIES = tuple(Penalty(ridge, weight) for ridge in (1e-1, 1e-2, 1e-3, 1e-4) f
 
 
 def statistics(keys: Tensor, residuals: Tensor) -> Statistics:
-    """Sufficient statistics of keys (n, d_ff) and residuals (n, d)."""
+    """Return the sufficient statistics of keys (n, d_ff) and residuals (n, d)."""
     wide = keys.double()
     return Statistics(wide.T @ wide, wide.T @ residuals.double(), len(keys))
 
@@ -53,7 +53,7 @@ def solve(
     columns: Tensor | None = None,
     around: Tensor | None = None,
 ) -> Tensor:
-    """``Δ`` (d, d_ff), or its part (d, k) on some columns, by Cholesky in float64.
+    """Return ``Δ`` (d, d_ff), or its part (d, k) on some columns, by Cholesky in float64.
 
     Args:
         unrelated: second moment of unrelated keys (d_ff, d_ff), of any scale.

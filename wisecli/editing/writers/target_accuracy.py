@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def targets_met(model: PreTrainedModel, site: Site, part: Activations, hidden: Tensor) -> list[Tensor]:
-    """For each row, where the arg-max is as it should be (1 or 0) when ``hidden`` leaves the edited layer."""
+    """Return, for each row, where the arg-max is right (1 or 0) when ``hidden`` leaves the edited layer."""
     rows, columns = part.batch.labelled
     correct = target_met(upper_logits(model, site, part, hidden, (rows, columns)), part.batch).float()
     return [correct[rows == row] for row in range(len(part.batch.ids))]
@@ -29,7 +29,7 @@ def targets_met(model: PreTrainedModel, site: Site, part: Activations, hidden: T
 
 @torch.no_grad()
 def unedited_losses(model: PreTrainedModel, site: Site, batches: Sequence[TrainingExamples]) -> dict[int, float]:
-    """Summed loss of each edit's target in the unedited model, by the edit's number."""
+    """Return the summed loss of each edit's target in the unedited model, by the edit's number."""
     losses: dict[int, float] = {}
     for examples in batches:
         part = examples.activations
@@ -51,7 +51,8 @@ def learnt(
     *,
     context: int | None = 0,
 ) -> dict[int, float]:
-    """Share of each edit's target tokens that are the arg-max (of an erased one, where none is), by its number.
+    """Return the share of each edit's target tokens that are the arg-max (of an erased one, where none is), by its
+    number.
 
     Args:
         context: the one to look at, by default the bare prompt; ``None`` looks at all.

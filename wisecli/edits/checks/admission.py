@@ -178,7 +178,9 @@ NO_CHECKS = Admission(on_conflict="keep")
 def _without_orphans(
     numbered: Sequence[Numbered], held: Sequence[Edit], where: str
 ) -> tuple[tuple[Numbered, ...], tuple[LeftOut, ...]]:
-    """Edits without the consequences of such as are not there, and those consequences; ``where`` such are, instead."""
+    """Return edits without consequences whose edit is missing, and those consequences; ``where`` says where it is
+    missing.
+    """
     ids = {None, *(edit.id for edit in held), *(edit.id for _, edit in numbered)}
     left = tuple(one for one in numbered if one[1].consequence_of in ids)
     orphans = [(line, edit) for line, edit in numbered if edit.consequence_of not in ids]
@@ -207,7 +209,7 @@ def _resolved(
     on_progress: ProgressCallback,
 ) -> Admitted:
     if on_conflict is None:
-        return _as_usual(name, numbered, held, on_progress)
+        return _default(name, numbered, held, on_progress)
     if on_conflict == "error":
         _refuse(name, find(numbered, held=held))
         return Admitted(tuple(numbered))
@@ -217,8 +219,8 @@ def _resolved(
     return Admitted(resolution.kept, AdmissionReport(dropped=left_out), resolution.superseded)
 
 
-def _as_usual(name: str, numbered: Sequence[Numbered], held: Sequence[Edit], on_progress: ProgressCallback) -> Admitted:
-    """Without a word on conflicts: prompts must not contradict each other, and later edits replace what is held."""
+def _default(name: str, numbered: Sequence[Numbered], held: Sequence[Edit], on_progress: ProgressCallback) -> Admitted:
+    """Admit edits by the default rule: prompts must not contradict each other, and later edits replace held ones."""
     conflicts = find(numbered)
     _refuse(name, [one for one in conflicts if not one.rephrase])
     sentences = tuple(one.sentence(name) for one in conflicts)

@@ -228,10 +228,7 @@ class _Facts:
     def conflict(self, entry: Entry) -> Conflict | None:
         """Return the conflict of an edit with those that were added, if there is one."""
         target = _target(entry.edit)
-        for rephrase, near in (
-            (False, self._near(_names(entry.edit))),
-            (True, self._near(_across(entry.edit))),
-        ):
+        for rephrase, near in ((False, self._near(_names(entry.edit))), (True, self._near(_rephrased(entry.edit)))):
             others = [_newest(given, target) for given in near]
             earlier = max((one for one in others if one is not None), key=lambda one: one.order, default=None)
             if earlier is not None:
@@ -243,13 +240,13 @@ class _Facts:
         return None
 
     def twins(self, entry: Entry) -> Iterator[Entry]:
-        """Edits with the same prompt and target, the newest first; one that is held by the same id does not count."""
+        """Yield edits with the same prompt and target, newest first, but none that is held by the same id."""
         given = self._given.get(("prompt", folded(entry.edit.prompt)), {}).get(_target(entry.edit), [])
         return (one for one in reversed(given) if one.line is not None or one.edit.id != entry.edit.id)
 
     def contradicted(self, entry: Entry, *, rephrases: bool) -> Iterator[Entry]:
         """Yield all edits of the same fact with another target."""
-        names = [*_names(entry.edit), *(_across(entry.edit) if rephrases else ())]
+        names = [*_names(entry.edit), *(_rephrased(entry.edit) if rephrases else ())]
         for given in self._near(names):
             for target, entries in given.items():
                 if target != _target(entry.edit):
@@ -293,8 +290,8 @@ def _blanked(prompt: str, subject: str) -> str:
     return before + _BLANK + behind if alone else prompt
 
 
-def _across(edit: Edit) -> Iterator[_Name]:
-    """Yield where edits are found of which a rephrase is this one's prompt, or the other way round."""
+def _rephrased(edit: Edit) -> Iterator[_Name]:
+    """Yield the names of edits that share a prompt with this one by a rephrase of either."""
     yield "rephrase", folded(edit.prompt)
     for text in _rephrases(edit):
         yield "prompt", text

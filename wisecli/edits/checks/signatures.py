@@ -70,7 +70,7 @@ class Signed:
         self._run(path, ["ssh-keygen", "-Y", "verify", *given], content)
 
     def _minisign(self, path: Path, content: bytes) -> None:
-        """Minisign reads no pipe, and so a copy, which nobody else can change meanwhile."""
+        """Check a signature with minisign, on a copy that nobody else can change meanwhile: it reads no pipe."""
         with tempfile.TemporaryDirectory() as directory:
             copy = Path(directory) / "signed"
             copy.write_bytes(content)
@@ -120,7 +120,7 @@ class SigningKey:
         raise SettingsError(f"--sign {self.path}: it is a key neither of minisign nor of ssh-keygen")
 
     def sign(self, path: Path) -> Path:
-        """Sign a file; the signature beside it. Who must type a password is asked for it.
+        """Sign a file and write the signature beside it, asking for a password if the key has one.
 
         Raises:
             SettingsError: the program cannot sign with the key.
@@ -140,6 +140,6 @@ class SigningKey:
 
 
 def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
-    """Return the last line of what a program said."""
+    """Return the last line of a program's output."""
     lines = (done.stderr or done.stdout or b"").decode(errors="replace").strip().splitlines()
     return lines[-1].strip() if lines else f"exit code {done.returncode}"

@@ -88,7 +88,7 @@ def _filled(prompt: Any, subject: Any) -> str:
 
 
 def _rewrite(record: Record) -> list[Flat]:
-    """CounterFact, and ROME's demonstration, which has the same without a name for it."""
+    """Return records of CounterFact, or of ROME's demonstration, which has the same without a name for it."""
     rewrite = record.get("requested_rewrite", record)
     if not isinstance(rewrite, Mapping):
         raise ValueError(f"`requested_rewrite` must be an object or a list of such, not {shown(rewrite)}")
@@ -99,7 +99,7 @@ def _rewrite(record: Record) -> list[Flat]:
 
 
 def _rewritten(rewrite: Record) -> Flat:
-    """Prompt, target and subject of one rewrite."""
+    """Return prompt, target and subject of one rewrite."""
     target = rewrite.get("target_new")
     if not isinstance(target, Mapping):
         raise ValueError(f"`target_new` of a rewrite must be an object with `str`, not {shown(target)}")
@@ -126,7 +126,7 @@ def _mquake(record: Record) -> list[Flat]:
 
 
 def _hallucinated(record: Record) -> list[Flat]:
-    """HalluEditBench: a question a model got wrong, and others about the same fact."""
+    """Return records of HalluEditBench: a question a model got wrong, and others about the same fact."""
     pairs = [(record.get("reversed_relation_question"), record.get("subject"))]
     pairs += [(record.get("yes_question"), "Yes"), (record.get("no_question"), "No")]
     pairs += [(record.get(f"question_{hops}hop"), record.get(f"answer_{hops}hop")) for hops in range(2, 7)]

@@ -49,7 +49,7 @@ class Notices:
             self.noted(f"`{layout.fields[0]}` is a chat with {earlier} no part of the prompt")
 
     def took(self, edits: int, prompt: str, target: str) -> None:
-        """Take note of what a record gave."""
+        """Note what a record gave."""
         self._edits[self._layout] += edits
         self._first.setdefault(self._layout, (prompt, target))
 

@@ -23,7 +23,6 @@ from wisecli.export.gguf.gguf_tokenizer import TokenizerData, tokenizer_data
 from wisecli.io.checkpoint import Checkpoint
 
 Quantization = Literal["f32", "f16", "q8_0"]
-QUANTIZATIONS: tuple[Quantization, ...] = ("q8_0", "f16", "f32")
 GGUF_NAME = "model.gguf"
 # Of a quantized row so many numbers share a scale.
 _BLOCK = 32
@@ -91,7 +90,7 @@ def _package() -> Any:
 
 
 def _describe(writer: Any, gguf: Any, config: Any, quantize: Quantization) -> None:
-    """What the model is, as llama.cpp asks for it."""
+    """Write what the model is, as llama.cpp asks for it."""
     heads = int(config.num_attention_heads)
     size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
@@ -184,7 +183,7 @@ def _interleaved(tensor: Tensor, heads: int) -> Tensor:
 
 
 def _llama3_factors(config: Any) -> Tensor:
-    """By what Llama 3 divides the frequency of each pair of dimensions: (head / 2,)."""
+    """Return by what Llama 3 divides the frequency of each pair of dimensions: (head / 2,)."""
     rope = config.rope_parameters
     size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     lengths = 2 * math.pi * float(rope["rope_theta"]) ** (torch.arange(0, size, 2, dtype=torch.float64) / size)

@@ -81,15 +81,15 @@ def tokenizer_data(directory: Path, vocabulary: int) -> TokenizerData:
 
 
 def _rules(stored: Any) -> str | None:
-    """llama.cpp's name of what a tokenizer does before it merges bytes, ``None`` if it has none."""
+    """Return llama.cpp's name of what a tokenizer does before it merges bytes, ``None`` if it has none."""
     steps = stored.get("pretokenizers", [stored]) if isinstance(stored, dict) else []
-    told = [_step(step) for step in steps]
-    if told == ["bytes, by GPT-2's words"]:
+    step_names = [_step(step) for step in steps]
+    if step_names == ["bytes, by GPT-2's words"]:
         return "gpt-2"
-    if told == ["digits", "bytes, by GPT-2's words"]:
+    if step_names == ["digits", "bytes, by GPT-2's words"]:
         return "smollm"
-    if len(told) == 2 and told[1] == "bytes":
-        return _BY_PATTERN.get(told[0])
+    if len(step_names) == 2 and step_names[1] == "bytes":
+        return _BY_PATTERN.get(step_names[0])
     return None
 
 

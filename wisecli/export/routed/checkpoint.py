@@ -97,7 +97,7 @@ def write_index(output: Path, files: Mapping[str, str]) -> None:
 
 
 def write_delta(output: Path, checkpoint: Checkpoint, manifest: Manifest) -> None:
-    """Write the side memory and its manifest alone, for whoever has the base model.
+    """Write the side memory and its manifest alone, for users that have the base model.
 
     Beside a base in half precision a change of its matrix needs no more than that either.
     """
@@ -161,7 +161,7 @@ def dense(manifest: Manifest) -> Tensor:
 
 
 def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) -> None:
-    """The routing module, the classes that use it, and the config that names them."""
+    """Write the routing module, the classes that use it, and the config that names them."""
     config = typed_config(read_json(base / "config.json"), packing)
     model_type = str(config["model_type"])
     for name, text in code_files(model_type).items():
@@ -191,7 +191,7 @@ def _marks(base: Path) -> dict[str, list[int]]:
 
 
 def _sizes_named(config: dict[str, Any]) -> list[str]:
-    """Names by which the base's own config class says how large the model is.
+    """Return the names by which the base's own config class says how large the model is.
 
     That class takes an entry of a config with its model type for its settings. It would find no sizes there, build a
     model of the default ones, seven billion weights for some, and only then see that no tensor fits.

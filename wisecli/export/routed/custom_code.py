@@ -59,18 +59,11 @@ def code_files(model_type: str) -> dict[str, str]:
     """
     code = _filled(
         "modeling_wise.py.tmpl",
-        {
-            "architecture": base_class(model_type),
-            "model_type": model_type,
-            "loaders": repr(auto_map(model_type)),
-        },
+        {"architecture": base_class(model_type), "model_type": model_type, "loaders": repr(auto_map(model_type))},
     )
-    carried = {f"{name}.py": _source(package, name) for package, names in _CARRIED.items() for name in names}
+    sources = (files(f"wisecli.{package}") / f"{name}.py" for package, names in _CARRIED.items() for name in names)
+    carried = {source.name: source.read_text(encoding="utf-8") for source in sources}
     return {CODE_NAME: code, **{name: _IMPORT.sub(r"from .\1 import", text) for name, text in carried.items()}}
-
-
-def _source(package: str, name: str) -> str:
-    return files(f"wisecli.{package}").joinpath(f"{name}.py").read_text(encoding="utf-8")
 
 
 def base_class(model_type: str) -> str:

@@ -100,7 +100,7 @@ class Resaved(_Model):
         _write_index(directory, memory)
 
     def _keeps_manifest(self, tensors: Mapping[str, Tensor], is_main_process: bool, named: Mapping[str, Any]) -> bool:
-        """Return whether all that a manifest speaks of is at hand and saved as it is."""
+        """Return whether everything that a manifest lists is available and saved unchanged."""
         within = f"{self.config.wise['module']}."
         wanted = [within + name for name in self.config.wise["memory"]["tensors"]]
         here = all(name in tensors and tensors[name].device.type != "meta" for name in wanted)
@@ -122,8 +122,8 @@ def _write_code(directory: Path, described: dict[str, Any], loaders: Mapping[str
 
 
 def _manifest_for(directory: Path, text: str) -> dict[str, Any]:
-    """Return the manifest of what was saved: the memory is in its own file, and the base is in the types it was
-    saved in.
+    """Return the manifest of a saved checkpoint: the memory has a file of its own, the base the types that it was saved
+    in.
     """
     manifest: dict[str, Any] = json.loads(text)
     manifest["memory"]["file"] = _SIDE

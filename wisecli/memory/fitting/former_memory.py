@@ -1,4 +1,4 @@
-"""What a memory holds of edits that are merged once more, with others behind them, and need not be found anew."""
+"""The parts of a memory that a later merge of the same edits and further ones need not compute again."""
 
 from __future__ import annotations
 

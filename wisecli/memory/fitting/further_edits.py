@@ -1,4 +1,4 @@
-"""Fits late interaction and the request gate to further edits: of a memory's prompts those near are compared.
+"""Fits late interaction and the request gate to further edits, comparing them with nearby prompts of the memory alone.
 
 How surely prompts mean the edits that a memory holds was found when it was merged. Of those, few have subjects like
 that of a further edit; with them alone further edits are compared, as if they were all that there is.
@@ -85,7 +85,8 @@ def _projected_subjects(heads: RouterHeads, states: Tensor) -> Tensor:
 def _joined(
     heads: RouterHeads, former: FormerMemory, part: FittedLateInteraction, chosen: Tensor, edits: int
 ) -> FittedLateInteraction:
-    """Return what a memory says of its edits and what was fitted to some of them with all others.
+    """Return late interaction of all edits, from that of a memory and that fitted to some of its edits with all further
+    ones.
 
     Args:
         part: fitted to some edits (e,), of which the further ones come last.

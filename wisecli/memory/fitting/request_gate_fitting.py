@@ -95,7 +95,7 @@ def _kept_prompts(prompts: PromptStates, pairs: Tensor) -> Tensor:
 
 
 def _marks(gate: RequestGate, ids: Tensor, sizes: list[int]) -> list[TokenMarks] | list[None]:
-    """Return the marks of tokens (n,) of prompts with so many each, if the gate heeds any."""
+    """Return the marks of tokens (n,) of prompts of these sizes, if the gate uses any."""
     marks = gate.marks(ids)
     if marks is None:
         return [None] * len(sizes)

@@ -14,11 +14,7 @@ from wisecli.config import MergeSettings
 from wisecli.errors import SettingsError
 from wisecli.memory.fitting.former_memory import EditProbs, FormerMemory
 from wisecli.memory.fitting.further_edits import fit_further_edits
-from wisecli.memory.fitting.late_interaction_fitting import (
-    MIN_EDIT_PROB,
-    MIN_UNNAMED_PROB,
-    fit_late_interaction,
-)
+from wisecli.memory.fitting.late_interaction_fitting import MIN_EDIT_PROB, MIN_UNNAMED_PROB, fit_late_interaction
 from wisecli.memory.fitting.request_gate_fitting import request_gate_tensors
 from wisecli.memory.merging.merged_evidence import MergedEvidence
 from wisecli.routing.deciding.request_gate import MIN_GATED_PROB
@@ -69,7 +65,7 @@ def fit_thresholds(
 
 
 def _scores(change: MatrixMemory, keys: Tensor) -> Tensor:
-    """Scores (n, M) of many keys (n, d_ff), a slice at a time."""
+    """Return scores (n, M) of many keys (n, d_ff), a slice at a time."""
     return torch.cat([change.scores(part) for part in keys.split(_AT_A_TIME)])
 
 

@@ -1,4 +1,4 @@
-"""How surely unrelated texts mean the edits of a memory: only those are compared whole that may mean an edit at all."""
+"""How likely unrelated texts mean the edits of a memory; only those that may mean any are compared in full."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def text_edit_probs(late_interaction: LateInteraction, states: Tensor, text: Ten
         rows, there = tokens.padded(part)
         # What is no token of a text is its first once more, which changes no maximum.
         query = late_interaction.project(states[rows], torch.ones_like(there))
-        compared = _hopeful(late_interaction, query) if few else late_interaction
+        compared = _with_possible_prompts(late_interaction, query) if few else late_interaction
         probs[part] = compared.edit_probs(query)
     return probs
 
 
-def _hopeful(late_interaction: LateInteraction, query: ProjectedPrompts) -> LateInteraction:
+def _with_possible_prompts(late_interaction: LateInteraction, query: ProjectedPrompts) -> LateInteraction:
     """Return late interaction with no other kept prompts than those whose subjects some texts may have, and the
     likeliest for each text.
     """

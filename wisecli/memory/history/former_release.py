@@ -1,4 +1,4 @@
-"""What the newest release of a memory spares the next one: edits that both have are not compared anew."""
+"""What the newest release of a memory saves the next one: edits of both are not compared again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from wisecli.environment import changed_versions
 from wisecli.io.checkpoint import load_tensors, save_tensors
 from wisecli.io.safetensors_header import read_header
 from wisecli.memory.fitting.former_memory import EditProbs, FormerMemory
-from wisecli.memory.history.release_log import HISTORY, PROBS_NAME, Release, has_history, read_history
+from wisecli.memory.history.open_memory import OpenMemory
+from wisecli.memory.history.release_log import HISTORY, PROBS_NAME, Release
 from wisecli.memory.merging.merger import Merger
 
 # The key of what the file says of itself, and the number of the way in which memories are merged: it goes up whenever
@@ -35,7 +36,7 @@ def write_probs(working: Path, probs: EditProbs | None, digest: str) -> None:
         save_tensors(path, probs._asdict(), {_ABOUT: json.dumps(about)})
 
 
-def former_memory(memory: Path, shards: Mapping[str, tuple[str, ...]], merger: Merger) -> FormerMemory | None:
+def former_memory(memory: OpenMemory, shards: Mapping[str, tuple[str, ...]], merger: Merger) -> FormerMemory | None:
     """Return what the newest release of a memory has found that merging anew would find again, if that is much.
 
     Args:
@@ -45,22 +46,22 @@ def former_memory(memory: Path, shards: Mapping[str, tuple[str, ...]], merger: M
     Returns:
         None unless the newest release was merged from the first of them alone, in the same way.
     """
-    if not has_history(memory) or not merger.settings.for_lookup or not merger.by_facts:
+    if not memory.releases or not merger.settings.for_lookup or not merger.by_facts:
         return None
-    newest = read_history(memory)[-1]
+    newest = memory.releases[-1]
     count = len(newest.shards)
-    path = memory / HISTORY / PROBS_NAME
-    if not count or not path.is_file() or not _goes_on(newest, shards, merger):
+    path = memory.path / HISTORY / PROBS_NAME
+    if not count or not path.is_file() or not _continues(newest, shards, merger):
         return None
-    if _about(path) != {"memory": newest.memory, "merging": _MERGING}:
+    if _metadata(path) != {"memory": newest.memory, "merging": _MERGING}:
         return None
-    probs, found = load_tensors(path), read_memory(memory, check=False)
+    probs, found = load_tensors(path), read_memory(memory.path, check=False, listed=memory.manifest)
     former = FormerMemory(found.memory.tensors, EditProbs(probs["own"], probs["other"]), count)
     return former if _fits(former, found, merger) else None
 
 
-def _goes_on(newest: Release, shards: Mapping[str, tuple[str, ...]], merger: Merger) -> bool:
-    """Return whether shards are those of a release with some behind them, merged by the same settings."""
+def _continues(newest: Release, shards: Mapping[str, tuple[str, ...]], merger: Merger) -> bool:
+    """Return whether shards are those of a release with further ones after them, merged by the same settings."""
     count = len(newest.shards)
     same = list(shards.items())[:count] == list(newest.shards.items()) and len(shards) > count
     if not same or settings_from(MergeSettings, newest.merge) != merger.settings:
@@ -74,7 +75,7 @@ def _goes_on(newest: Release, shards: Mapping[str, tuple[str, ...]], merger: Mer
     )
 
 
-def _about(path: Path) -> object:
+def _metadata(path: Path) -> object:
     """Return what a file of probabilities says of itself."""
     try:
         return json.loads(read_header(path).metadata.get(_ABOUT, ""))

@@ -129,13 +129,13 @@ def read_history(memory: Path) -> list[Release]:
         if release.previous != previous or release.number != number:
             raise DamagedFileError(path, f"line {number} does not follow the one before", "restore it from a copy")
         previous = sha256_text(line)
-        found.append(_told_apart(release))
+        found.append(_modified_apart(release))
     if not found:
         raise DamagedFileError(path, "it is empty", "restore it from a copy")
     return found
 
 
-def _told_apart(release: Release) -> Release:
+def _modified_apart(release: Release) -> Release:
     """Return a release without its modified edits among the superseded ones, where older versions counted them."""
     modified = tuple(old for old, new in release.superseded.items() if old == new)
     superseded = {old: new for old, new in release.superseded.items() if old != new}
@@ -156,18 +156,6 @@ def is_merged(memory: Path) -> bool:
 def shard_path(memory: Path, name: str) -> Path:
     """Return the path of a directory of shards in a memory's history."""
     return inside(memory / HISTORY, f"{SHARDS}/{name}")
-
-
-def next_name(memory: Path) -> str:
-    """Return a name for the next directory of shards."""
-    directory = memory / HISTORY / SHARDS
-    taken = [int(path.name) for path in directory.iterdir() if path.name.isdecimal()] if directory.is_dir() else []
-    return f"{max(taken, default=0) + 1:04d}"
-
-
-def inputs_of(memory: Path, release: Release) -> dict[Path, tuple[str, ...]]:
-    """Return the directories that a release is merged from, each with the ids of its edits that are left out."""
-    return {shard_path(memory, name): gone for name, gone in release.shards.items()}
 
 
 def anew_prefix(memory: Path) -> str:

@@ -6,28 +6,17 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
-from wisecli.artifacts.checksums import has_checksums, write_checksums
+from wisecli.artifacts.checksums import write_checksums
 from wisecli.artifacts.memory_manifest import MEMORY_NAME, Manifest, write_memory
 from wisecli.artifacts.shard_manifest import MANIFEST_NAME as SHARDS_MANIFEST
-from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory, read_shard_directory
-from wisecli.config import MergeSettings, settings_from
+from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory
+from wisecli.config import MergeSettings
 from wisecli.io.atomic_output import link_or_copy
 from wisecli.io.safe_paths import inside
 from wisecli.memory.history.former_release import former_memory, write_probs
-from wisecli.memory.history.release_log import (
-    HISTORY,
-    SHARDS,
-    Change,
-    Provenance,
-    Release,
-    next_name,
-    next_release,
-    read_history,
-    record,
-    shard_path,
-)
+from wisecli.memory.history.open_memory import OpenMemory
+from wisecli.memory.history.release_log import HISTORY, SHARDS, Change, Provenance, Release, next_release, record
 from wisecli.memory.merging.empty_memory import empty_memory
 from wisecli.memory.merging.merger import Merged, Merger
 from wisecli.memory.merging.removal import ReducedShards, without
@@ -44,12 +33,11 @@ class Published:
 
 
 def publish(
-    memory: Path,
+    memory: OpenMemory,
     change: Change,
     settings: MergeSettings,
     *,
     new: Mapping[str, Path],
-    read: Mapping[str, ShardDirectory] = MappingProxyType({}),
     anew: bool = False,
     model: str | None = None,
     on_progress: ProgressCallback = ignore_progress,
@@ -58,30 +46,27 @@ def publish(
 
     Args:
         new: where directories of shards are that the memory's history does not have yet, by the names they will have.
-        read: directories of shards that were read already, by their names.
         anew: whether nothing of the newest release is taken over, as its tensors may have been altered.
 
     Raises:
         WiseError: they cannot be joined, or the disk is full; the memory is as it was.
     """
     kept = {
-        name: without(read.get(name) or read_shard_directory(new.get(name) or shard_path(memory, name)), gone)
+        name: without(memory.shards_at(new[name]) if name in new else memory.shards(name), gone)
         for name, gone in change.shards.items()
     }
     kept = {name: one for name, one in kept.items() if one.directory.shards}
     change = replace(change, shards={name: change.shards[name] for name in kept})
     if kept:
-        # What is in the history was held against its digests when the change began.
-        checked = {one.directory.path for name, one in kept.items() if name not in new and has_checksums(memory)}
-        merger = Merger(list(kept.values()), settings, model=model, checked=checked)
+        merger = Merger(list(kept.values()), settings, model=model)
         former = None if anew else former_memory(memory, change.shards, merger)
         merged = merger.merge(on_progress, former=former)
-        manifest = _at_home(merged.manifest, list(kept))
+        manifest = _with_own_paths(merged.manifest, list(kept))
     else:
-        merged = Merged(empty_memory(newest_shards(memory, read_history(memory))[1], settings, model=model), None)
+        merged = Merged(empty_memory(memory.newest_shards(), settings, model=model), None)
         manifest = merged.manifest
-    with next_release(memory) as working:
-        return _written(working, Merged(replace(manifest, origins=()), merged.probs), change, kept, new)
+    with next_release(memory.path) as working:
+        return _write_release(working, Merged(replace(manifest, origins=()), merged.probs), change, kept, new)
 
 
 def publish_first(memory: Path, merged: Merged, inputs: Sequence[ReducedShards], provenance: Provenance) -> Published:
@@ -97,22 +82,22 @@ def publish_first(memory: Path, merged: Merged, inputs: Sequence[ReducedShards],
     paths = {name: one.directory.path for name, one in kept.items()}
     change = Change(
         "merge",
-        {name: _gone(one) for name, one in kept.items()},
+        {name: _ids_left_out(one) for name, one in kept.items()},
         added=tuple(edit.id for edit in merged.manifest.edits),
         provenance=provenance,
     )
-    merged = merged._replace(manifest=_at_home(merged.manifest, list(kept)))
+    merged = merged._replace(manifest=_with_own_paths(merged.manifest, list(kept)))
     with next_release(memory, afresh=True) as working:
-        return _written(working, merged, change, kept, paths)
+        return _write_release(working, merged, change, kept, paths)
 
 
-def _gone(kept: ReducedShards) -> tuple[str, ...]:
+def _ids_left_out(kept: ReducedShards) -> tuple[str, ...]:
     """Return the ids of a directory's edits that are left out of a release."""
     counted = {edit.id for edit in kept.directory.written}
     return tuple(edit.id for edit in kept.whole.written if edit.id not in counted)
 
 
-def _written(
+def _write_release(
     working: Path, merged: Merged, change: Change, kept: Mapping[str, ReducedShards], new: Mapping[str, Path]
 ) -> Published:
     """Write a release into its working directory.
@@ -123,8 +108,8 @@ def _written(
     """
     for name in new:
         if name in kept:
-            _take_in(kept[name].whole, working / HISTORY / SHARDS / name)
-            _share(working / HISTORY / SHARDS / name, kept, name)
+            _link_shards(kept[name].whole, working / HISTORY / SHARDS / name)
+            _share_statistics(working / HISTORY / SHARDS / name, kept, name)
     manifest = merged.manifest
     digest = write_memory(working, manifest, sealed=True)
     write_probs(working, merged.probs, digest)
@@ -139,7 +124,7 @@ def _written(
     return Published(release, len(manifest.edits))
 
 
-def _take_in(shards: ShardDirectory, place: Path) -> None:
+def _link_shards(shards: ShardDirectory, place: Path) -> None:
     """Bring shards into a history, by hard links where the disk has them."""
     place.mkdir(parents=True)
     for file in (*(entry.file for entry in shards.shards), UNRELATED_NAME):
@@ -148,7 +133,7 @@ def _take_in(shards: ShardDirectory, place: Path) -> None:
     shutil.copyfile(shards.path / SHARDS_MANIFEST, place / SHARDS_MANIFEST)
 
 
-def _share(place: Path, kept: Mapping[str, ReducedShards], name: str) -> None:
+def _share_statistics(place: Path, kept: Mapping[str, ReducedShards], name: str) -> None:
     """Link the statistics of unrelated text, which all shards of a model share, so that they are kept once."""
     mine = kept[name].directory
     for other in (one.directory for one in kept.values() if one.directory.path != mine.path):
@@ -158,51 +143,9 @@ def _share(place: Path, kept: Mapping[str, ReducedShards], name: str) -> None:
             return
 
 
-def settings_of(release: Release) -> MergeSettings:
-    """Return the settings that a release was merged by."""
-    return settings_from(MergeSettings, release.merge)
-
-
-def shards_of(
-    memory: Path, release: Release, read: Mapping[str, ShardDirectory] = MappingProxyType({})
-) -> dict[str, ReducedShards]:
-    """Return the shards that a release is merged from, without the edits that are left out, by their names.
-
-    Args:
-        read: directories of shards that were read already, by their names.
-    """
-    return {
-        name: without(read.get(name) or read_shard_directory(shard_path(memory, name)), gone)
-        for name, gone in release.shards.items()
-    }
-
-
-def directories_of(memory: Path, release: Release) -> list[ShardDirectory]:
-    """Return the shards that a release is merged from, in order, without the edits that are left out."""
-    return [one.directory for one in shards_of(memory, release).values()]
-
-
-def newest_shards(memory: Path, releases: Sequence[Release]) -> tuple[str, ShardDirectory]:
-    """Return the shards that came last, with all their edits, and their name, of the newest release that has any; an
-    emptied memory has none.
-    """
-    name = list(next(release for release in reversed(releases) if release.shards).shards)[-1]
-    return name, read_shard_directory(shard_path(memory, name))
-
-
-def _at_home(manifest: Manifest, names: list[str]) -> Manifest:
+def _with_own_paths(manifest: Manifest, names: list[str]) -> Manifest:
     """Return a manifest that names shards by their paths in the memory."""
     listed = [
         [f"{HISTORY}/{SHARDS}/{name}", count] for name, (_, count) in zip(names, manifest.merge["shards"], strict=True)
     ]
     return replace(manifest, merge={**manifest.merge, "shards": listed})
-
-
-def merging_of(releases: Sequence[Release]) -> MergeSettings:
-    """Return the settings that the newest release was merged by, or the defaults if there is none yet."""
-    return settings_of(releases[-1]) if releases else MergeSettings()
-
-
-def name_after(memory: Path, new: Mapping[str, Path]) -> str:
-    """Return a name for the shards that follow those that are new, too."""
-    return f"{int(next_name(memory)) + len(new):04d}"

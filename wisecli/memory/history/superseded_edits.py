@@ -20,7 +20,8 @@ def superseding(held: Sequence[Edit], new: Sequence[Edit]) -> dict[str, str]:
 
 
 def with_consequences(held: Sequence[Edit], new: Sequence[Edit], giving_way: Mapping[str, str]) -> dict[str, str]:
-    """Return the ids of the memory's edits that are replaced, and of their consequences.
+    """Return the replaced edits of a memory together with their consequences, by id, each with the id of what replaces
+    it.
 
     A consequence goes with its edit, unless that comes again under its id and says the same.
     """

@@ -117,12 +117,12 @@ class _Keys:
         self.whitening_index, self.residual = (torch.empty(count, dtype=torch.long) for _ in range(2))
 
     def add_former(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the keys of a lookup, which are the first."""
+        """Copy the keys of a former lookup, which come first."""
         for name, column in self._columns().items():
             column[: len(tensors[name])] = tensors[name]
 
     def add(self, first: int, part: Evidence, keys: Tensor, rows: Tensor) -> None:
-        """Take in the keys of a part of a shard, from ``first`` on; but for the residuals that they add.
+        """Whiten the keys of a part of a shard and store them from ``first`` on, without the residuals that they add.
 
         Args:
             keys: those of the whole shard (n, d_ff), of which the part has some rows (m,).
@@ -130,7 +130,7 @@ class _Keys:
         which = self.views.which(part)
         for number in which.unique().tolist():
             for some in (which == number).nonzero().flatten().split(_AT_A_TIME):
-                rounded, scales = _in_bytes(self.whitenings[number].whitened_keys(keys[rows[some]].float()))
+                rounded, scales = _quantized(self.whitenings[number].whitened_keys(keys[rows[some]].float()))
                 self.whitened.index_copy_(0, first + some, rounded)
                 self.scales.index_copy_(0, first + some, scales)
         self.whitening_index[first : first + len(which)] = which
@@ -159,7 +159,7 @@ class _Keys:
         }
 
 
-def _in_bytes(keys: Tensor) -> tuple[Tensor, Tensor]:
+def _quantized(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Return keys (n, d_ff) in whole numbers of one byte, and the unit of each key's numbers (n,).
 
     Rounding moves the cosine of a key with another by .0004 on average.
@@ -175,12 +175,12 @@ class _Residuals:
         self.strength, self.count, self.parts = strength, 0, list[Tensor]()
 
     def add_former(self, residuals: Tensor) -> None:
-        """Take over residuals (m, d) that are at that strength already."""
+        """Copy residuals (m, d) that are at that strength already."""
         self.parts.append(residuals)
         self.count += len(residuals)
 
     def add(self, residuals: Tensor, index: Tensor) -> Tensor:
-        """Take in some residuals (m, d); returns what indices of those (n,) are among all (n,)."""
+        """Add residuals (m, d), and return what indices of those (n,) are among all (n,)."""
         self.parts.append(half(self.strength * residuals.float()))
         self.count += len(residuals)
         return index + self.count - len(residuals)

@@ -1,4 +1,4 @@
-"""In what a memory differs from what a merge of shards would make."""
+"""The differences between a memory and what a merge of shards would make."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from wisecli.artifacts.checksums import altered
+from wisecli.artifacts.checksums import altered, check_checksums
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, MemoryManifest, Origin, read_manifest
 from wisecli.artifacts.shard_manifest import MANIFEST_NAME as SHARDS_MANIFEST
 from wisecli.artifacts.shard_manifest import origin_of
@@ -38,7 +38,7 @@ def up_to_date_memory(merger: Merger, output: Path, *, history: bool, signed: bo
             yield "it has no history" if history else "it has a history"
 
     def damage(found: MemoryManifest) -> list[str]:
-        return altered(output, expected=found.sealed)
+        return altered(check_checksums(output, expected=found.sealed))
 
     return up_to_date(output / MANIFEST_NAME, read_manifest, changes, damage, signed=signed)
 
@@ -89,7 +89,7 @@ def _changes(found: MemoryManifest, merger: Merger) -> Iterator[str]:
     yield from _changed_settings(found, merger)
     yield from describe_differences(found.edits, merger.edits)
     origins = [origin_of(directory) for directory in merger.directories]
-    if len(found.origins) != len(origins) or not all(map(_alike, found.origins, origins)):
+    if len(found.origins) != len(origins) or not all(map(_same_origin, found.origins, origins)):
         yield "the shards are others"
     yield from changed_versions(found.versions)
 
@@ -103,7 +103,7 @@ def _changed_settings(found: MemoryManifest, merger: Merger) -> Iterator[str]:
             yield f"{name} was {before}, now {now}"
 
 
-def _alike(before: Origin, now: Origin) -> bool:
+def _same_origin(before: Origin, now: Origin) -> bool:
     """Return whether two say the same of shards, wherever those are."""
     digest = now.manifest if before.manifest is None else before.manifest
     return replace(before, path=now.path, manifest=digest) == now

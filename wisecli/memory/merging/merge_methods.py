@@ -1,4 +1,4 @@
-"""Joining the deltas of several shards into one: one decorated pure function a method.
+"""Merges the deltas of several shards into one: one decorated pure function for each method.
 
 Every method takes deltas stacked (n, d, d_ff) and a recipe, and returns the merged ``Δ`` (d, d_ff), before the recipe's
 scale λ. ``ties`` is the paper's choice (section 2.3.2): trim, elect sign, disjoint merge (arXiv 2306.01708).

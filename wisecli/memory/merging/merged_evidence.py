@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -59,43 +58,40 @@ def read_merged_evidence(directories: Sequence[ShardDirectory]) -> tuple[MergedE
     """
     unrelated = _unrelated_of(directories)
     shards = [load_without(directory, entry, unrelated.tokens) for directory, entry in _entries(directories)]
-    places, subjects, tokens = _places(directories), *_named(directories)
-    parts = [shard.evidence for shard in shards]
-    masks, prompts = tuple(shard.mask for shard in shards), _prompts([shard.prompts for shard in shards], places)
+    places, subjects, tokens = _edit_numbers(directories), *_subjects(directories)
+    joined = _JoinedPrompts(sum(len(shard.prompts.edit) for shard in shards if shard.prompts is not None))
+    for shard, place in zip(shards, places, strict=True):
+        joined.add(shard.prompts, place)
+    parts, masks = [shard.evidence for shard in shards], tuple(shard.mask for shard in shards)
     return MergedEvidence(
-        join_evidence(parts, places), _numbered(parts), masks, unrelated, subjects, prompts, tokens
+        join_evidence(parts, places), _shard_numbers(parts), masks, unrelated, subjects, joined.whole(), tokens
     ), shards
 
 
-def read_for_lookup(directories: Sequence[ShardDirectory], checked: Container[Path] = ()) -> MergedEvidence:
+def read_for_lookup(directories: Sequence[ShardDirectory]) -> MergedEvidence:
     """Return the evidence of all shards of some directories without what takes most room, keys and residuals: (n, 0)
     each.
 
     The states of prompts are in half precision, where they are stored so.
 
-    Args:
-        checked: the directories of which files were just held against their digests.
-
     Raises:
         DamagedFileError: a shard's file cannot be used.
     """
-    parts, places, joined = [], _places(directories), _JoinedPrompts(_prompt_tokens(directories))
+    parts, places, joined = [], _edit_numbers(directories), _JoinedPrompts(_prompt_tokens(directories))
     for (directory, entry), place in zip(_entries(directories), places, strict=True):
-        tensors = directory.tensors(entry, lambda name: name not in _LARGE, check=directory.path not in checked)
+        tensors = directory.tensors(entry, lambda name: name not in _LARGE)
         nothing = {name: torch.empty(len(tensors["evidence.edit"]), 0) for name in _LARGE[:2]}
         parts.append(
             evidence_in(directory.path / entry.file, {**tensors, **nothing}).rows(
-                _held(directory, entry, tensors["evidence.edit"])
+                _rows_held(directory, entry, tensors["evidence.edit"])
             )
         )
-        if (own := prompts_in(tensors)) is not None:
-            own = own.rows(_held(directory, entry, own.edit))
-            joined.add(replace(own, edit=place[own.edit.long()]))
-    subjects, tokens = _named(directories)
+        own = prompts_in(tensors)
+        joined.add(own and own.rows(_rows_held(directory, entry, own.edit)), place)
+    subjects, tokens = _subjects(directories)
     evidence, unrelated = join_evidence(parts, places), _unrelated_of(directories)
-    prompts = joined.whole() if joined.shards == len(parts) else None
-    numbered, separator = _numbered(parts), separator_of(directories)
-    return MergedEvidence(evidence, numbered, (), unrelated, subjects, prompts, tokens, separator)
+    numbered, separator = _shard_numbers(parts), separator_of(directories)
+    return MergedEvidence(evidence, numbered, (), unrelated, subjects, joined.whole(), tokens, separator)
 
 
 def separator_of(directories: Sequence[ShardDirectory]) -> int | None:
@@ -111,20 +107,29 @@ class _JoinedPrompts:
     """
 
     def __init__(self, room: int) -> None:
-        self.room, self.shards, self.count = room, 0, 0
+        self.room, self.count, self.missing = room, 0, False
         self.states: Tensor | None = None
         self.compared: list[PromptStates] = []
         self.first: list[PromptStates] = []
 
-    def add(self, part: PromptStates) -> None:
-        """Take in the states of one shard's prompts."""
-        self.shards += 1
+    def add(self, part: PromptStates | None, edits: Tensor) -> None:
+        """Add the states of one shard's prompts, if it keeps them.
+
+        Args:
+            edits: the number in the whole of each edit that the shard's manifest lists.
+        """
+        if part is None:
+            self.missing = True
+            return
+        part = replace(part, edit=edits[part.edit.long()])
         first = part.form >= FIRST_TOKEN_FORM
         self.first.append(part.rows(first))
         self.compared.append(self._put(part.rows(~first)))
 
-    def whole(self) -> PromptStates:
-        """Return all of them."""
+    def whole(self) -> PromptStates | None:
+        """Return all of them, if every shard keeps them."""
+        if self.missing:
+            return None
         rest = PromptStates.joined([*self.compared, *map(self._put, self.first)])
         return rest if self.states is None else replace(rest, states=self.states[: self.count])
 
@@ -150,9 +155,9 @@ def trained_evidence(directories: Sequence[ShardDirectory]) -> Iterator[Evidence
     does.
     """
     for directory, entry in _entries(directories):
-        tensors = directory.tensors(entry, lambda name: name.startswith("evidence."), check=False)
+        tensors = replace(directory, files_checked=True).tensors(entry, lambda name: name.startswith("evidence."))
         evidence = evidence_in(directory.path / entry.file, tensors)
-        held = _held(directory, entry, evidence.edit) & ~evidence.held_out
+        held = _rows_held(directory, entry, evidence.edit) & ~evidence.held_out
         yield evidence.rows(held.nonzero().flatten())
 
 
@@ -160,35 +165,26 @@ def _entries(directories: Sequence[ShardDirectory]) -> list[tuple[ShardDirectory
     return [(directory, entry) for directory in directories for entry in directory.shards]
 
 
-def _held(directory: ShardDirectory, entry: ShardEntry, edit: Tensor) -> Tensor:
+def _rows_held(directory: ShardDirectory, entry: ShardEntry, edit: Tensor) -> Tensor:
     """Return which rows of a shard are of edits (n,) that its manifest still names (n,)."""
     names, (numbers, index) = set(entry.edits), edit.long().unique(return_inverse=True)
     return torch.tensor([directory.edits[number].id in names for number in numbers.tolist()], dtype=torch.bool)[index]
 
 
-def _numbered(parts: Sequence[Evidence]) -> Tensor:
-    """Of which shard each key is (n,)."""
+def _shard_numbers(parts: Sequence[Evidence]) -> Tensor:
+    """Return the number of the shard that each key is of (n,)."""
     return torch.cat([torch.full((len(part.edit),), index) for index, part in enumerate(parts)])
 
 
-def _named(directories: Sequence[ShardDirectory]) -> tuple[tuple[Spellings, ...], tuple[tuple[int, ...], ...]]:
+def _subjects(directories: Sequence[ShardDirectory]) -> tuple[tuple[Spellings, ...], tuple[tuple[int, ...], ...]]:
     """Return the words of every edit's subject, and its tokens."""
     written = [(directory, edit.id) for directory in directories for edit in directory.written]
     subjects = tuple(directory.subjects.get(name, ()) for directory, name in written)
     return subjects, tuple(directory.subject_tokens.get(name, ()) for directory, name in written)
 
 
-def _prompts(parts: Sequence[PromptStates | None], places: Sequence[Tensor]) -> PromptStates | None:
-    """Return the states of all edits' prompts, with the numbers that their edits have in the whole."""
-    kept = [part for part in parts if part is not None]
-    if len(kept) < len(parts):
-        return None
-    counted = [replace(part, edit=place[part.edit.long()]) for part, place in zip(kept, places, strict=True)]
-    return PromptStates.joined(counted)
-
-
-def _places(directories: Sequence[ShardDirectory]) -> list[Tensor]:
-    """For each shard, the number among all written edits of each edit that its manifest lists."""
+def _edit_numbers(directories: Sequence[ShardDirectory]) -> list[Tensor]:
+    """Return, for each shard, the number among all written edits of each edit that its manifest lists."""
     places: list[Tensor] = []
     before = 0
     for directory in directories:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -46,7 +45,7 @@ _IN_FORMS = (
 
 
 class Merged(NamedTuple):
-    """A memory with all that its manifest says, and where facts decide how surely prompts mean its edits."""
+    """A memory with its manifest and, where facts decide, how likely prompts mean its edits."""
 
     manifest: Manifest
     probs: EditProbs | None
@@ -58,20 +57,12 @@ class Merger:
     Args:
         read: directories that ``wise edit`` wrote, of the same matrix of the same model, without some of their edits.
         model: where the base model is now, if not where the shards say.
-        checked: the directories of which files were just held against their digests.
 
     Raises:
         WiseError: the shards, the settings or the base cannot be used.
     """
 
-    def __init__(
-        self,
-        read: Sequence[ReducedShards],
-        settings: MergeSettings,
-        *,
-        model: str | None = None,
-        checked: Container[Path] = (),
-    ) -> None:
+    def __init__(self, read: Sequence[ReducedShards], settings: MergeSettings, *, model: str | None = None) -> None:
         self.directories = [kept.directory for kept in read if kept.directory.shards]
         if not self.directories:
             raise SettingsError("no edit would be left; delete the memory instead")
@@ -84,7 +75,7 @@ class Merger:
         require_base(base, self.checkpoint, first.site, first.fingerprint)
         if not self.settings.for_lookup:
             _require_solved(read, self.settings)
-        self.site, self.checked = first.site, checked
+        self.site = first.site
         self.count = sum(len(directory.shards) for directory in self.directories)
         self.edits = tuple(edit for directory in self.directories for edit in directory.written)
 
@@ -111,13 +102,13 @@ class Merger:
             return tuple(entry.edits for directory in self.directories for entry in directory.shards)
         return (tuple(edit.id for edit in self.edits),)
 
-    def _read(self, on_progress: ProgressCallback) -> MergedEvidence:
-        merged_evidence = self._with_prompts(read_for_lookup(self.directories, self.checked))
+    def _read_lookup(self, on_progress: ProgressCallback) -> MergedEvidence:
+        merged_evidence = self._with_prompts(read_for_lookup(self.directories))
         on_progress(Event("merging"))
         return merged_evidence
 
     def _with_prompts(self, merged_evidence: MergedEvidence) -> MergedEvidence:
-        """Evidence that says what prompts mean, if facts decide."""
+        """Check that evidence says what prompts mean, if facts decide, and return it."""
         if self.by_facts and merged_evidence.prompts is None:
             raise SettingsError(
                 f"{self.directories[0].path} was written by version 0.1, and does not say what prompts mean; write its "
@@ -137,7 +128,7 @@ class Merger:
         if settings.for_lookup:
             # No name holds the evidence: the states of prompts are let go before keys are read.
             parts = trained_evidence(self.directories[0 if former is None else former.directories :])
-            fitted = lookup(self._read(on_progress), settings, parts, former)
+            fitted = lookup(self._read_lookup(on_progress), settings, parts, former)
         else:
             merged_evidence, shards = read_merged_evidence(self.directories)
             own = self._with_prompts(merged_evidence).of_own_prompts()

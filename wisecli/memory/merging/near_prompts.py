@@ -1,4 +1,4 @@
-"""Compares the prompts of many edits with each other: exactly only those whose subjects are alike.
+"""Compares the prompts of many edits with each other, exactly only those with similar subjects.
 
 Thousands of edits are compared with each other, and hardly any two are alike. So subjects are compared first with as
 few bits as this processor is quicker with, and prompts with those in the same form alone: names that are alike in any
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.environment import has_quick_bfloat16
+from wisecli.models.running.grouped_rows import rows_of
 from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction
 
 # Prompts that are compared at a time, and tokens of others that they are compared with.
@@ -132,7 +133,8 @@ def highest(cosines: Tensor) -> Tensor:
 
 
 class Groups:
-    """The members of groups, numbers of rows: what is asked of a few groups takes no look at all others.
+    """The members of groups: rows by their numbers, of which those of a few groups are found without a look at the
+    others.
 
     Args:
         group: of each row (n,).
@@ -145,11 +147,9 @@ class Groups:
         self.first = self.sizes.cumsum(0) - self.sizes
 
     def members(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows of some groups, group after group, and the place of each one's group: (m,) twice."""
-        sizes = self.sizes[groups]
-        place = torch.arange(len(groups)).repeat_interleave(sizes)
-        before = self.first[groups] - sizes.cumsum(0) + sizes
-        return self.order[torch.arange(len(place)) + before[place]], place
+        """Return the rows of some groups, group after group, and the index of each row's group: (m,) twice."""
+        rows, index = rows_of(groups, self.sizes)
+        return self.order[rows], index
 
     def padded(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows of some groups (...), W of each, and which of them are no padding: (..., W) twice.

@@ -25,7 +25,7 @@ class PairTensors:
         self.ends: list[Tensor] = []
 
     def add_former(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what a memory of the first edits has."""
+        """Copy the tensors of a memory of the first edits."""
         first = slice(len(tensors["pairs.usable"]))
         self.separators[first], self.begins[first] = tensors["pairs.separators"], tensors["pairs.begins"]
         self.usable[first] = tensors["pairs.usable"]
@@ -52,7 +52,7 @@ class PairTensors:
         self.separators[edit], self.usable[edit] = residual, 1
 
     def tensors(self, residuals: int) -> dict[str, Tensor]:
-        """Return the tensors of a memory with so many residuals; none if no edit answers in pairs."""
+        """Return the pairs' tensors of a memory with ``residuals`` residuals; none if no edit answers in pairs."""
         if not self.usable.any():
             return {}
         ends = torch.zeros(residuals, dtype=torch.uint8)

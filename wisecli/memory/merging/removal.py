@@ -68,7 +68,7 @@ def load_without(kept: ShardDirectory, entry: ShardEntry, tokens: Moment) -> Sha
 
 def solved(mask: Mask, evidence: Evidence, penalty: Penalty, tokens: Moment) -> Tensor:
     """Return the values that fill a mask, from what a shard keeps of its edits."""
-    return _cut(mask, solve(_known(mask, evidence), penalty, _moment(mask, tokens)))
+    return _within_mask(mask, solve(_statistics(mask, evidence), penalty, _moment(mask, tokens)))
 
 
 def solved_anew(shard: Shard, tokens: Moment) -> tuple[Tensor, Penalty]:
@@ -77,13 +77,13 @@ def solved_anew(shard: Shard, tokens: Moment) -> tuple[Tensor, Penalty]:
     It is the heaviest under which keys that are held out get their residuals back as well as under any.
     """
     mask, evidence = shard.mask, shard.evidence
-    known, moment = _known(mask, evidence), _moment(mask, tokens)
+    known, moment = _statistics(mask, evidence), _moment(mask, tokens)
     checked = evidence.held_out & evidence.from_own_prompts
     checked = checked if bool(checked.any()) else evidence.from_own_prompts
     keys, wanted = mask.restrict(evidence.keys[checked]), evidence.residuals[checked]
     best: tuple[float, Tensor, Penalty] | None = None
     for penalty in PENALTIES:
-        values = _cut(mask, solve(known, penalty, moment))
+        values = _within_mask(mask, solve(known, penalty, moment))
         missed = float((mask.update(keys, values) - wanted).square().sum())
         if best is None or missed < best[0] * (1 - _WORTH):
             best = missed, values, penalty
@@ -91,7 +91,7 @@ def solved_anew(shard: Shard, tokens: Moment) -> tuple[Tensor, Penalty]:
     return best[1], best[2]
 
 
-def _known(mask: Mask, evidence: Evidence) -> Statistics:
+def _statistics(mask: Mask, evidence: Evidence) -> Statistics:
     fitted = ~evidence.held_out & evidence.from_own_prompts
     return statistics(mask.restrict(evidence.keys[fitted]), evidence.residuals[fitted])
 
@@ -100,5 +100,5 @@ def _moment(mask: Mask, tokens: Moment) -> Tensor:
     return tokens.dense(mask.indices if mask.kind == "columns" else None)
 
 
-def _cut(mask: Mask, whole: Tensor) -> Tensor:
+def _within_mask(mask: Mask, whole: Tensor) -> Tensor:
     return whole if mask.kind == "columns" else whole.flatten()[mask.indices]

@@ -157,7 +157,7 @@ def stored_weight(checkpoint: Checkpoint, module: str) -> str | None:
 
 
 def stored_name(checkpoint: Checkpoint, parameter: str) -> str | None:
-    """Return the same for any parameter."""
+    """Return the name under which a checkpoint stores a parameter, if it does."""
     return next((spelling for spelling in spellings(parameter) if spelling in checkpoint), None)
 
 

@@ -46,7 +46,7 @@ class LayerSite(Site):
 
     @property
     def base_name(self) -> str:
-        """That of the layer."""
+        """Path of the layer."""
         return self.layer_module
 
     @property
@@ -56,7 +56,7 @@ class LayerSite(Site):
 
     @property
     def width(self) -> int:
-        """D."""
+        """Length of a state, ``d``."""
         return self.d
 
     def described(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class LayerSite(Site):
         )
 
     def prefix_in(self, checkpoint: Checkpoint) -> str:
-        """Return the layer's own, and the memory's in it."""
+        """Return the start of the names of the memory's tensors, which lie below the layer's."""
         return f"{self._stored(checkpoint)[0]}{MEMORY}."
 
     def mismatch(self, checkpoint: Checkpoint) -> Mismatch | None:
@@ -111,7 +111,7 @@ class LayerSite(Site):
         return isinstance(planned, LayerSite) and self.layer_module == planned.layer_module
 
     def _stored(self, checkpoint: Checkpoint) -> tuple[str, list[str]]:
-        """Return what the names of the layer's own tensors begin with in a checkpoint, and those names."""
+        """Return the start of the names of the layer's own tensors in a checkpoint, and those names."""
         starts = [*spellings(f"{self.layer_module}."), *self._like(checkpoint)]
         for start in starts:
             if own := [name for name in checkpoint if name.startswith(start)]:
@@ -119,9 +119,7 @@ class LayerSite(Site):
         return f"{self.layer_module}.", []
 
     def _like(self, checkpoint: Checkpoint) -> list[str]:
-        """Return what the names of the layer's tensors may begin with in a checkpoint that keeps layers under
-        another path.
-        """
+        """Return how the names of the layer's tensors may start in a checkpoint that has layers under another path."""
         matches = {name: re.match(rf"(?:\D+\.)?{self.layer}\.", name) for name in checkpoint}
         found = Counter(one[0] for name, one in matches.items() if one is not None and self.d in checkpoint.shape(name))
         return [start for start, _ in found.most_common(1)]

@@ -88,7 +88,7 @@ def find_layout(
 
 
 def _around_text() -> Iterator[str]:
-    """Architectures of the table whose text model is part of another model."""
+    """Return the architectures of the table whose text model is part of another model."""
     return (name for name, row in architectures().items() if "loader" in row)
 
 

@@ -47,7 +47,7 @@ class MatrixSite(Site):
 
     @property
     def base_name(self) -> str:
-        """That name."""
+        """Name of the weight."""
         return self.weight
 
     @property
@@ -57,7 +57,7 @@ class MatrixSite(Site):
 
     @property
     def width(self) -> int:
-        """d_ff."""
+        """Length of a key, ``d_ff``."""
         return self.d_ff
 
     def described(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class MatrixSite(Site):
         return weight.T if self.transposed else weight
 
     def prefix_in(self, checkpoint: Checkpoint) -> str:
-        """Return the matrix' own name."""
+        """Return the name of the matrix, below which the memory's tensors lie."""
         return self.stored(checkpoint).removesuffix("weight")
 
     def mismatch(self, checkpoint: Checkpoint) -> Mismatch | None:
@@ -117,7 +117,7 @@ class MatrixSite(Site):
 
 
 def as_matrix(site: Site) -> MatrixSite:
-    """Return a site of which a matrix is needed.
+    """Return a site as one of a matrix.
 
     Raises:
         ModelError: edits are added behind a layer.

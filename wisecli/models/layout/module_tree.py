@@ -74,7 +74,7 @@ def _built(directory: Path, architecture: str, *, trust_remote_code: bool) -> Pr
 
 
 def _matrices(model: PreTrainedModel, directory: Path, checkpoint: Checkpoint) -> dict[str, bool]:
-    """Return what may be the value matrix of those that the checkpoint holds, as :func:`value_paths` has it."""
+    """Return the candidates for the value matrix that the checkpoint holds, as :func:`value_paths` has them."""
     return {
         path: turned
         for path, turned in value_paths(model, layer_count(directory)).items()
@@ -128,7 +128,8 @@ def _in_a_list(name: str) -> bool:
 
 
 def value_paths(model: PreTrainedModel, count: int) -> dict[str, bool]:
-    """Return the paths, with ``{layer}``, of all that may be the value matrix, and whether its weight is stored turned.
+    """Return the paths, with ``{layer}``, of all candidates for the value matrix, and whether the weight of each is
+    stored turned.
 
     Args:
         count: how many layers the model has.

@@ -68,7 +68,7 @@ class Site(ABC):
     @property
     @abstractmethod
     def base_name(self) -> str:
-        """See the class."""
+        """What the base's own tensors at the site are called."""
 
     @property
     @abstractmethod
@@ -77,11 +77,11 @@ class Site(ABC):
 
     @abstractmethod
     def prefix_in(self, checkpoint: Checkpoint) -> str:
-        """Return what the names of a memory's tensors begin with beside the base's in a checkpoint."""
+        """Return how the names of a memory's tensors start beside the base's in a checkpoint."""
 
     @abstractmethod
     def mismatch(self, checkpoint: Checkpoint) -> Mismatch | None:
-        """Return what is not as it should be of what a checkpoint holds at the site."""
+        """Return what a checkpoint holds at the site otherwise than it should, if anything."""
 
     @abstractmethod
     def described(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Site(ABC):
 
     @abstractmethod
     def is_at(self, planned: Site) -> bool:
-        """Return whether a planned site is this one, apart from what was found out about it since."""
+        """Return whether a planned site is this one, whatever else is known of it by now."""
 
     def install(self, model: nn.Module, memory: SideMemory, marks: TurnMarks | None = None) -> Routed:
         """Put a memory there."""
@@ -131,7 +131,7 @@ class Site(ABC):
         return asdict(cast(Any, self))  # every site is a dataclass
 
     def router_layer(self, depth: int) -> int:
-        """Return the number of the layer, of so many, whose states say what a prompt means; negative if none is
-        below this.
+        """Return the number of the layer, of ``depth``, whose states say what a prompt means; negative if none is below
+        this.
         """
         return min(max(0, round(depth * _EARLY) - 1), self.layer - 1)

@@ -1,4 +1,4 @@
-"""A layout that was read off a model, held against what the model does when it runs."""
+"""Checks a layout that was inferred from a model's modules against what the model does when it runs."""
 
 from __future__ import annotations
 
@@ -66,15 +66,9 @@ def _elsewhere(site: MatrixSite) -> ModelError:
 
 
 def verified_layout(
-    model: PreTrainedModel,
-    directory: Path,
-    checkpoint: Checkpoint,
-    layout: Layout,
-    layer: str | int,
-    *,
-    lookup: bool,
+    model: PreTrainedModel, directory: Path, checkpoint: Checkpoint, layout: Layout, layer: str | int, *, lookup: bool
 ) -> Layout:
-    """Return a layout in which nothing is left open, as the loaded model shows.
+    """Return a complete layout, as the loaded model shows it.
 
     Args:
         layer: the layer to look at.
@@ -143,7 +137,7 @@ def above_of(model: PreTrainedModel, site: Site) -> Above:
 
 
 def _require_causal(model: PreTrainedModel, batch: Batch, plain: Tensor) -> None:
-    """Check that what a model says of a token does not depend on tokens behind it."""
+    """Check that what a model predicts at a token does not depend on later tokens."""
     other = batch.ids.clone()
     other[:, -1] = (other[:, -1] + 1) % len(model.get_input_embeddings().get_parameter("weight"))
     logits = run_model(model, replace(batch, ids=other), 0, None, batch.labelled)
@@ -181,7 +175,9 @@ def require_known_context(model: PreTrainedModel) -> None:
 
 
 def _shifted(model: PreTrainedModel, site: Site, batch: Batch, above: Above) -> Tensor:
-    """Logits (n, V) from the prompts' last tokens on, once something is added to what leaves the site's layer there."""
+    """Return logits (n, V) from the prompts' last tokens on, once something is added to what leaves the site's layer
+    there.
+    """
     site = replace(cast(LayerSite, site), above=above)
     window = capture(model, site, batch).from_window()
     shift = torch.randn(window.hidden.shape, generator=torch.Generator().manual_seed(0)).to(window.hidden)
@@ -190,7 +186,9 @@ def _shifted(model: PreTrainedModel, site: Site, batch: Batch, above: Above) -> 
 
 
 def _goes_on(model: PreTrainedModel, site: Site, batch: Batch, plain: Tensor) -> bool:
-    """Return whether a pass goes on from an attention cache as if it were the whole row's, each layer from its own."""
+    """Return whether a pass with an attention cache gives what one over the whole row does, each layer with its own
+    cache.
+    """
     cache, cut = empty_cache(), batch.start - 1
     begun = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}
     begun = {name: tensor[:, :cut] for name, tensor in begun.items()}
@@ -258,7 +256,7 @@ def _streams(model: PreTrainedModel, site: Site) -> int | None:
 
 
 def _batch(model: PreTrainedModel) -> Batch:
-    """Two rows of a prompt and a target, of unequal length."""
+    """Return two rows of a prompt and a target, of unequal length."""
     count = len(model.get_input_embeddings().get_parameter("weight"))
     rows = [Row(tuple(token % count for token in range(3, 3 + length)), (5 % count, 2 % count)) for length in (9, 4)]
     return collate(rows).to(model.device)

@@ -47,7 +47,7 @@ def today() -> str:
 
 
 def fix_date(tokenizer: PreTrainedTokenizerBase, day: str | None = None) -> None:
-    """Let the template be told one day from now on, at its midnight, whenever it asks; by default today.
+    """Give the template one date from now on, at its midnight, whenever it asks; by default today.
 
     Raises:
         SettingsError: it is no day.
@@ -59,7 +59,7 @@ def fix_date(tokenizer: PreTrainedTokenizerBase, day: str | None = None) -> None
 
 
 def date_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the day that a template is told."""
+    """Return the date that a template is given."""
     return str(getattr(tokenizer, _KEPT, None) or today())
 
 
@@ -124,7 +124,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _opener(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return what an assistant's turn begins with, and the special tokens in it that no bare text begins with."""
+    """Return how an assistant's turn starts, and the special tokens in it that no bare text starts with."""
     if not tokenizer.chat_template:
         return (), ()
     asked = [{"role": "user", "content": "a"}]
@@ -142,7 +142,9 @@ def _opener(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> tuple[tupl
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> str:
-    """Turns of a chat, by role and text, and the opening of the next; the tokenizer adds the beginning of text."""
+    """Return the turns of a chat, by role and text, and the opening of the next; the tokenizer adds the beginning of
+    text.
+    """
     messages = [{"role": role, "content": text} for role, text in turns]
     try:
         text = _rendered(tokenizer, messages, opens=True)
@@ -162,7 +164,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]
 
 
 def _clock(template: str, day: str) -> dict[str, Any]:
-    """Arguments by which a template that asks for the time is told the midnight of a day; none for any other."""
+    """Return the arguments that give a date's midnight to a template that asks for the time; none for any other."""
     if _ASKS not in template:
         return {}
     midnight = datetime.fromisoformat(day)

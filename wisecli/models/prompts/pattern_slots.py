@@ -204,7 +204,7 @@ class Filling:
 
     @cached_property
     def _others(self) -> list[str]:
-        """All texts of this half on other names, in an order by chance."""
+        """All texts of this half on other names, in random order."""
         names = iter(made_up_subjects(self.fact.kind or "person", len(self.half.texts), self.rng))
         drawn = self.rng.sample(self.half.texts, len(self.half.texts))
         return [re.sub(" +", " ", _put(text.text, {"subject": next(names), "sentence": ""})) for text in drawn]

@@ -91,7 +91,7 @@ def _changed(change: str | None, prompt: str) -> str:
 
 
 def _misspelt(prompt: str) -> str:
-    """Two letters that stand side by side in one long word, the same of the same prompt, change places."""
+    """Return a prompt with two neighbouring letters of one long word exchanged, always the same two."""
     words = prompt.split(" ")
     long = [index for index, word in enumerate(words) if len(word) >= _LONG]
     if not long:

@@ -62,13 +62,7 @@ class Kind:
         return self.trained if trained else self.held
 
     def sample_prompt(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        fact: Fact,
-        *,
-        trained: bool,
-        rng: random.Random,
-        chat: bool,
+        self, tokenizer: PreTrainedTokenizerBase, fact: Fact, *, trained: bool, rng: random.Random, chat: bool
     ) -> str | None:
         """Return a prompt of this kind with a fact in it, or None where the fact lacks what every pattern needs.
 
@@ -131,7 +125,7 @@ def _patterns(rows: list[str | list[str]]) -> tuple[Pattern, ...]:
 
 
 def _in_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str]) -> str:
-    """Turns in the chat template; a last turn of the assistant's stands behind the opening, and is not closed."""
+    """Return turns in the chat template; a last turn of the assistant's follows the opening, and is not closed."""
     begun = turns[-1] if len(turns) % 2 == 0 else ""
     closed_turns = turns[:-1] if begun else turns
     roles = [("user", "assistant")[index % 2] for index in range(len(closed_turns))]

@@ -49,14 +49,14 @@ def noun_phrase(question: str, subject: str) -> tuple[str, str] | None:
     None where no rule fits.
     """
     text = without_mark(question).replace("What's ", "What is ").replace("Who's ", "Who is ")
-    for rule in (_defined, _relative, _of_place_or_time, _by_verb):
+    for rule in (_definition, _relative, _of_place_or_time, _by_verb):
         found = rule(text, subject)
         if found is not None:
             return found[0].strip(), found[1]
     return None
 
 
-def _defined(text: str, subject: str) -> tuple[str, str] | None:
+def _definition(text: str, subject: str) -> tuple[str, str] | None:
     """``Who is the mayor of X``, and a statement's beginning ``The mayor of X is``."""
     stated = re.fullmatch(rf"(The .+) (?:{_BE})", text)
     if stated:

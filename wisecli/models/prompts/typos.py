@@ -45,13 +45,13 @@ def near_name(subject: str, how: str, words: Sequence[str], rng: random.Random) 
     return None if changed == subject else changed
 
 
-def with_typos(text: str, how: str, rng: random.Random, count: int = 2) -> str | None:
-    """Return a text with so many slips of the keyboard, each in a word of its own of four letters or more."""
+def with_typos(text: str, how: str, rng: random.Random) -> str | None:
+    """Return a text with two slips of the keyboard, each in words of four letters or more, if it has two such words."""
     words = text.split(" ")
     long = [index for index, word in enumerate(words) if len(word) > 3 and word.rstrip("?.,").isalpha()]
-    if len(long) < count:
+    if len(long) < 2:
         return None
-    for index in rng.sample(long, count):
+    for index in rng.sample(long, 2):
         words[index] = _with_typo(words[index], how, rng)
     return " ".join(words)
 

@@ -105,7 +105,7 @@ def capture(
 
 
 def _cache_of(site: Site) -> DynamicCache | None:
-    """Return an empty cache for layers that go on from attention's keys and values; ``None`` for others."""
+    """Return an empty cache for layers that continue from attention's keys and values; ``None`` for others."""
     return empty_cache() if site.above == CACHED else None
 
 
@@ -118,7 +118,7 @@ def _capture(
     select: Selection | None,
     above: bool,
 ) -> Activations:
-    """:func:`capture` of the columns that the cache does not hold yet."""
+    """Return what :func:`capture` does, of the columns that the cache does not hold yet."""
     kept: dict[str, Any] = {}
     first = 0 if cache is None else cache.get_seq_length()
 
@@ -178,18 +178,18 @@ def captured(
         if window:
             yield activations.from_window()
         else:
-            yield _whole(activations, beginning) if beginning else activations
+            yield _with_prefix(activations, beginning) if beginning else activations
 
 
 @torch.no_grad()
 def _read(model: PreTrainedModel, site: Site, above: bool, batch: Batch, cache: DynamicCache) -> tuple[Tensor, ...]:
-    """Keys, hidden states and outputs of a batch; the cache is filled."""
+    """Return keys, hidden states and outputs of a batch, filling the cache."""
     found = _capture(model, site, batch, cache, select=None, above=above)
     return (found.keys, found.hidden) if found.output is None else (found.keys, found.hidden, found.output)
 
 
-def _whole(activations: Activations, beginning: Prefix) -> Activations:
-    """Activations with the columns of what their rows begin with."""
+def _with_prefix(activations: Activations, beginning: Prefix) -> Activations:
+    """Return activations together with the columns of the rows' common prefix."""
     keys, hidden, *output = beginning.before(activations.batch)
     return replace(
         activations,
@@ -219,7 +219,7 @@ def _swept(
             logits = hidden.new_empty(0, len(model.get_output_embeddings().get_parameter("weight")))
             past: tuple[tuple[Tensor, Tensor], ...] = ()
             if above:
-                logits, past = _above(model, site, stream, batch, hidden, batch.labelled if labelled else None)
+                logits, past = _run_above(model, site, stream, batch, hidden, batch.labelled if labelled else None)
             before = None if site.above == CACHED else hidden[:, :cut].clone()
             if window:
                 past = tuple((keys[:, :, :cut].clone(), values[:, :, :cut].clone()) for keys, values in past)
@@ -232,7 +232,7 @@ def _swept(
 def _sweep_to(
     model: PreTrainedModel, site: Site, batches: list[Batch], stream: LayerStream, spool: Spool, *, window: bool
 ) -> nn.Module | None:
-    """Leave hidden states, keys and outputs of every batch in the spool; returns the norm behind the matrix."""
+    """Leave hidden states, keys and outputs of every batch in the spool, and return the norm behind the matrix."""
     kept: dict[str, Any] = {}
 
     def keep(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -255,10 +255,10 @@ def _sweep_to(
     return kept.get("norm")
 
 
-def _above(
+def _run_above(
     model: PreTrainedModel, site: Site, stream: LayerStream, batch: Batch, hidden: Tensor, select: Selection | None
 ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]]:
-    """Logits (n, V) and the attention cache of the layers above, run on what leaves the edited one."""
+    """Return logits (n, V) and the attention cache of the layers above, run on what leaves the edited one."""
     cache = _cache_of(site)
     output = (hidden, *[None] * (stream.width - 1)) if stream.width else hidden
     with overridden(layers_of(model, site)[: site.layer + 1], lambda *_, **__: output):

@@ -63,7 +63,8 @@ def generate(
     closing = {"eos_token_id": [*ends, *stops]} if stops else {}
     greedy = sampling_seed is None
     settings = _GREEDY if greedy else _sampling(max_new_tokens, temperature)
-    answer = partial(_generate_of(model), pad_token_id=ends[0] if ends else 0, **settings, **closing)
+    write: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]  # typed as a module's attribute
+    answer = partial(write, pad_token_id=ends[0] if ends else 0, **settings, **closing)
     # Of routed models, whose class may be an exported checkpoint's own copy.
     decide: Callable[..., torch.Tensor | None] | None = getattr(model, "decided", None)
     sampling = nullcontext() if sampling_seed is None else seeded(sampling_seed, model.device)
@@ -128,7 +129,7 @@ def _encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
 
 
 def _up_to_the_end(row: Sequence[int], ends: Collection[int], stops: Collection[int]) -> list[int]:
-    """New tokens without the one that ends the text and all behind it; one that stops it is kept."""
+    """Return new tokens without the one that ends the text and all behind it; one that stops it is kept."""
     for index, token in enumerate(row):
         if token in ends:
             return list(row[:index])
@@ -137,12 +138,10 @@ def _up_to_the_end(row: Sequence[int], ends: Collection[int], stops: Collection[
     return list(row)
 
 
-def _generate_of(model: PreTrainedModel) -> Callable[..., torch.Tensor]:
-    return model.generate  # type: ignore[return-value]  # a mixin's method, typed as a module's attribute
-
-
 def _sampling(max_new_tokens: int, temperature: float | None) -> dict[str, Any]:
-    """Return what samples answers: at a temperature until the text ends, without one to exactly so many tokens."""
+    """Return the settings of sampled answers: at a temperature until the text ends, or without one to exactly so many
+    tokens.
+    """
     return {
         "do_sample": True,
         "min_new_tokens": max_new_tokens if temperature is None else None,

@@ -1,4 +1,4 @@
-"""What rows should make the model say: their target's tokens, or of an answer that is erased anything but that.
+"""The loss of rows: of their target's tokens, or of an erased answer of anything but that.
 
     L = - log p(t)              at a token t of a target
     L = KL(q ‖ p)               where a token should not be said

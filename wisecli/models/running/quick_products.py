@@ -19,7 +19,7 @@ from wisecli.models.running.activations import layers_of
 
 @contextmanager
 def quick_products(loaded: Loaded, site: Site) -> Iterator[None]:
-    """Have a model compute in bfloat16 up to a site for a while, where that is quicker.
+    """Return a context in which a model computes in bfloat16 up to a site, where that is quicker.
 
     Parameters of the layers above the site stay as they are, as they are not run; buffers too, of which rotary
     frequencies must stay exact. Afterwards every parameter is the tensor that it was.

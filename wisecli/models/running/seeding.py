@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's generators, that of the CPU and of a GPU if ``device`` is one, for a while."""
+    """Return a context in which torch's generators are seeded, that of the CPU and of a GPU if ``device`` is one."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

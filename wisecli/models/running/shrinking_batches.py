@@ -34,7 +34,7 @@ Hopeless = Callable[[list[int]], bool]
 
 
 class StopWhenFewContinue:
-    """Stops a batch when so few of its rows go on, and knows which have ``ended`` (B,).
+    """Stops a batch when only few of its rows continue, and knows which have ``ended`` (B,).
 
     Args:
         ends: tokens that end a row, on the model's device.

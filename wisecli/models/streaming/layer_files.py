@@ -84,7 +84,7 @@ def buffer_size(parts: Sequence[Stored]) -> int:
 
 
 def read_into(part: Stored, target: Tensor) -> int:
-    """Read a parameter into its place (bytes,), in its own type; returns how much was read."""
+    """Read a parameter into its place (bytes,), in its own type, and return how much was read."""
     same = part.stored == part.dtype
     raw = target if same else torch.empty(part.shape.numel() * part.stored.itemsize, dtype=torch.uint8)
     left = memoryview(raw.numpy().data)

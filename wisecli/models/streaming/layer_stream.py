@@ -170,7 +170,7 @@ class LayerStream:
         return _Slot(host, host if self.device.type == "cpu" else torch.empty_like(host, device=self.device))
 
     def _mark(self) -> torch.cuda.Event | None:
-        """Return the event that a buffer's next content waits for: the end of what computes with its last."""
+        """Return the event that a buffer's next content waits for: the end of what is computed with its last."""
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event()
@@ -282,7 +282,7 @@ def _offloaded(model: nn.Module) -> Iterator[tuple[str, tuple[Path, str]]]:
 
 
 def _take_hooks_off(model: nn.Module) -> None:
-    """Leave nothing of what accelerate put on the model to fetch layers by itself."""
+    """Remove everything that accelerate put on the model to fetch layers by itself."""
     remove_hook_from_module(model, recurse=True)
     for module in model.modules():
         module.__dict__.pop("forward", None)

@@ -70,7 +70,7 @@ def _layouts(checkpoint: Checkpoint) -> dict[str, TensorLayout]:
 
 
 def _itemsize(checkpoint: Checkpoint, dtype: torch.dtype | str) -> int | None:
-    """Bytes a weight once it is loaded; ``None`` where that is as it is stored."""
+    """Return the bytes a weight takes once it is loaded; ``None`` where that is as it is stored."""
     if dtype == "auto":
         config = read_json(checkpoint.directory / "config.json")
         dtype = str(config.get("dtype") or config.get("torch_dtype"))

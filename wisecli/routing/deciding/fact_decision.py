@@ -51,7 +51,7 @@ _MENTIONS, _EDGE, _MIN_EACH_PROB = 3, 12, 0.3
 
 
 class _ComparedTokens(NamedTuple):
-    """Which tokens of what was read are compared (B, T), and those under both projections.
+    """The tokens of windows that are compared, as a mask (B, T) and under both projections.
 
     ``earlier`` marks those of turns before the last one (B, W), if any are.
     """
@@ -63,8 +63,8 @@ class _ComparedTokens(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """An edit that a prompt may ask, by the row of the prompt and its own number, and how likely the prompt means it;
-    ``part`` marks those of the compared tokens that may ask it (n,), all by default.
+    """An edit that a prompt may ask: the prompt's row, the edit's number, and how likely the prompt means it; ``part``
+    marks those of the compared tokens that may ask it (n,), all by default.
     """
 
     row: int
@@ -104,15 +104,13 @@ class FactDecision(Memory):
 
         Where the last turn alone means none, those before it may say about whom it asks, or what.
         """
-        ids, non_padding = window.ids, window.non_padding
+        ids, non_padding, special = window.ids, window.non_padding, self.late_interaction.special_token_ids
         first = torch.zeros_like(non_padding)
         first[:, 0] = non_padding[:, 0]
-        compared = compared_tokens(ids, non_padding, first, self.late_interaction.special_token_ids)
+        compared = compared_tokens(ids, non_padding, first, special)
         projected = self.late_interaction.project(window.states, compared)
         # Attention rests on the first token of all, which may be of the name none the less.
-        fuzzy_tokens = compared_tokens(
-            ids, non_padding, torch.zeros_like(non_padding), self.late_interaction.special_token_ids
-        )
+        fuzzy_tokens = compared_tokens(ids, non_padding, torch.zeros_like(non_padding), special)
         edit_probs = self.late_interaction.edit_probs(projected).float()
         named_probs, decision = self._most_likely(window, edit_probs, non_padding, fuzzy_tokens)
         if self.request_gate is None:
@@ -122,14 +120,13 @@ class FactDecision(Memory):
         if self.pairs is not None:
             may_open = self.above_threshold(named_probs) * self.pairs.usable
             decision = self._with_pairs(self.request_gate, tokens, decision, named_probs * may_open)
-        earlier = earlier_turn_tokens(ids, non_padding, compared, self.late_interaction.special_token_ids)
+        earlier = earlier_turn_tokens(ids, non_padding, compared, special)
         rows = ((decision.score_ratio <= 1) & earlier.any(1)).nonzero().flatten()
         if not len(rows):
             return decision
         some = WindowStates(ids[rows], non_padding[rows], window.states[rows])
-        return with_rows_replaced(
-            decision, rows, self._with_earlier_turns(self.request_gate, some, compared[rows], earlier[rows])
-        )
+        together = self._with_earlier_turns(self.request_gate, some, compared[rows], earlier[rows])
+        return with_rows_replaced(decision, rows, together)
 
     def _most_likely(
         self, window: WindowStates, edit_probs: Tensor, naming_tokens: Tensor, fuzzy_tokens: Tensor
@@ -143,22 +140,20 @@ class FactDecision(Memory):
         """
         matched, gated_edit_probs = None, edit_probs
         if self.subject_match is not None:
-            meant, matched = self.above_threshold(edit_probs), self.subject_match(window.ids, naming_tokens)
-            pairs = (meant & matched).nonzero(as_tuple=True)
+            may_open, matched = self.above_threshold(edit_probs), self.subject_match(window.ids, naming_tokens)
+            pairs = (may_open & matched).nonzero(as_tuple=True)
             if len(pairs[0]):
                 matched[pairs] = self.subject_match.in_one_place(window.ids, naming_tokens, *pairs)
             if self.fuzzy_match is not None:
                 letters = self.fuzzy_match.characters(window.ids, fuzzy_tokens)
-                matched = matched | self.fuzzy_match(letters, meant & ~matched)
+                matched = matched | self.fuzzy_match(letters, may_open & ~matched)
             gated_edit_probs = edit_probs * matched
         score_ratio, nearest = self._nearest(gated_edit_probs)
         chosen = nearest.where((score_ratio > 1) & window.non_padding.any(1), UNROUTED)
         return gated_edit_probs, Decision(chosen, score_ratio, nearest, edit_probs, matched)
 
     def _nearest(self, edit_probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the likeliest of the edits above their thresholds, or else the one that comes nearest to its own, and
-        the share of its threshold that it reaches: (B, M) → two (B,).
-        """
+        """Return the score ratio (B,) and the number (B,) of the likeliest edit that opens, or else of the nearest."""
         ratios = self.score_ratios(edit_probs)
         above = ratios > 1
         nearest = (edit_probs * above).argmax(-1).where(above.any(-1), ratios.argmax(-1))
@@ -181,23 +176,20 @@ class FactDecision(Memory):
         """Return a decision without the edits that prompts mention but do not ask for."""
         ask_probs = torch.zeros(len(decision.memory), device=decision.memory.device)
         rows = (decision.memory != UNROUTED).nonzero().flatten()
-        if len(rows):
-            edits = decision.memory[rows]
-            probs = decision.scores[rows, edits].tolist()
-            asked = [_Asked(*one) for one in zip(rows.tolist(), edits.tolist(), probs, strict=True)]
-            ask_probs[rows] = self._ask_probs(gate, tokens, asked)
-            refused = [one for one in asked if ask_probs[one.row] <= MIN_ASK_PROB and tokens.earlier is None]
-            for one in refused:
-                if parts := self._mention_at_edge(gate, tokens, one):
-                    each = self._ask_probs(gate, tokens, parts)
-                    ask_prob = each.mean() if bool((each > _MIN_EACH_PROB).all()) else each.min()
-                    ask_probs[one.row] = torch.maximum(ask_probs[one.row], ask_prob)
+        edits = decision.memory[rows]
+        probs = decision.scores[rows, edits].tolist()
+        asked = [_Asked(*one) for one in zip(rows.tolist(), edits.tolist(), probs, strict=True)]
+        ask_probs[rows] = self._ask_probs(gate, tokens, asked)
+        refused = [one for one in asked if ask_probs[one.row] <= MIN_ASK_PROB and tokens.earlier is None]
+        for one in refused:
+            each = self._ask_probs(gate, tokens, self._mention_at_edge(gate, tokens, one))
+            ask_probs[one.row] = torch.maximum(ask_probs[one.row], _joint_prob(each))
         return replace(decision, memory=decision.memory.where(ask_probs > MIN_ASK_PROB, UNROUTED), ask_prob=ask_probs)
 
     def _mention_at_edge(self, gate: RequestGate, tokens: _ComparedTokens, one: _Asked) -> list[_Asked]:
-        """Return a prompt that mentions an edit in several sentences, as a text and a question behind it do, without
-        those but the last, if the prompt ends there, or else but the first, if it begins there; and that sentence with
-        the one before it, and by itself; no part of other prompts.
+        """Return the parts of a prompt that may ask an edit which several of its sentences mention, as a text and a
+        question behind it do: the last of these, if the prompt ends there, or else the first, if it begins there, with
+        all that mentions nothing, with the sentence before it, and by itself. Other prompts have no such part.
         """
         found = self._sentences(gate, tokens, one.row, torch.tensor([one.edit], device=tokens.mask.device))
         if found is None:
@@ -240,16 +232,16 @@ class FactDecision(Memory):
         memory, second = decision.memory.clone(), torch.full_like(decision.memory, UNROUTED)
         ask_prob = torch.zeros(len(memory), device=memory.device) if decision.ask_prob is None else decision.ask_prob
         for row in ((named_probs > 0).sum(1) > 1).nonzero().flatten().tolist():
-            pair = self._parted(gate, tokens, row, named_probs[row])
+            pair = self._pair(gate, tokens, row, named_probs[row])
             probs = self._ask_probs(gate, tokens, pair) if pair else ask_prob.new_zeros(1)
             if bool((probs > MIN_ASK_PROB).all()):
                 memory[row], second[row] = pair[0].edit, pair[1].edit
                 ask_prob = ask_prob.index_fill(0, torch.tensor(row, device=memory.device), float(probs.min()))
         return replace(decision, memory=memory, second=second, ask_prob=ask_prob)
 
-    def _parted(self, gate: RequestGate, tokens: _ComparedTokens, row: int, named_probs: Tensor) -> tuple[_Asked, ...]:
-        """Return the likeliest edit (M,) and the likeliest of those that another part of a prompt means, in the order
-        in which they are mentioned, each with its part; none if there is no other.
+    def _pair(self, gate: RequestGate, tokens: _ComparedTokens, row: int, named_probs: Tensor) -> tuple[_Asked, ...]:
+        """Return the likeliest edit (M,) and the likeliest that another part of a prompt means, in the order in which
+        they are mentioned, each with its part; none if there is no other.
         """
         edits = named_probs.topk(min(_RIVALS, int((named_probs > 0).sum()))).indices
         found = self._sentences(gate, tokens, row, edits)
@@ -282,6 +274,8 @@ class FactDecision(Memory):
     def _ask_probs(self, gate: RequestGate, tokens: _ComparedTokens, asked: Sequence[_Asked]) -> Tensor:
         """Return how surely prompts ask edits: (a,)."""
         window, mask, projected, earlier = tokens
+        if not asked:
+            return torch.zeros(0, device=mask.device)
         requests = []
         opens = starts_with_word(window.ids, window.non_padding, mask, self.late_interaction.special_token_ids)
         edits = torch.tensor([one.edit for one in asked], device=mask.device)
@@ -296,3 +290,10 @@ class FactDecision(Memory):
         probs = torch.tensor([one.edit_prob for one in asked], device=mask.device)
         log_odds: Tensor = gate(batch_mentions(mention_features(requests)), edits, probs)
         return log_odds.sigmoid()
+
+
+def _joint_prob(each: Tensor) -> Tensor:
+    """Return the mean of how surely parts of a prompt ask an edit (p,), or the least if too low; 0 without any."""
+    if not len(each):
+        return each.new_zeros(())
+    return each.mean() if bool((each > _MIN_EACH_PROB).all()) else each.min()

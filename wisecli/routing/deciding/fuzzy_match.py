@@ -153,7 +153,7 @@ def _common_prefix_length(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _reversed(words: Tensor, lengths: Tensor) -> Tensor:
-    """Words (..., c) of so many letters (...), from the last one to the first."""
+    """Return words (..., c) of so many letters (...), from the last letter to the first."""
     place = lengths[..., None] - 1 - torch.arange(words.shape[-1], device=words.device)
     return words.gather(-1, place.clamp(min=0)) * (place >= 0)
 

@@ -133,7 +133,7 @@ class Answering:
     end: Tensor
 
     def packed(self) -> Tensor:
-        """Both as one tensor (B, 2), which ``generate()`` repeats for beams as it repeats all tensors."""
+        """Return both as one tensor (B, 2), which ``generate()`` repeats for beams as it repeats all tensors."""
         return torch.stack([self.memory, self.end], 1)
 
     @classmethod

@@ -55,7 +55,7 @@ TOKEN_MARKS = (*SENTENCE_TOKENS, WORD_STARTS)
 
 
 class TokenMarks(NamedTuple):
-    """What each token of a request ends, and how it begins (n,), where names are heeded."""
+    """What each token of a request ends, and how it begins (n,), where names are used."""
 
     ends: Tensor
     starts: Tensor | None = None
@@ -153,7 +153,7 @@ class RequestGate(nn.Module):
         return self.log_odds(mentions) + unsureness(edit_probs) - self.logit_offset[edits].float()
 
     def marks(self, ids: Tensor) -> TokenMarks | None:
-        """Return the marks of tokens (n,), if the gate heeds any."""
+        """Return the marks of tokens (n,), if the gate uses any."""
         if not self._marked_by:
             return None
         return TokenMarks.of(ids, {name: getattr(self, name.removeprefix("request_gate.")) for name in self._marked_by})

@@ -11,14 +11,7 @@ import torch
 from torch import Tensor
 
 from wisecli.routing.deciding.fact_decision import FactDecision
-from wisecli.routing.deciding.fuzzy_match import (
-    DIGIT,
-    LETTER,
-    MIN_FUZZY_LENGTH,
-    WORD_CHARS,
-    FuzzyMatch,
-    split_words,
-)
+from wisecli.routing.deciding.fuzzy_match import DIGIT, LETTER, MIN_FUZZY_LENGTH, WORD_CHARS, FuzzyMatch, split_words
 from wisecli.routing.deciding.late_interaction import compared_tokens, earlier_turn_tokens
 from wisecli.routing.memories.side_memory import Memory
 
@@ -96,13 +89,13 @@ class _SlipFilter:
 
 
 def _hashes(words: Tensor) -> Tensor:
-    """Numbers of words (..., c); the zeros behind a word add nothing."""
+    """Return the numbers of words (..., c); the zeros behind a word add nothing."""
     powers = [pow(_FACTOR, place, 1 << 61) for place in range(words.shape[-1])]
     return (words.long() * words.new_tensor(powers, dtype=torch.long)).sum(-1)
 
 
 def _with_a_letter_less(words: Tensor) -> Tensor:
-    """Numbers of words (n, c) as they are, and without each of their letters: (n, c + 1)."""
+    """Return the numbers of words (n, c) as they are, and without each of their letters: (n, c + 1)."""
     kept = torch.arange(WORD_CHARS, device=words.device)
     # Without letter i, those from i on are the ones behind them.
     place = kept + (kept >= kept[:, None]).long()

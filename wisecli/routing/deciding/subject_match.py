@@ -91,7 +91,7 @@ class SubjectMatch(nn.Module):
 
 
 def within_span(present: Tensor, spans: Tensor) -> Tensor:
-    """Return whether something is present from each place on in so many places (E,): (E, T) → (E, T)."""
+    """Return whether something is present within a span (E,) from each place on: (E, T) → (E, T)."""
     count = F.pad(present.long().cumsum(1), (1, 0))
     end = torch.arange(present.shape[1], device=present.device) + spans[:, None]
     return count.gather(1, end.clamp(max=present.shape[1])) > count[:, :-1]

@@ -1,4 +1,4 @@
-"""Parts a request that mentions two edits, so that it can be told of each whether it is asked. Needs torch only.
+"""Splits a request that mentions two edits, so that each part can be judged by itself. Needs torch only.
 
 Each edit is mentioned in one sentence, and asked by what is left without the other's. Two in the same sentence ("Who
 wrote X, and who painted Y?") are parted where what comes before has the one best and what comes behind the other.
@@ -45,5 +45,5 @@ def request_parts(cosines: tuple[Tensor, Tensor], mentions: tuple[int, int], sen
 
 
 def _match_up_to(cosines: Tensor) -> Tensor:
-    """Return how well the tokens up to each have an edit's, the mean of each one's best cosine: (n, t) → (n,)."""
+    """Return how well the tokens up to each one match an edit's, as the mean of these' best cosines: (n, t) → (n,)."""
     return cosines.cummax(0).values.mean(1)

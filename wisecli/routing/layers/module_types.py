@@ -58,7 +58,7 @@ def _shown_as(method: Callable[..., Any], original: Callable[..., Any]) -> Calla
 
 
 def add_mixin(module: nn.Module, role: Any) -> None:
-    """Change a module's class to a subclass of it that has the behaviour of ``role``, a :class:`ModuleMixin`, too."""
+    """Change a module's class to a subclass that also has the behaviour of ``role``, a :class:`ModuleMixin`."""
     kind: Any = type(module)
     if not isinstance(module, role):
         module.__class__ = mixed_type(kind, role)
@@ -66,7 +66,7 @@ def add_mixin(module: nn.Module, role: Any) -> None:
 
 @functools.cache
 def mixed_type(kind: Any, role: Any) -> Any:
-    """Return the subclass of ``kind`` with the behaviour of ``role``; always the same one."""
+    """Return the subclass of ``kind`` with the behaviour of ``role``, the same one each time."""
     # Where a model is spread over devices, layers are known by their types' names.
     own = {"__module__": kind.__module__, "__reduce_ex__": reduce_by(mixed_type, kind, role)}
     return type(kind.__name__, (role, kind), own)

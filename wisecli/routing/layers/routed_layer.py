@@ -1,4 +1,4 @@
-"""The routed site: the method on one screen. Needs torch only; exports carry this very file.
+"""The routed site, which applies a memory in a model. Needs torch only; exports carry this very file.
 
     y = W a + b                    the main memory answers
     y = W a + b + Δ_m a            side memory m answers        (:mod:`~wisecli.routing.memories.matrix_memory`)
@@ -131,7 +131,7 @@ _KINDS: dict[tuple[str, bool], tuple[type[Memory], type[RoutedMatrix], type[Rout
 
 
 def memory_module(memory: SideMemory) -> Memory:
-    """Return a module with side memories that belongs to no model."""
+    """Return the module that applies a side memory, outside of any model."""
     return _KINDS[memory.kind, memory.by_edit][0](memory)
 
 
@@ -157,7 +157,7 @@ def install(
 def install_after_layer(
     model: nn.Module, described: Mapping[str, Any], memory: SideMemory, *, marks: TurnMarks = TurnMarks()
 ) -> Routed:
-    """Hang a memory behind a decoder layer of a model.
+    """Install a memory behind a decoder layer of a model.
 
     Args:
         described: ``module`` is the path of the memory, the layer's and a name in it; ``decoder`` that of the module
@@ -188,7 +188,7 @@ def install_as(
 
 
 def _route_passes(model: nn.Module, module: str, memory: SideMemory, marks: TurnMarks, path: str | None = None) -> None:
-    """Let a model's decoder decide what answers its prompts, and pass that on to the edited layer."""
+    """Make a model's decoder decide what answers its prompts, and pass that on to the edited layer."""
     # The decoder below the head sees every pass, whoever calls it.
     path = (getattr(model, "base_model_prefix", "") or "") if path is None else path
     decoder: Any = model.get_submodule(path) if path and hasattr(model, path.partition(".")[0]) else model

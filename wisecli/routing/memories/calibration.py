@@ -1,14 +1,10 @@
-"""Router thresholds, where between edits and unrelated text they lie; and the keys of a lookup, whitened."""
+"""Router thresholds, where between edits and unrelated text they lie."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
-
-from wisecli.routing.memories.whitening import Whitening
 
 _QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
 
@@ -76,28 +72,3 @@ def quantile(values: Tensor, share: float) -> float:
 
 def _summary(scores: Tensor) -> dict[str, float]:
     return {f"{share:g}": round(quantile(scores, share), 6) for share in _QUANTILES}
-
-
-def routing_keys(
-    keys: Tensor, key_to_edit: Tensor, whitening_index: Tensor, whitenings: Sequence[Whitening]
-) -> dict[str, Tensor]:
-    """Return the keys of a lookup, seen through their whitenings: tensors by their names in a side memory.
-
-    Args:
-        keys: of the edits (n, d_ff).
-        key_to_edit: the edit that each key is of (n,).
-        whitening_index: the whitening that each key is seen through (n,).
-        whitenings: those whitenings, of equal rank.
-    """
-    whitened_keys = torch.empty_like(keys)
-    for number, white in enumerate(whitenings):
-        whitened_keys[whitening_index == number] = white.whitened_keys(keys[whitening_index == number])
-    return {
-        "whitened_keys": whitened_keys,
-        "cosine_offset": torch.zeros(len(keys)),
-        "key_to_edit": key_to_edit,
-        "whitening_index": whitening_index,
-        "directions": torch.stack([white.directions for white in whitenings]),
-        "gains": torch.stack([white.gains for white in whitenings]),
-        "floors": torch.tensor([white.floor for white in whitenings]),
-    }

@@ -28,7 +28,7 @@ class MatrixDeltas(Memory):
     delta: Tensor
 
     def choices(self, keys: Tensor, answered: Tensor, in_answer: Tensor) -> TokenChoices:  # noqa: ARG002 (of the interface)
-        """Return the memory that was decided for, at all its tokens."""
+        """Return the memory that was decided, at all its tokens."""
         return TokenChoices(answered, torch.zeros(answered.shape, device=keys.device), answered)
 
     def add(self, answer: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class MatrixMemory(MatrixDeltas):
         return torch.stack([torch.linalg.vector_norm(self.scored_output(keys, m), dim=-1) for m in memories], dim=-1)
 
     def scored_output(self, keys: Tensor, memory: int) -> Tensor:
-        """Return what is measured: ``Δ_m a``, as nothing is known here of what the matrix itself gives."""
+        """Return ``Δ_m a``, which is scored, as the matrix' own output is not known here."""
         return self.delta_output(keys, memory)
 
 

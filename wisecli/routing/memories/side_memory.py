@@ -202,7 +202,7 @@ class Memory(nn.Module):
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        """Of every memory."""
+        """The router threshold of every memory."""
         return self._thresholds
 
     @thresholds.setter

@@ -83,7 +83,7 @@ def scaled(keys: Tensor) -> Tensor:
 
 
 def even(keys: Tensor) -> Tensor:
-    """Return the same, with 1 as the mean eigenvalue."""
+    """Return rows as :func:`scaled` does, with 1 as the mean eigenvalue of ``rowsᵀ rows``."""
     rows = scaled(keys)
     evened: Tensor = rows * (rows.shape[1] / rows.square().sum().clamp(min=1e-12)).sqrt()
     return evened

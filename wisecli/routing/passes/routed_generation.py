@@ -184,14 +184,16 @@ class RequestAnswers:
         return processed
 
     def _answering(self, state: Any) -> tuple[int, int]:
-        """Return the number of what answers a request until a special token ends its answer, and the prompt's end."""
+        """Return the number of the edit or pair that answers a request until a special token ends its answer, and the
+        prompt's end.
+        """
         memory, end = state.wise_answering
-        said = [*state.initial_tokens[len(_prompt_of(state)) :], *state.generated_tokens]
-        if memory != UNROUTED and not set(said).isdisjoint(self.decoder.wise_marks.special_token_ids):
+        answer = [*state.initial_tokens[len(_prompt_of(state)) :], *state.generated_tokens]
+        if memory != UNROUTED and not set(answer).isdisjoint(self.decoder.wise_marks.special_token_ids):
             memory = UNROUTED
             state.wise_answering = memory, end
-        if said and memory >= len(self.decoder.memory.thresholds):  # a pair
-            ids = torch.tensor([said], device=self._device)
+        if answer and memory >= len(self.decoder.memory.thresholds):  # a pair
+            ids = torch.tensor([answer], device=self._device)
             numbers = self.decoder.memory.in_turn(torch.full_like(ids, memory), ids, torch.ones_like(ids).bool())
             memory = int(numbers[0, -1])
         return memory, end

@@ -66,7 +66,7 @@ class Override:
 
 
 class _ReadError(Exception):
-    """Ends the run of a window at the layer that is read, with what was read there."""
+    """Ends the run of a window at the layer that is read, carrying the states read there."""
 
     def __init__(self, states: Tensor) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class RoutedDecoder(SignatureMixin):
 
     @eager_only
     def route(self, ids: Tensor, mask: Tensor | None, cache: Any, given: Answering | None) -> PassRoute:
-        """Return the route of a pass (B, T) that goes on with a cache."""
+        """Return the route of a pass (B, T) that continues from a cache."""
         start, non_padding = length_of(cache), _non_padding(ids, mask)
         forced = _OVERRIDE.get().forced
         if given is None:
@@ -181,7 +181,7 @@ class RoutedDecoder(SignatureMixin):
         return PassRoute(memories, tokens.behind(answering))
 
     def memories(self, tokens: Tokens, answering: Answering) -> Tensor:
-        """Return the number of what answers each token of a pass (B, T)."""
+        """Return the number of the memory that answers each token of a pass (B, T)."""
         numbers = tokens.answered_by(self.wise_marks, answering, whole=self.memory.answers_prompts)
         return self.memory.in_turn(numbers, tokens.ids, tokens.behind(answering))
 
@@ -191,7 +191,7 @@ class RoutedDecoder(SignatureMixin):
         return cast(Memory, self.get_submodule(self.wise_routed))
 
     def _decided(self, tokens: Tokens, end: Tensor, forced: int | None) -> Tensor:
-        """Return the number of what answers each prompt that ends in a pass (B,)."""
+        """Return the number of the memory that answers each prompt that ends in a pass (B,)."""
         if forced is not None:
             return torch.full_like(end, forced)
         memory = torch.full_like(end, UNROUTED)

@@ -82,7 +82,7 @@ def last_tokens(cache: Any, count: int) -> Tensor | None:
 
 
 def rewind(cache: Any, memories: Tensor) -> None:
-    """Crop a cache in front of the first token that another memory should have answered.
+    """Crop a cache before the first token that another memory should have answered.
 
     Their keys and values above the edited layer are not those of a prompt that is read as a whole.
 

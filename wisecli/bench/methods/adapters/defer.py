@@ -119,7 +119,7 @@ class Defer(EditByEdit):
         return {"weight": self.weight, "bias": self.bias}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Take up a gate and a layer that were kept."""
+        """Restore a stored gate and layer."""
         self.weight, self.bias = state["weight"].to(self.weight), state["bias"].to(self.bias)
         self.trained = bool(portions)
 

@@ -68,7 +68,7 @@ class Codebook:
         }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take up a state that was kept."""
+        """Restore a stored state."""
         self.keys, self.values = state["keys"].to(self.keys), state["values"].to(self.values)
         self.radii = state["radii"].to(self.radii)
         parts = state["targets"].split(state["lengths"].tolist())
@@ -76,7 +76,7 @@ class Codebook:
         self._generator.set_state(state["generator"])
 
     def nearest(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the distance to the nearest key, and which that is: (B, d_ff) → (B,) twice."""
+        """Return the distance to the nearest key, and its index: (B, d_ff) → (B,) twice."""
         # The distance by a matrix product is not exact, and a key must lie at distance 0 from itself.
         found = torch.cdist(keys.float(), self.keys, compute_mode="donot_use_mm_for_euclid_dist").min(-1)
         return found.values, found.indices
@@ -127,7 +127,7 @@ class Grace(Method):
         self.codebook = Codebook(self.site.d_ff, self.site.d, self.settings.radius, device, bench.seed)
 
     def edit(self, edits: Sequence[Edit]) -> None:
-        """Take in more edits, one after the other.
+        """Write more edits, one after the other.
 
         What lies below the layer is frozen, and entries share nothing, so the values of a batch are learnt together.
 
@@ -157,7 +157,7 @@ class Grace(Method):
                 self._learn(part.rows(torch.tensor(kept, device=loaded.device)), written)
 
     def _learn(self, part: Activations, entries: Tensor) -> None:
-        """Learn the values of some entries: gradient steps through the layers above, the best of them kept.
+        """Fit the values of some entries by gradient steps through the layers above, keeping the best values.
 
         Args:
             entries: which entry each row is of (B,).
@@ -226,6 +226,6 @@ class Grace(Method):
         return self.codebook.state()
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Take up a codebook that was kept; the edits themselves it does not need."""
+        """Restore a stored codebook, which needs no edits."""
         del portions
         self.codebook.restore(state)

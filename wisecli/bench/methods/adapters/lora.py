@@ -164,7 +164,7 @@ class Lora(EditByEdit):
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Take up matrices that were kept; the edits themselves they do not need."""
+        """Restore stored matrices, which need no edits."""
         del portions
         for name, parameter in self.parameters.items():
             parameter.copy_(state[name])

@@ -71,7 +71,7 @@ class LoraParaphrased(Lora):
         return torch.optim.AdamW(list(self.parameters.values()), lr=self.schedule.lora.rate)
 
     def _pass(self, rows: Sequence[Row], training: Training) -> None:
-        """One step for each batch of rows, at a rate that falls evenly from the first pass to the last."""
+        """Take one step for each batch of rows, at a rate that falls linearly from the first pass to the last."""
         trained, schedule, optimizer = list(self.parameters.values()), self.schedule, training.optimizer
         batches = -(-len(rows) // schedule.batch)
         with self.applied():
@@ -91,7 +91,7 @@ class LoraParaphrased(Lora):
         return {**super().state(), **(self._training.tensors() if self._training else {})}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Take up what was kept."""
+        """Restore a stored state."""
         super().restore(state, portions)
         self._training = Training.of(state, self._optimizer())
 

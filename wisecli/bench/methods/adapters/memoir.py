@@ -104,7 +104,7 @@ class Memoir(EditByEdit):
         self.prefixes = prefixes_for(bench, self.settings.prefixes, self.settings.prefix_tokens)
 
     def _background(self) -> Tensor:
-        """Mean features (d_ff,) of unrelated texts, each of which counts alike."""
+        """Return the mean features (d_ff,) of unrelated texts, each of which counts alike."""
         texts = require_texts(self.bench.texts[: self.settings.background])
         size, on_progress = self.bench.batch_size, self.bench.on_progress
         keys, text, _ = keys_of_texts(self.bench.loaded, self.site, texts, batch_size=size, on_progress=on_progress)
@@ -196,7 +196,7 @@ class Memoir(EditByEdit):
         return {"memory": self.memory, "masks": self.masks}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Take up a memory and masks that were kept; the edits themselves they do not need."""
+        """Restore a stored memory and masks, which need no edits."""
         del portions
         self.memory, self.masks = state["memory"].to(self.memory), state["masks"].to(self.masks)
 

@@ -127,7 +127,7 @@ class Knn(Method):
         return [_Read(*one) for one in zip(*parts, strict=True)]
 
     def _chosen(self) -> tuple[float, float]:
-        """λ and the temperature under which records of the train split come out best.
+        """Return λ and the temperature that do best on records of the train split.
 
         Their prompts and rephrases should get their targets, their locality prompts what the model says unedited; all
         three count alike.
@@ -194,7 +194,7 @@ class Knn(Method):
         return {"keys": self.store.keys, "tokens": self.store.tokens, "chosen": chosen}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Take up states and tokens that were kept; the edits themselves they do not need."""
+        """Restore stored states and tokens, which need no edits."""
         del portions
         self.store.add(state["keys"].to(self.store.keys), state["tokens"].to(self.store.tokens))
         self.share, self.temperature = state["chosen"].tolist()

@@ -50,7 +50,7 @@ class WordsAndStates:
         self._states = torch.empty(0, self.site.d)
 
     def add(self, texts: Sequence[str]) -> None:
-        """Take in more texts."""
+        """Add texts."""
         bags = [self._bag(text) for text in texts]
         self._full += [self.words(bag, bag) for bag in bags]
         self._bags += bags

@@ -27,7 +27,7 @@ class Index(Protocol):
     """Texts, and how similar each is to another one."""
 
     def add(self, texts: Sequence[str]) -> None:
-        """Take in more texts."""
+        """Add texts."""
 
     def scores(self, text: str) -> Tensor:
         """Return the cosine with each text in the order in which they came (n,)."""
@@ -63,7 +63,7 @@ class TermIndex:
         return {token: weight / length for token, weight in weights.items()}
 
     def add(self, texts: Sequence[str]) -> None:
-        """Take in more texts."""
+        """Add texts."""
         for index, text in enumerate(texts, start=self._count):
             for token, weight in self.vector(text).items():
                 self._postings.setdefault(token, {})[index] = weight
@@ -205,7 +205,7 @@ def demonstration(edit: Edit, kind: str, prompt: str) -> str:
 
 
 class ReplayedMethod(Method):
-    """A method that puts edits into the prompt: it holds nothing but them, and takes them in anew to go on."""
+    """A method that puts edits into the prompt: it stores only the edits, and reads them again to continue."""
 
     portion = 32
     facts: Facts

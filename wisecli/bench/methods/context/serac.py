@@ -37,7 +37,7 @@ class StateIndex:
         return F.normalize(means - self._middle, dim=-1)
 
     def add(self, texts: Sequence[str]) -> None:
-        """Take in more texts."""
+        """Add texts."""
         if texts:
             self._units = torch.cat([self._units, self._centred(self._embedder.means(texts))])
 

@@ -77,7 +77,7 @@ class AlphaEdit(Memit):
         return {**super().state(), **{f"earlier {index}": one for index, one in enumerate(self._earlier)}}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Take up changes and keys that were kept."""
+        """Restore stored changes and keys."""
         super().restore(state, portions)
         self._earlier = [state[f"earlier {index}"].to(one) for index, one in enumerate(self._earlier)]
 

@@ -85,7 +85,7 @@ class Curvature:
         self.tokens = 0
 
     def add(self, keys: Tensor, gradients: Tensor) -> None:
-        """Take in more tokens: (n, d_ff) and (n, d)."""
+        """Add tokens: (n, d_ff) and (n, d)."""
         self.inputs += keys.T.double() @ keys.double()
         self.gradients += gradients.T.double() @ gradients.double()
         self.tokens += len(keys)
@@ -151,7 +151,7 @@ class CrispEdit(WeightEditing, Gradual):
         self._moved, self._training = [], None
 
     def _optimizer(self, deltas: Sequence[Tensor]) -> Optimizer:
-        """One that moves copies of these changes."""
+        """Return an optimizer of copies of these changes."""
         self._moved = [delta.clone().requires_grad_() for delta in deltas]
         return torch.optim.Adam(self._moved, lr=self.settings.rate)
 
@@ -212,7 +212,7 @@ class CrispEdit(WeightEditing, Gradual):
         }
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Take up what was kept."""
+        """Restore a stored state."""
         super().restore(state, portions)
         self._latest = unpacked("latest", state)
         for index, (one, tokens) in enumerate(zip(self.curvatures, state["tokens"].tolist(), strict=True)):

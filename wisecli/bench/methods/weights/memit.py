@@ -90,7 +90,7 @@ class Memit(WeightEditing, Gradual):
         return {**super().state(), **{f"target {index}": one for index, one in enumerate(self._targets)}}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Take up what was kept."""
+        """Restore a stored state."""
         super().restore(state, portions)
         count = sum(name.startswith("target ") for name in state)
         self._targets = [state[f"target {index}"].to(self.deltas[0]) for index in range(count)]
@@ -116,14 +116,14 @@ class Memit(WeightEditing, Gradual):
         """Bring the layer that is the last of the range to the facts' targets (n, d)."""
         for index, site in enumerate(self.sites):
             with self.applied():
-                seen = [self._seen(fact, index) for fact in facts]
+                seen = [self._key_and_state(fact, index) for fact in facts]
             keys, states = (torch.stack(parts) for parts in zip(*seen, strict=True))
             residuals = (targets - states) / ((len(self.sites) - index) * site.multiplier)
             self.deltas[index] = self.deltas[index] + self.change(index, residuals, keys)
 
-    def _seen(self, fact: Fact, index: int) -> tuple[Tensor, Tensor]:
-        """At a fact's subject: the mean key (d_ff,) at a site, and what leaves the last site's layer under the bare
-        prompt (d,), in float32.
+    def _key_and_state(self, fact: Fact, index: int) -> tuple[Tensor, Tensor]:
+        """Return, at a fact's subject, the mean key (d_ff,) at a site, and what leaves the last site's layer under the
+        bare prompt (d,), in float32.
         """
         model, kept = self.bench.loaded.model, []
         module = self.sites[index].watched(model)

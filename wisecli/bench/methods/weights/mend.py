@@ -80,7 +80,7 @@ class MendSettings:
 
 @dataclass(frozen=True)
 class Task:
-    """A batch of training records: each one's gradient, and what is asked of the model that it has changed.
+    """A batch of training records: the gradient of each, and what the changed model is asked.
 
     ``unedited`` (n, V) are the unedited model's log-probabilities at the labelled columns of ``unrelated``.
     """
@@ -138,7 +138,7 @@ class Mend(WeightEditing, EditByEdit):
         return {**super().state(), **{f"editor {name}": one for name, one in self.editor.state_dict().items()}}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Take up changes and network that were kept."""
+        """Restore stored changes and network."""
         super().restore(state, portions)
         self.editor.load_state_dict({name: state[f"editor {name}"] for name in self.editor.state_dict()})
 
@@ -152,7 +152,7 @@ class Mend(WeightEditing, EditByEdit):
         return (self.settings.weight * row_losses(logits, task.reworded.batch) + kept).mean()
 
     def _change(self, task: Task, index: int) -> Change:
-        """``-α ∇̃ k`` for the keys k of each row, by the pseudo-gradient of that row's own edit."""
+        """Return ``-α ∇̃ k`` for the keys k of each row, by the pseudo-gradient of that row's own edit."""
         own, gradients = self.editor(task.factors[index], index)
         return lambda keys: -(keys @ own.mT @ gradients)
 
@@ -186,7 +186,7 @@ class Mend(WeightEditing, EditByEdit):
         return found / sum(len(task.reworded.batch.ids) for task in tasks)
 
     def _tasks(self, generator: torch.Generator) -> tuple[list[Task], list[Task]]:
-        """Batches to train on, and batches that are held back."""
+        """Return batches to train on, and batches that are held back."""
         settings = self.settings
         lessons = [lesson for edit in self.bench.train if (lesson := self._lesson(edit, generator))]
         if len(lessons) < settings.fewest:

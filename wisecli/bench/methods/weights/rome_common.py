@@ -144,9 +144,9 @@ def find_change(
     change = torch.zeros(site.d, device=size.device, requires_grad=True)
     optimizer = torch.optim.Adam([change], lr=search.rate)
     with torch.no_grad():
-        _, before = _said(bench, site, fact, part, part.activations.hidden)
+        _, before = _predictions(bench, site, fact, part, part.activations.hidden)
     for _ in range(search.steps):
-        loss, now = _said(bench, site, fact, part, placed(part, change))
+        loss, now = _predictions(bench, site, fact, part, placed(part, change))
         # Without an essence there is no row to sum over.
         loss = loss + search.essence * F.kl_div(before, now, log_target=True, reduction="sum")
         # The root is safe at no change, where the norm has no gradient.
@@ -162,9 +162,9 @@ def find_change(
     return change.detach()
 
 
-def _said(bench: Bench, site: MatrixSite, fact: Fact, part: Part, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of the target's tokens (every prompt has the same), and the log-probabilities (1, V), or
-    (0, V), of what follows the essence.
+def _predictions(bench: Bench, site: MatrixSite, fact: Fact, part: Part, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean cross-entropy of the target's tokens (every prompt has the same), and the log-probabilities (1,
+    V), or (0, V), of what follows the essence.
     """
     batch = fact.batch
     rows, columns = batch.labelled

@@ -54,7 +54,7 @@ class Statistics:
         self.squares = torch.zeros(size, dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
-        """Take in more rows."""
+        """Add rows."""
         wide = rows.double().cpu()
         count, offset = self.count + len(wide), wide.mean(0) - self.mean
         self.squares += (wide - wide.mean(0)).square().sum(0) + offset.square() * self.count * len(wide) / count
@@ -130,7 +130,7 @@ class UltraEdit(WeightEditing):
         return kept
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Take up changes and statistics that were kept."""
+        """Restore stored changes and statistics."""
         super().restore(state, portions)
         for index, one in enumerate(self.statistics):
             one.mean, one.squares = state[f"mean {index}"], state[f"squares {index}"]

@@ -72,7 +72,7 @@ class WeightEditing(Method):
         return {f"delta {index}": delta for index, delta in enumerate(self.deltas)}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Take up changes that were kept; the edits themselves they do not need."""
+        """Restore stored changes, which need no edits."""
         del portions
         self.deltas = [state[f"delta {index}"].to(delta) for index, delta in enumerate(self.deltas)]
 

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 # How often a prompt is a chat, and how often a chat has something before the question.
 _CHATS, _LATER = 0.5, 0.5
-# How often an earlier turn is about another made-up fact, and how often whitespace stands behind a text.
-_ON_FACTS, _SPACED = 0.35, 0.1
+# How often an earlier turn is about another made-up fact; how often whitespace stands behind a text, and how often a
+# greeting, a reason or thanks around it.
+_ON_FACTS, _SPACED, _SURROUNDED = 0.35, 0.1, 0.25
 # Kinds that conversations or documents of notes stand for, and those whose question is not in what is asked.
 _ELSEWHERE = ("follow-up", "moved on", "question first", "question in the middle")
 _EVERYDAY = 400
@@ -45,8 +46,6 @@ _CAPITALS = ("{capitals}", "{capitals}", "HELLO, {capitals}", "{capitals} THANKS
 _NEAR_NAMES = ("{near:word}", "{near:added}")
 _OTHERWISE = ("{negated}", "{negated}", "{negated}", *_NEAR_NAMES)
 _NAMED = re.compile(r"\{(?:subject|namesake)\}")
-# How often a text has a greeting, a reason or thanks around it.
-_SURROUNDED = 0.25
 # How many other things are asked about a fact's subject: few such prompts come to the gate.
 _BESIDE = 2
 # What is asked behind other texts, in front of them and between them.

@@ -18,7 +18,6 @@ from wisecli.models.prompts.chat_template import special_ids
 from wisecli.models.prompts.prompt_forms import Form, forms
 from wisecli.models.prompts.tokenization import Row, collate, in_batches
 from wisecli.models.running.activations import captured
-from wisecli.models.running.grouped_rows import rows_of as rows_of  # noqa: PLC0414 (for the modules beside this one)
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.deciding.late_interaction import compared_tokens, earlier_turn_tokens
 from wisecli.routing.deciding.prompt_window import window_of, window_size

@@ -46,8 +46,6 @@ _CAPITALS = ("{capitals}", "{capitals}", "HELLO, {capitals}", "{capitals} THANKS
 _NEAR_NAMES = ("{near:word}", "{near:added}")
 _OTHERWISE = ("{negated}", "{negated}", "{negated}", *_NEAR_NAMES)
 _NAMED = re.compile(r"\{(?:subject|namesake)\}")
-# How many other things are asked about a fact's subject: few such prompts come to the gate.
-_BESIDE = 2
 # What is asked behind other texts, in front of them and between them.
 _AROUND = Kind(
     "around texts",
@@ -111,8 +109,8 @@ class Examples:
         for _ in range(3):
             yield False, "document", self._put(self._documents.around(number, asks=False))
         beside = self.facts[number].beside
-        for question in self.rng.sample(beside, min(_BESIDE, len(beside))):
-            yield False, "beside", self._put(question)
+        if beside:
+            yield False, "beside", self._put(self.rng.choice(beside))
         yield from self._of_kinds(number)
 
     def _asking(self, number: int) -> Iterator[_Drawn]:

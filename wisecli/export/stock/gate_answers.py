@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from wisecli.artifacts.memory_manifest import Manifest
-from wisecli.data.corpus import texts_beside_gates
 from wisecli.edits.record import Edit
+from wisecli.export.stock.base_answers import LENGTH, BaseAnswers, bare_and_in_chat
+from wisecli.export.stock.one_pass import goes_on_with, next_tokens
 from wisecli.models.loading import Loaded
-from wisecli.models.prompts.prompt_forms import forms
-from wisecli.models.prompts.tokenization import Row, collate, encode, in_batches
-from wisecli.models.running.generation import generate
+from wisecli.models.prompts.tokenization import encode
+from wisecli.models.running.generation import generate, opened
 from wisecli.progress import Event, ProgressCallback
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from wisecli.models.running.shrinking_batches import Hopeless
 
 _BATCH = 32
 # The routed form is asked so many edits, spaced evenly; an answer may be so many tokens longer than the longest target.
 _ASKED, _MARGIN = 200, 4
-# So many unrelated texts are answered, bare and in chat, in so many tokens.
-_UNRELATED, _LENGTH = 40, 16
 # A gate that finds less than this share of the rephrases that the router finds is reported.
 _FALLS_OFF = 0.9
 # So many lost edits are named.
@@ -69,33 +70,6 @@ class Verified:
     lost: tuple[LostEdit, ...] = ()
 
 
-@dataclass(frozen=True)
-class BaseAnswers:
-    """What the base model makes of unrelated text: next tokens (n,) after every token of rows, and answers to texts."""
-
-    rows: tuple[Row, ...]
-    next_tokens: Tensor
-    asked: tuple[str, ...]
-    answers: tuple[str, ...]
-
-
-def base_answers(loaded: Loaded, edits: Sequence[Edit], on_progress: ProgressCallback) -> BaseAnswers:
-    """Return what the base model makes of unrelated texts that no gate was fitted to.
-
-    Args:
-        edits: those whose prompts that are to stay as they are count as well.
-    """
-    tokenizer = loaded.tokenizer
-    rows = [Row(tuple(tokenizer(text)["input_ids"]), ()) for text in texts_beside_gates()]
-    probes = [
-        encode(tokenizer, probe.prompt, probe.answer) for edit in _evenly_spaced(edits) for probe in edit.locality
-    ]
-    rows += [Row((*pair.prompt, *pair.target), ()) for pair in probes]
-    asked = [text for plain in texts_beside_gates(_UNRELATED) for text in _written(loaded, plain)]
-    answers = _texts(loaded, asked, _LENGTH, on_progress, "unrelated answers")
-    return BaseAnswers(tuple(rows), _next_tokens(loaded, rows, on_progress), tuple(asked), tuple(answers))
-
-
 def verified(
     base: BaseAnswers, routed: Loaded, stock: Loaded, manifest: Manifest, on_progress: ProgressCallback
 ) -> Verified:
@@ -105,21 +79,16 @@ def verified(
         routed: the base model with the memory in its place.
         stock: the checkpoint.
     """
-    some = _evenly_spaced(manifest.edits)
+    some = evenly_spaced(manifest.edits)
     routed_answers, _ = _answers(routed, some, some, base, on_progress)
     found, lost = _answers(stock, manifest.edits, some, base, on_progress)
-    return Verified(found, routed_answers, len(some), len(base.next_tokens), lost)
+    tokens = sum(len(row) for row in base.next_tokens)
+    return Verified(found, routed_answers, len(some), tokens, lost)
 
 
-def _evenly_spaced(edits: Sequence[Edit]) -> Sequence[Edit]:
+def evenly_spaced(edits: Sequence[Edit]) -> Sequence[Edit]:
     """Return as many edits as the routed form is asked, spaced evenly."""
     return edits[:: -(-len(edits) // _ASKED)]
-
-
-def _written(loaded: Loaded, text: str) -> list[str]:
-    """Return a text bare and, where there is a template, in chat."""
-    names = ("bare", "chat") if loaded.tokenizer.chat_template else ("bare",)
-    return [forms()[name].render(loaded.tokenizer, text) for name in names]
 
 
 def _answers(
@@ -128,49 +97,114 @@ def _answers(
     """Return what a model answers to edits and to the rephrases of some, and where it goes on as the base model
     does.
     """
-    own_prompts = [(text, edit) for edit in edits for text in _written(loaded, edit.prompt)]
+    own_prompts = [(text, edit) for edit in edits for text in bare_and_in_chat(loaded, edit.prompt)]
     again = [(edit.rephrases[0], edit) for edit in reworded if edit.rephrases]
-    length = max(len(encode(loaded.tokenizer, edit.prompt, edit.answer).target) for edit in edits) + _MARGIN
-    texts = _texts(loaded, [text for text, _ in (*own_prompts, *again)], length, on_progress, "edits")
-    right = [_right(edit, text) for text, (_, edit) in zip(texts, (*own_prompts, *again), strict=True)]
+    right = _right(loaded, [*own_prompts, *again], on_progress)
     ways = len(own_prompts) // len(edits)
     own = [right[first : first + ways] for first in range(0, len(own_prompts), ways)]
     lost = tuple(LostEdit(edit.id, edit.prompt) for edit, answered in zip(edits, own, strict=True) if not all(answered))
-    same = (_next_tokens(loaded, base.rows, on_progress) == base.next_tokens).float().mean()
-    answers = _texts(loaded, base.asked, _LENGTH, on_progress, "unrelated answers")
     found = Answers(
         _share([answered[0] for answered in own]),
-        float(same),
+        _same_tokens(loaded, base, on_progress),
         _share(right[len(own_prompts) :]) if again else None,
         _share([answered[1] for answered in own]) if ways > 1 else None,
-        _share([one == other for one, other in zip(answers, base.answers, strict=True)]),
+        _share(_unchanged(loaded, base, on_progress)),
     )
     return found, lost
 
 
-def _texts(loaded: Loaded, prompts: Sequence[str], length: int, on_progress: ProgressCallback, stage: str) -> list[str]:
+def _right(loaded: Loaded, asked: Sequence[tuple[str, Edit]], on_progress: ProgressCallback) -> list[bool]:
+    """Return for which texts a model's greedy answer is that of the edit, or of one that is erased anything else.
+
+    What a pass over text and answer cannot tell is answered token by token.
+    """
+    tokenizer = loaded.tokenizer
+    rows = [encode(tokenizer, text, edit.answer) for text, edit in asked]
+    length = max(len(row.target) for row in rows) + _MARGIN
+    said = [str(tokenizer.decode(row.target, skip_special_tokens=True)).strip() for row in rows]
+    plain = [not edit.erased and text == edit.answer.strip() for (_, edit), text in zip(asked, said, strict=True)]
+    right = [False] * len(rows)
+    if not _decides(loaded):
+        told = [index for index, one in enumerate(plain) if one]
+        found = goes_on_with(loaded, [rows[index] for index in told], length, on_progress, "edits")
+        for index, one in zip(told, found, strict=True):
+            right[index] = one
+    left = [index for index, one in enumerate(right) if not one]
+    edits = [edit for _, edit in asked]
+    hopeless = [None if edits[index].erased else partial(_differs, tokenizer, edits[index]) for index in left]
+    texts = _texts(loaded, [asked[index][0] for index in left], length, on_progress, "edits", hopeless)
+    for index, text in zip(left, texts, strict=True):
+        right[index] = _is_right(edits[index], text)
+    return right
+
+
+def _decides(loaded: Loaded) -> bool:
+    """Return whether a model decides where a prompt ends what answers it."""
+    return getattr(loaded.model, "decided", None) is not None
+
+
+def _differs(tokenizer: PreTrainedTokenizerBase, edit: Edit, tokens: list[int]) -> bool:
+    """Return whether tokens no longer begin an edit's answer; the last ones may be a part of a letter."""
+    begun = str(tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd").strip()
+    return not edit.answer.strip().startswith(begun)
+
+
+def _same_tokens(loaded: Loaded, base: BaseAnswers, on_progress: ProgressCallback) -> float:
+    """Return the share of unrelated tokens after which the next one is the base model's."""
+    rows = [row.prompt for row in base.rows]
+    changing = [index for index, one in enumerate(_may_change(loaded, rows)) if one]
+    after = next_tokens(loaded, [base.rows[index] for index in changing], on_progress)
+    other = 0
+    for index, tokens in zip(changing, after, strict=True):
+        other += sum(one != known for one, known in zip(tokens.tolist(), base.next_tokens[index], strict=True))
+    return 1 - other / sum(len(row) for row in base.next_tokens)
+
+
+def _unchanged(loaded: Loaded, base: BaseAnswers, on_progress: ProgressCallback) -> list[bool]:
+    """Return for which unrelated texts a model's answer is the base model's, word for word."""
+    decode = partial(loaded.tokenizer.batch_decode, skip_special_tokens=True)
+    if _decides(loaded):
+        same = [not one for one in _may_change(loaded, [row.prompt for row in base.asked])]
+    else:
+        same = goes_on_with(loaded, base.asked, LENGTH, on_progress, "unrelated answers")
+    left = [index for index, one in enumerate(same) if not one]
+    answers = _texts(loaded, [base.asked[index].prompt for index in left], LENGTH, on_progress, "unrelated answers")
+    known = decode([base.asked[index].target for index in left])
+    for index, text, before in zip(left, answers, known, strict=True):
+        same[index] = text == before.strip()
+    return same
+
+
+def _may_change(loaded: Loaded, prompts: Sequence[Sequence[int]]) -> list[bool]:
+    """Return which prompts a model may answer otherwise than the base model."""
+    if not _decides(loaded):
+        return [True] * len(prompts)
+    return opened(loaded.model, loaded.tokenizer, prompts, batch_size=_BATCH)
+
+
+def _texts(
+    loaded: Loaded,
+    prompts: Sequence[str | Sequence[int]],
+    length: int,
+    on_progress: ProgressCallback,
+    stage: str,
+    hopeless: Sequence[Hopeless | None] = (),
+) -> list[str]:
     """Return greedy answers to prompts, without the blanks around them."""
     on_progress(Event(stage, 0, len(prompts)))
-    tokens = generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=length, batch_size=_BATCH)
+    tokens = generate(
+        loaded.model,
+        loaded.tokenizer,
+        prompts,
+        max_new_tokens=length,
+        batch_size=_BATCH,
+        hopeless=hopeless,
+        shared=True,
+    )
     return [text.strip() for text in loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
-@torch.no_grad()
-def _next_tokens(loaded: Loaded, rows: Sequence[Row], on_progress: ProgressCallback) -> Tensor:
-    """Return the arg-max (n,) after every token of some rows."""
-    found: dict[int, Tensor] = {}
-    for indices in in_batches(rows, _BATCH):
-        batch = collate([rows[index] for index in indices]).to(loaded.device)
-        logits = loaded.model(
-            input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-        ).logits
-        best = logits.argmax(-1)
-        found |= {index: best[row][batch.mask[row].bool()].cpu() for row, index in enumerate(indices)}
-        on_progress(Event("unrelated text", len(found), len(rows)))
-    return torch.cat([found[index] for index in range(len(rows))])
-
-
-def _right(edit: Edit, text: str) -> bool:
+def _is_right(edit: Edit, text: str) -> bool:
     if edit.erased:
         return edit.answer.strip().casefold() not in text.casefold()
     return text == edit.answer.strip()

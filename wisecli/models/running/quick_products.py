@@ -18,8 +18,8 @@ from wisecli.models.running.activations import layers_of
 
 
 @contextmanager
-def quick_products(loaded: Loaded, site: Site) -> Iterator[None]:
-    """Have a model compute in bfloat16 up to a site for a while, where that is quicker.
+def quick_products(loaded: Loaded, site: Site | None = None) -> Iterator[None]:
+    """Have a model compute in bfloat16 up to a site, or as a whole without one, for a while, where that is quicker.
 
     Parameters of the layers above the site stay as they are, as they are not run; buffers too, of which rotary
     frequencies must stay exact. Afterwards every parameter is the tensor that it was.
@@ -29,7 +29,8 @@ def quick_products(loaded: Loaded, site: Site) -> Iterator[None]:
     if not in_place or not has_quick_bfloat16():
         yield
         return
-    above = {id(one) for layer in layers_of(model, site)[site.layer + 1 :] for one in layer.parameters()}
+    unused = [] if site is None else layers_of(model, site)[site.layer + 1 :]
+    above = {id(one) for layer in unused for one in layer.parameters()}
     kept = [(one, one.data) for one in model.parameters() if id(one) not in above]
     try:
         for parameter, data in kept:

@@ -81,7 +81,7 @@ def write_gated(
     on_progress(Event("writing"))
     write_stock(stock, base, checkpoint, manifest.site, gate, packing)
     blocks = block_count(len(gate.values), base)
-    answered = _verified(loaded, stock, checkpoint, manifest, load, on_progress) if verify else None
+    answered = _verified(loaded, stock, checkpoint, manifest, blocks, load, on_progress) if verify else None
     found = Gated(len(gate.values), blocks, answered)
     if quantize is not None:
         own = range(manifest.site.layer + 1, manifest.site.layer + 1 + blocks)
@@ -134,6 +134,7 @@ def _verified(
     stock: Path,
     checkpoint: Checkpoint,
     manifest: Manifest,
+    blocks: int,
     load: LoadOptions,
     on_progress: ProgressCallback,
 ) -> Verified:
@@ -141,7 +142,7 @@ def _verified(
     before = base_answers(loaded, _identity(checkpoint, manifest), evenly_spaced(manifest.edits), on_progress)
     routed = manifest.site.install(loaded.model, manifest.memory, turn_marks(loaded.tokenizer))
     routed.to(loaded.device)
-    return verified(before, loaded, load_model(stock, load), manifest, on_progress)
+    return verified(before, loaded, load_model(stock, load), manifest, blocks, on_progress)
 
 
 def gate_note(found: Gated) -> str:

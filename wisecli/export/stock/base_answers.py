@@ -11,7 +11,6 @@ from torch import Tensor
 from wisecli.data.corpus import texts_beside_gates
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
-from wisecli.export.stock.one_pass import next_tokens
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
 from wisecli.io.digest import sha256_json
 from wisecli.io.user_cache import cache_path
@@ -30,17 +29,16 @@ _Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class BaseAnswers:
-    """What the base model makes of unrelated text: the likeliest token after every one of ``rows``, row by row, and
-    of texts that were ``asked`` their tokens with its answers' behind them.
+    """Unrelated text: ``rows``, after every token of which the next one is to stay the base model's, and texts that
+    were ``asked``, in tokens, with the base model's answers as their targets.
     """
 
     rows: tuple[Row, ...]
-    next_tokens: tuple[_Tokens, ...]
     asked: tuple[Row, ...]
 
 
 def base_answers(loaded: Loaded, identity: str, edits: Sequence[Edit], on_progress: ProgressCallback) -> BaseAnswers:
-    """Return what the base model makes of unrelated texts that no gate was fitted to.
+    """Return unrelated texts that no gate was fitted to, and what the base model answers to some of them.
 
     Args:
         identity: of the base model, for the cache.
@@ -48,14 +46,12 @@ def base_answers(loaded: Loaded, identity: str, edits: Sequence[Edit], on_progre
     """
     tokenizer = loaded.tokenizer
     rows = [Row(tuple(tokenizer(text)["input_ids"]), ()) for text in texts_beside_gates()]
-    texts = [text for plain in texts_beside_gates(_UNRELATED) for text in bare_and_in_chat(loaded, plain)]
-    asked = [tuple(tokenizer(text)["input_ids"]) for text in texts]
-    known, answers = _known(loaded, identity, rows, asked, on_progress)
     probes = [encode(tokenizer, probe.prompt, probe.answer) for edit in edits for probe in edit.locality]
-    more = [Row((*pair.prompt, *pair.target), ()) for pair in probes]
-    after = [tuple(tokens.tolist()) for tokens in next_tokens(loaded, more, on_progress)]
-    whole = tuple(Row(prompt, answer) for prompt, answer in zip(asked, answers, strict=True))
-    return BaseAnswers((*rows, *more), (*known, *after), whole)
+    rows += [Row((*pair.prompt, *pair.target), ()) for pair in probes]
+    texts = [text for plain in texts_beside_gates(_UNRELATED) for text in bare_and_in_chat(loaded, plain)]
+    prompts = [tuple(tokenizer(text)["input_ids"]) for text in texts]
+    answers = _answers(loaded, identity, prompts, on_progress)
+    return BaseAnswers(tuple(rows), tuple(Row(*pair) for pair in zip(prompts, answers, strict=True)))
 
 
 def bare_and_in_chat(loaded: Loaded, text: str) -> list[str]:
@@ -64,22 +60,18 @@ def bare_and_in_chat(loaded: Loaded, text: str) -> list[str]:
     return [forms()[name].render(loaded.tokenizer, text) for name in names]
 
 
-def _known(
-    loaded: Loaded, identity: str, rows: Sequence[Row], asked: Sequence[_Tokens], on_progress: ProgressCallback
-) -> tuple[list[_Tokens], list[_Tokens]]:
-    """Return what follows each token of packaged texts, and answers to some, or what the cache remembers."""
-    about = [identity, [row.prompt for row in rows], asked, LENGTH, str(loaded.model.dtype), loaded.device.type]
-    path = cache_path("gate") / f"{sha256_json([*about, _VERSION])[:32]}.safetensors"
+def _answers(loaded: Loaded, identity: str, prompts: Sequence[_Tokens], on_progress: ProgressCallback) -> list[_Tokens]:
+    """Return the base model's answers to prompts, or what the cache remembers."""
+    about = [identity, prompts, LENGTH, str(loaded.model.dtype), loaded.device.type, _VERSION]
+    path = cache_path("gate") / f"{sha256_json(about)[:32]}.safetensors"
     try:
-        kept = load_tensors(path)
-        return _tokens(kept["next"]), _tokens(kept["answers"])
+        return _tokens(load_tensors(path)["answers"])
     except (DamagedFileError, KeyError):
-        on_progress(Event("unrelated answers", 0, len(asked)))
-    answers = generate(loaded.model, loaded.tokenizer, asked, max_new_tokens=LENGTH, batch_size=_BATCH, shared=True)
-    after = [tokens.tolist() for tokens in next_tokens(loaded, rows, on_progress)]
-    kept = {"next": _tensor(after), "answers": _tensor(answers)}
+        on_progress(Event("unrelated answers", 0, len(prompts)))
+    answers = generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=LENGTH, batch_size=_BATCH, shared=True)
+    kept = {"answers": _tensor(answers)}
     keep_in_cache(path, lambda working: save_tensors(working, kept))
-    return _tokens(kept["next"]), _tokens(kept["answers"])
+    return _tokens(kept["answers"])
 
 
 def _tensor(rows: Sequence[Sequence[int]]) -> Tensor:

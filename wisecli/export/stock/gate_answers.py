@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.edits.record import Edit
 from wisecli.export.stock.base_answers import LENGTH, BaseAnswers, bare_and_in_chat
-from wisecli.export.stock.one_pass import goes_on_with, next_tokens
+from wisecli.export.stock.one_pass import changed_by, goes_on_with, next_tokens
 from wisecli.models.loading import Loaded
-from wisecli.models.prompts.tokenization import encode
+from wisecli.models.prompts.tokenization import Row, encode
+from wisecli.models.running.activations import layers_of
 from wisecli.models.running.generation import generate, opened
 from wisecli.progress import Event, ProgressCallback
+from wisecli.routing.passes.routed_pass import Override, overridden_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,20 +72,47 @@ class Verified:
     lost: tuple[LostEdit, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A model that is asked.
+
+    Args:
+        may_change: which rows of unrelated text it may go on with otherwise than the base model.
+        before: the likeliest tokens of the base model after every token of rows.
+    """
+
+    loaded: Loaded
+    may_change: Callable[[Sequence[Row]], list[bool]]
+    before: Callable[[Sequence[Row]], list[list[int]]]
+    on_progress: ProgressCallback
+
+
 def verified(
-    base: BaseAnswers, routed: Loaded, stock: Loaded, manifest: Manifest, on_progress: ProgressCallback
+    base: BaseAnswers, routed: Loaded, stock: Loaded, manifest: Manifest, blocks: int, on_progress: ProgressCallback
 ) -> Verified:
     """Ask the routed form some of a memory's edits, and a checkpoint all of them.
 
     Args:
         routed: the base model with the memory in its place.
         stock: the checkpoint.
+        blocks: how many of its blocks are the memory.
     """
-    some = evenly_spaced(manifest.edits)
-    routed_answers, _ = _answers(routed, some, some, base, on_progress)
-    found, lost = _answers(stock, manifest.edits, some, base, on_progress)
-    tokens = sum(len(row) for row in base.next_tokens)
-    return Verified(found, routed_answers, len(some), tokens, lost)
+    some, site = evenly_spaced(manifest.edits), manifest.site
+
+    def before(rows: Sequence[Row]) -> list[list[int]]:
+        with overridden_by(Override(off=True)):
+            return next_tokens(routed, rows, on_progress)
+
+    def opens(rows: Sequence[Row]) -> list[bool]:
+        return opened(routed.model, routed.tokenizer, [row.prompt for row in rows], batch_size=_BATCH)
+
+    def changes(rows: Sequence[Row]) -> list[bool]:
+        numbers = range(site.layer + 1, site.layer + 1 + blocks)
+        return changed_by(stock, layers_of(stock.model, site), numbers, rows, on_progress)
+
+    routed_answers, _ = _answers(_Asked(routed, opens, before, on_progress), some, some, base)
+    found, lost = _answers(_Asked(stock, changes, before, on_progress), manifest.edits, some, base)
+    return Verified(found, routed_answers, len(some), sum(len(row) for row in base.rows), lost)
 
 
 def evenly_spaced(edits: Sequence[Edit]) -> Sequence[Edit]:
@@ -92,55 +121,47 @@ def evenly_spaced(edits: Sequence[Edit]) -> Sequence[Edit]:
 
 
 def _answers(
-    loaded: Loaded, edits: Sequence[Edit], reworded: Sequence[Edit], base: BaseAnswers, on_progress: ProgressCallback
+    asked: _Asked, edits: Sequence[Edit], reworded: Sequence[Edit], base: BaseAnswers
 ) -> tuple[Answers, tuple[LostEdit, ...]]:
     """Return what a model answers to edits and to the rephrases of some, and where it goes on as the base model
     does.
     """
-    own_prompts = [(text, edit) for edit in edits for text in bare_and_in_chat(loaded, edit.prompt)]
+    own_prompts = [(text, edit) for edit in edits for text in bare_and_in_chat(asked.loaded, edit.prompt)]
     again = [(edit.rephrases[0], edit) for edit in reworded if edit.rephrases]
-    right = _right(loaded, [*own_prompts, *again], on_progress)
+    right = _right(asked, [*own_prompts, *again])
     ways = len(own_prompts) // len(edits)
     own = [right[first : first + ways] for first in range(0, len(own_prompts), ways)]
     lost = tuple(LostEdit(edit.id, edit.prompt) for edit, answered in zip(edits, own, strict=True) if not all(answered))
     found = Answers(
         _share([answered[0] for answered in own]),
-        _same_tokens(loaded, base, on_progress),
+        _same_tokens(asked, base.rows),
         _share(right[len(own_prompts) :]) if again else None,
         _share([answered[1] for answered in own]) if ways > 1 else None,
-        _share(_unchanged(loaded, base, on_progress)),
+        _share(_unchanged(asked, base.asked)),
     )
     return found, lost
 
 
-def _right(loaded: Loaded, asked: Sequence[tuple[str, Edit]], on_progress: ProgressCallback) -> list[bool]:
+def _right(asked: _Asked, questions: Sequence[tuple[str, Edit]]) -> list[bool]:
     """Return for which texts a model's greedy answer is that of the edit, or of one that is erased anything else.
 
     What a pass over text and answer cannot tell is answered token by token.
     """
-    tokenizer = loaded.tokenizer
-    rows = [encode(tokenizer, text, edit.answer) for text, edit in asked]
+    tokenizer = asked.loaded.tokenizer
+    rows = [encode(tokenizer, text, edit.answer) for text, edit in questions]
     length = max(len(row.target) for row in rows) + _MARGIN
-    said = [str(tokenizer.decode(row.target, skip_special_tokens=True)).strip() for row in rows]
-    plain = [not edit.erased and text == edit.answer.strip() for (_, edit), text in zip(asked, said, strict=True)]
-    right = [False] * len(rows)
-    if not _decides(loaded):
-        told = [index for index, one in enumerate(plain) if one]
-        found = goes_on_with(loaded, [rows[index] for index in told], length, on_progress, "edits")
-        for index, one in zip(told, found, strict=True):
-            right[index] = one
-    left = [index for index, one in enumerate(right) if not one]
-    edits = [edit for _, edit in asked]
-    hopeless = [None if edits[index].erased else partial(_differs, tokenizer, edits[index]) for index in left]
-    texts = _texts(loaded, [asked[index][0] for index in left], length, on_progress, "edits", hopeless)
-    for index, text in zip(left, texts, strict=True):
-        right[index] = _is_right(edits[index], text)
-    return right
-
-
-def _decides(loaded: Loaded) -> bool:
-    """Return whether a model decides where a prompt ends what answers it."""
-    return getattr(loaded.model, "decided", None) is not None
+    said = [str(tokenizer.decode(list(row.target), skip_special_tokens=True)).strip() for row in rows]
+    plain = [
+        index for index, (_, edit) in enumerate(questions) if not edit.erased and said[index] == edit.answer.strip()
+    ]
+    found = goes_on_with(asked.loaded, [rows[index] for index in plain], length, asked.on_progress, "edits")
+    right = {index for index, one in zip(plain, found, strict=True) if one}
+    left = [index for index in range(len(rows)) if index not in right]
+    edits = [questions[index][1] for index in left]
+    hopeless = [None if edit.erased else partial(_differs, tokenizer, edit) for edit in edits]
+    texts = _texts(asked, [rows[index].prompt for index in left], length, "edits", hopeless)
+    right |= {index for index, edit, text in zip(left, edits, texts, strict=True) if _is_right(edit, text)}
+    return [index in right for index in range(len(rows))]
 
 
 def _differs(tokenizer: PreTrainedTokenizerBase, edit: Edit, tokens: list[int]) -> bool:
@@ -149,59 +170,41 @@ def _differs(tokenizer: PreTrainedTokenizerBase, edit: Edit, tokens: list[int]) 
     return not edit.answer.strip().startswith(begun)
 
 
-def _same_tokens(loaded: Loaded, base: BaseAnswers, on_progress: ProgressCallback) -> float:
+def _same_tokens(asked: _Asked, rows: Sequence[Row]) -> float:
     """Return the share of unrelated tokens after which the next one is the base model's."""
-    rows = [row.prompt for row in base.rows]
-    changing = [index for index, one in enumerate(_may_change(loaded, rows)) if one]
-    after = next_tokens(loaded, [base.rows[index] for index in changing], on_progress)
-    other = 0
-    for index, tokens in zip(changing, after, strict=True):
-        other += sum(one != known for one, known in zip(tokens.tolist(), base.next_tokens[index], strict=True))
-    return 1 - other / sum(len(row) for row in base.next_tokens)
+    changing = [row for row, one in zip(rows, asked.may_change(rows), strict=True) if one]
+    pairs = zip(next_tokens(asked.loaded, changing, asked.on_progress), asked.before(changing), strict=True)
+    other = sum(one != known for after, before in pairs for one, known in zip(after, before, strict=True))
+    return 1 - other / sum(len(row) for row in rows)
 
 
-def _unchanged(loaded: Loaded, base: BaseAnswers, on_progress: ProgressCallback) -> list[bool]:
+def _unchanged(asked: _Asked, rows: Sequence[Row]) -> list[bool]:
     """Return for which unrelated texts a model's answer is the base model's, word for word."""
-    decode = partial(loaded.tokenizer.batch_decode, skip_special_tokens=True)
-    if _decides(loaded):
-        same = [not one for one in _may_change(loaded, [row.prompt for row in base.asked])]
-    else:
-        same = goes_on_with(loaded, base.asked, LENGTH, on_progress, "unrelated answers")
-    left = [index for index, one in enumerate(same) if not one]
-    answers = _texts(loaded, [base.asked[index].prompt for index in left], LENGTH, on_progress, "unrelated answers")
-    known = decode([base.asked[index].target for index in left])
-    for index, text, before in zip(left, answers, known, strict=True):
-        same[index] = text == before.strip()
-    return same
-
-
-def _may_change(loaded: Loaded, prompts: Sequence[Sequence[int]]) -> list[bool]:
-    """Return which prompts a model may answer otherwise than the base model."""
-    if not _decides(loaded):
-        return [True] * len(prompts)
-    return opened(loaded.model, loaded.tokenizer, prompts, batch_size=_BATCH)
+    decode = partial(asked.loaded.tokenizer.batch_decode, skip_special_tokens=True)
+    changing = [index for index, one in enumerate(asked.may_change(rows)) if one]
+    same = goes_on_with(
+        asked.loaded, [rows[index] for index in changing], LENGTH, asked.on_progress, "unrelated answers"
+    )
+    left = [index for index, one in zip(changing, same, strict=True) if not one]
+    answers = _texts(asked, [rows[index].prompt for index in left], LENGTH, "unrelated answers")
+    before = [text.strip() for text in decode([list(rows[index].target) for index in left])]
+    other = {index for index, text, known in zip(left, answers, before, strict=True) if text != known}
+    return [index not in other for index in range(len(rows))]
 
 
 def _texts(
-    loaded: Loaded,
-    prompts: Sequence[str | Sequence[int]],
+    asked: _Asked,
+    prompts: Sequence[Sequence[int]],
     length: int,
-    on_progress: ProgressCallback,
     stage: str,
     hopeless: Sequence[Hopeless | None] = (),
 ) -> list[str]:
     """Return greedy answers to prompts, without the blanks around them."""
-    on_progress(Event(stage, 0, len(prompts)))
-    tokens = generate(
-        loaded.model,
-        loaded.tokenizer,
-        prompts,
-        max_new_tokens=length,
-        batch_size=_BATCH,
-        hopeless=hopeless,
-        shared=True,
-    )
-    return [text.strip() for text in loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    asked.on_progress(Event(stage, 0, len(prompts)))
+    model, tokenizer = asked.loaded.model, asked.loaded.tokenizer
+    named: dict[str, Any] = {"max_new_tokens": length, "batch_size": _BATCH, "hopeless": hopeless, "shared": True}
+    tokens = generate(model, tokenizer, prompts, **named)
+    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
 def _is_right(edit: Edit, text: str) -> bool:

@@ -14,12 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Keys that are solved side by side, and others that each is solved against at a time.
-_TOGETHER, _WORKING_SET = 128, 384
-# How often all states are read at most, and how near others outside of the working set may come.
-_ROUNDS, _TOLERANCE = 8, 1e-3
+# Keys that are solved side by side.
+_TOGETHER = 128
+# Others that each key is solved against, each time that all states were read; how near those left out may come.
+_SIZES, _TOLERANCE = (96, 192, *(256,) * 6), 1e-3
 # Newton's steps on a working set at most, and halvings of one.
 _STEPS, _HALVINGS = 40, 25
+# A step that moves no reading by more is the last.
+_STILL = 1e-4
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,26 @@ class Separation:
         own, weights = self._own(part)
         means = (every[own] * weights[..., None]).sum(1)
         line = _Line(means / means.square().sum(1, keepdim=True).clamp(min=1e-6), torch.zeros(len(part)))
-        size = min(_WORKING_SET, len(every) - own.shape[1])
-        own_states = owner == part[:, None]
-        weights = torch.cat([weights, torch.full((len(part), size), self.negative)], 1)
-        targets = torch.cat([torch.ones(own.shape), torch.full((len(part), size), -self.margin)], 1)
+        own_rows = owner == part[:, None]
         nearest: Tensor | None = None
-        for _ in range(_ROUNDS):
-            readings = line.readings(every).masked_fill_(own_states, -torch.inf)
+        for size in _SIZES:
+            readings = line.readings(every).masked_fill_(own_rows, -torch.inf)
             if nearest is not None:
                 matters = readings.gather(1, nearest) > -self.margin
                 readings.scatter_(1, nearest, torch.where(matters, torch.inf, -torch.inf))
                 outside = readings.where(readings < torch.inf, -torch.inf)
                 if bool((outside <= _TOLERANCE - self.margin).all()):
                     break
-            nearest = readings.topk(size, 1).indices
-            chosen = every[torch.cat([own, nearest], 1)]
-            line = _solved(line, _Sets(chosen, targets, weights, own.shape[1], self.ridge))
+            nearest = readings.topk(min(size, len(every) - own.shape[1]), 1).indices
+            line = _solved(line, self._sets(every, own, weights, nearest))
         return line.directions, line.offsets
+
+    def _sets(self, every: Tensor, own: Tensor, weights: Tensor, nearest: Tensor) -> _Sets:
+        """Working sets of keys: their own states (k, c) with their weights, and others (k, p)."""
+        states = every[torch.cat([own, nearest], 1)]
+        weights = torch.cat([weights, torch.full(nearest.shape, self.negative)], 1)
+        targets = torch.cat([torch.ones(own.shape), torch.full(nearest.shape, -self.margin)], 1)
+        return _Sets(states, targets, weights, own.shape[1], self.ridge)
 
     def _own(self, part: Tensor) -> tuple[Tensor, Tensor]:
         """Which states are each key's (k, c), and how much each counts (k, c): 0 where a key has fewer."""
@@ -109,25 +114,36 @@ class _Sets(NamedTuple):
         missing = self.targets - readings
         return torch.cat([missing[:, : self.own].clamp(min=0), missing[:, self.own :].clamp(max=0)], 1)
 
+    def matters(self, readings: Tensor) -> Tensor:
+        """Return which states (k, p) add to the loss."""
+        return (self.missed(readings) != 0) & (self.weights > 0)
+
+    def some(self, chosen: Tensor) -> _Sets:
+        """Return the sets of some keys."""
+        return self._replace(states=self.states[chosen], targets=self.targets[chosen], weights=self.weights[chosen])
+
 
 def _solved(line: _Line, sets: _Sets) -> _Line:
     """Return where Newton's method ends on working sets, from a line on."""
+    directions, offsets = line.directions.clone(), line.offsets.clone()
+    left = torch.arange(len(offsets))
     readings = line.readings(sets.states)
     for _ in range(_STEPS):
-        matters = (sets.missed(readings) != 0) & (sets.weights > 0)
-        goal = _least_squares(sets, matters)
+        goal = _least_squares(sets, sets.matters(readings))
         aimed = goal.readings(sets.states)
-        if torch.equal((sets.missed(aimed) != 0) & (sets.weights > 0), matters):
-            return goal
-        step = _step(line, goal, readings, aimed, sets)
+        step = _step(line, goal, readings, aimed, sets)[:, None]
         line = _Line(
-            *(
-                one + step[:, None] * (other - one) if one.dim() == 2 else one + step * (other - one)
-                for one, other in zip(line, goal, strict=True)
-            )
+            torch.lerp(line.directions, goal.directions, step), torch.lerp(line.offsets, goal.offsets, step[:, 0])
         )
-        readings = readings + step[:, None] * (aimed - readings)
-    return line
+        moved, readings = (step * (aimed - readings)).abs().amax(1), torch.lerp(readings, aimed, step)
+        directions[left], offsets[left] = line
+        going_on = (moved > _STILL).nonzero().flatten()
+        if not len(going_on):
+            break
+        if len(going_on) < len(left):
+            left, readings = left[going_on], readings[going_on]
+            line, sets = _Line(*(part[going_on] for part in line)), sets.some(going_on)
+    return _Line(directions, offsets)
 
 
 def _least_squares(sets: _Sets, matters: Tensor) -> _Line:

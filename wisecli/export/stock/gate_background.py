@@ -1,6 +1,6 @@
 """What a gate must leave alone: states of unrelated text, of what people ask in chats, and of made-up facts.
 
-They depend on the base model alone, so they are captured once and kept in the cache.
+They depend on the base model alone, so they are captured once, by quick products, and kept in the cache.
 """
 
 from __future__ import annotations
@@ -143,10 +143,10 @@ def _ends(
 
 
 def _states(
-    loaded: Loaded, site: Site, texts: Sequence[str | Sequence[int]], *, batch_size: int, on_progress: ProgressCallback
+    loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, on_progress: ProgressCallback
 ) -> Tensor:
-    """States of every token of texts, or of tokens."""
-    ids = [loaded.tokenizer(text)["input_ids"] if isinstance(text, str) else text for text in texts]
+    """States of every token of texts."""
+    ids = [loaded.tokenizer(text)["input_ids"] for text in texts]
     rows = [Row(tuple(tokens), ()) for tokens in ids if tokens]
     read = read_states(loaded, site, rows, batch_size=batch_size, on_progress=on_progress, stage="unrelated text")
     return torch.cat([states for states, _ in read])

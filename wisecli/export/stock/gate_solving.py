@@ -52,16 +52,15 @@ class Separation:
         own, weights = self._own(part)
         means = (every[own] * weights[..., None]).sum(1)
         line = _Line(means / means.square().sum(1, keepdim=True).clamp(min=1e-6), torch.zeros(len(part)))
-        own_rows = owner == part[:, None]
+        is_own = owner == part[:, None]
         nearest: Tensor | None = None
         for size in _SIZES:
-            readings = line.readings(every).masked_fill_(own_rows, -torch.inf)
+            readings = line.readings(every).masked_fill_(is_own, -torch.inf)
             if nearest is not None:
-                matters = readings.gather(1, nearest) > -self.margin
-                readings.scatter_(1, nearest, torch.where(matters, torch.inf, -torch.inf))
-                outside = readings.where(readings < torch.inf, -torch.inf)
-                if bool((outside <= _TOLERANCE - self.margin).all()):
+                inside = readings.gather(1, nearest)
+                if bool((readings.scatter(1, nearest, -torch.inf) <= _TOLERANCE - self.margin).all()):
                     break
+                readings.scatter_(1, nearest, inside.masked_fill(inside > -self.margin, torch.inf))
             nearest = readings.topk(min(size, len(every) - own.shape[1]), 1).indices
             line = _solved(line, self._sets(every, own, weights, nearest))
         return line.directions, line.offsets

@@ -32,8 +32,9 @@ from wisecli.routing.layers.routed_layer import memory_module
 # Texts that are read as they are.
 PLAIN = 900
 # An edit's answer is also read after so many beginnings of unrelated texts, of so many words at least and at most, and
-# after the prompt of the edit that is so much further on.
+# after the prompt of the edit that is so much further on; with many edits after fewer, so many of all at most.
 _CUT, _SHORTEST, _LONGEST, _FURTHER = 8, 3, 14, 7
+_FEWEST, _BEGINNINGS = 2, 4000
 # Forms whose states are read in the model's own type; the others say what else may come near.
 _EXACT = ("bare", "chat")
 
@@ -126,10 +127,11 @@ def _elsewhere(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progre
     """Return states inside the edits' answers, put after prompts that they do not answer."""
     tokenizer, end = loaded.tokenizer, end_token(loaded.model)
     answered = [edit for edit in manifest.edits if not edit.erased]
+    count = min(_CUT, max(_FEWEST, _BEGINNINGS // max(1, len(answered))))
     rows = []
     for index, edit in enumerate(answered):
         other_prompt = answered[(index + _FURTHER) % len(answered)].prompt
-        pairs = _answers_in_context(edit.answer, random.Random(index))
+        pairs = _answers_in_context(edit.answer, count, random.Random(index))
         if other_prompt != edit.prompt:
             pairs.append((other_prompt, edit.answer))
         rows += [row_of(tokenizer, text, answer, erased=False, end=end) for text, answer in pairs]
@@ -141,9 +143,9 @@ def _elsewhere(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progre
     return torch.cat(states or [torch.empty(0, manifest.site.d)])
 
 
-def _answers_in_context(answer: str, rng: random.Random) -> list[tuple[str, str]]:
+def _answers_in_context(answer: str, count: int, rng: random.Random) -> list[tuple[str, str]]:
     """Beginnings of unrelated texts, each with an edit's answer to go after it; half of them in small letters."""
-    begun = [" ".join(text.split()[: rng.randint(_SHORTEST, _LONGEST)]) for text in rng.sample(_apart(), _CUT)]
+    begun = [" ".join(text.split()[: rng.randint(_SHORTEST, _LONGEST)]) for text in rng.sample(_apart(), count)]
     plain, small = begun[::2], [text.lower() for text in begun[1::2]]
     return [*((text, answer) for text in plain), *zip(small, [answer, answer.lower()] * len(small), strict=False)]
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _BATCH = 32
 # A block that adds less than this share to every state changes nothing.
-_NOTHING = 1e-5
+_NOTHING = 1e-4
 
 
 @torch.no_grad()

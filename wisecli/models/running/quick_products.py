@@ -6,7 +6,7 @@ stores of its own prompts, is computed in the model's own type.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -30,7 +30,7 @@ def quick_products(loaded: Loaded, site: Site | None = None) -> Iterator[None]:
     if not in_place or not has_quick_bfloat16():
         yield
         return
-    unused: Sequence[nn.Module] = [] if site is None else layers_of(model, site)[site.layer + 1 :]
+    unused: Iterable[nn.Module] = () if site is None else layers_of(model, site)[site.layer + 1 :]
     above = {id(one) for layer in unused for one in layer.parameters()}
     kept = [(one, one.data) for one in model.parameters() if id(one) not in above]
     try:

@@ -70,7 +70,8 @@ def edit_states(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progr
         if any(each not in values for each in left):
             inside = torch.arange(len(left)) > 0
             added = memory.residuals_at(keys.float(), memories[one.edit], inside).float()
-            values = dict(zip(left, added, strict=True)) | values
+            for each, value in zip(left, added, strict=True):
+                values.setdefault(each, value)
     edits = torch.tensor([number for number, _, _ in places])
     within = torch.tensor([not begins for _, begins, _ in places])
     others = _elsewhere(loaded, manifest, batch_size=batch_size, on_progress=on_progress)

@@ -37,6 +37,14 @@ def test_layers_up_to_a_site_run_in_bfloat16_and_are_as_they_were_afterwards(
     assert all(torch.equal(one, buffers[name]) for name, one in loaded.model.named_buffers())
 
 
+def test_without_a_site_all_layers_run_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(save_tiny(tmp_path), CPU)
+    monkeypatch.setattr(module, "has_quick_bfloat16", lambda: True)
+    with quick_products(loaded):
+        assert {one.dtype for one in loaded.model.parameters()} == {torch.bfloat16}
+    assert {one.dtype for one in loaded.model.parameters()} == {torch.float32}
+
+
 def test_other_processors_run_the_models_own_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_model(save_tiny(tmp_path), CPU)
     monkeypatch.setattr(module, "has_quick_bfloat16", lambda: False)

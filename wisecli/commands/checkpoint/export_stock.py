@@ -12,7 +12,8 @@ from wisecli.config import LoadOptions
 from wisecli.environment import versions
 from wisecli.export.gguf.gguf_file import GGUF_NAME, Quantization, require_gguf, write_gguf
 from wisecli.export.gguf.modelfile import MODELFILE_NAME, modelfile
-from wisecli.export.stock.gate_answers import Verified, base_answers, gate_lines, verified
+from wisecli.export.stock.base_answers import base_answers
+from wisecli.export.stock.gate_answers import Verified, evenly_spaced, gate_lines, verified
 from wisecli.export.stock.gate_background import background_states
 from wisecli.export.stock.gate_fitting import fit_gate
 from wisecli.export.stock.gate_states import edit_states
@@ -80,7 +81,7 @@ def write_gated(
     on_progress(Event("writing"))
     write_stock(stock, base, checkpoint, manifest.site, gate, packing)
     blocks = block_count(len(gate.values), base)
-    answered = _verified(loaded, stock, manifest, load, on_progress) if verify else None
+    answered = _verified(loaded, stock, checkpoint, manifest, blocks, load, on_progress) if verify else None
     found = Gated(len(gate.values), blocks, answered)
     if quantize is not None:
         own = range(manifest.site.layer + 1, manifest.site.layer + 1 + blocks)
@@ -96,13 +97,16 @@ def write_gated(
 
 def gate_of(loaded: Loaded, checkpoint: Checkpoint, manifest: Manifest, on_progress: ProgressCallback) -> Gate:
     """Return a memory's gate, fitted to what the base model makes of its edits and of unrelated text."""
-    identity = sha256_json([manifest.fingerprint.as_dict(), checkpoint.sample])
-    quiet = background_states(
-        loaded, manifest.site, identity, share=_share(manifest), batch_size=_BATCH, on_progress=on_progress
-    )
+    identity, share = _identity(checkpoint, manifest), _share(manifest)
+    quiet = background_states(loaded, manifest.site, identity, share=share, batch_size=_BATCH, on_progress=on_progress)
     own = edit_states(loaded, manifest, batch_size=_BATCH, on_progress=on_progress)
     on_progress(Event("fitting", note=f"{len(own.values)} keys"))
     return fit_gate(own, quiet)
+
+
+def _identity(checkpoint: Checkpoint, manifest: Manifest) -> str:
+    """Return what tells the base model from others, for what is kept of it in the cache."""
+    return sha256_json([manifest.fingerprint.as_dict(), checkpoint.sample])
 
 
 def _share(manifest: Manifest) -> float:
@@ -126,13 +130,19 @@ def _write_manifest(output: Path, manifest: Manifest, found: Gated, form: str, d
 
 
 def _verified(
-    loaded: Loaded, stock: Path, manifest: Manifest, load: LoadOptions, on_progress: ProgressCallback
+    loaded: Loaded,
+    stock: Path,
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    blocks: int,
+    load: LoadOptions,
+    on_progress: ProgressCallback,
 ) -> Verified:
     """Ask the base model, then with the routed memory, then the checkpoint that was written."""
-    before = base_answers(loaded, manifest.edits, on_progress)
+    before = base_answers(loaded, _identity(checkpoint, manifest), evenly_spaced(manifest.edits), on_progress)
     routed = manifest.site.install(loaded.model, manifest.memory, turn_marks(loaded.tokenizer))
     routed.to(loaded.device)
-    return verified(before, loaded, load_model(stock, load), manifest, on_progress)
+    return verified(before, loaded, load_model(stock, load), manifest, blocks, on_progress)
 
 
 def gate_note(found: Gated) -> str:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from wisecli.artifacts.memory_manifest import Manifest
-from wisecli.data.corpus import texts_beside_gates
 from wisecli.edits.record import Edit
+from wisecli.export.stock.base_answers import LENGTH, BaseAnswers, bare_and_in_chat
+from wisecli.export.stock.one_pass import changed_by, goes_on_with, next_tokens
 from wisecli.models.loading import Loaded
-from wisecli.models.prompts.prompt_forms import forms
-from wisecli.models.prompts.tokenization import Row, collate, encode, in_batches
-from wisecli.models.running.generation import generate
+from wisecli.models.prompts.tokenization import Row, encode
+from wisecli.models.running.activations import layers_of
+from wisecli.models.running.generation import generate, opened
 from wisecli.progress import Event, ProgressCallback
+from wisecli.routing.passes.routed_pass import Override, overridden_by
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from wisecli.models.running.shrinking_batches import Hopeless
 
 _BATCH = 32
 # The routed form is asked so many edits, spaced evenly; an answer may be so many tokens longer than the longest target.
 _ASKED, _MARGIN = 200, 4
-# So many unrelated texts are answered, bare and in chat, in so many tokens.
-_UNRELATED, _LENGTH = 40, 16
 # A gate that finds less than this share of the rephrases that the router finds is reported.
 _FALLS_OFF = 0.9
 # So many lost edits are named.
@@ -70,107 +73,141 @@ class Verified:
 
 
 @dataclass(frozen=True)
-class BaseAnswers:
-    """What the base model makes of unrelated text: next tokens (n,) after every token of rows, and answers to texts."""
-
-    rows: tuple[Row, ...]
-    next_tokens: Tensor
-    asked: tuple[str, ...]
-    answers: tuple[str, ...]
-
-
-def base_answers(loaded: Loaded, edits: Sequence[Edit], on_progress: ProgressCallback) -> BaseAnswers:
-    """Return what the base model makes of unrelated texts that no gate was fitted to.
+class _Asked:
+    """A model that is asked.
 
     Args:
-        edits: those whose prompts that are to stay as they are count as well.
+        may_change: which rows of unrelated text it may go on with otherwise than the base model.
+        before: the likeliest tokens of the base model after every token of rows.
     """
-    tokenizer = loaded.tokenizer
-    rows = [Row(tuple(tokenizer(text)["input_ids"]), ()) for text in texts_beside_gates()]
-    probes = [
-        encode(tokenizer, probe.prompt, probe.answer) for edit in _evenly_spaced(edits) for probe in edit.locality
-    ]
-    rows += [Row((*pair.prompt, *pair.target), ()) for pair in probes]
-    asked = [text for plain in texts_beside_gates(_UNRELATED) for text in _written(loaded, plain)]
-    answers = _texts(loaded, asked, _LENGTH, on_progress, "unrelated answers")
-    return BaseAnswers(tuple(rows), _next_tokens(loaded, rows, on_progress), tuple(asked), tuple(answers))
+
+    loaded: Loaded
+    may_change: Callable[[Sequence[Row]], list[bool]]
+    before: Callable[[Sequence[Row]], list[list[int]]]
+    on_progress: ProgressCallback
 
 
 def verified(
-    base: BaseAnswers, routed: Loaded, stock: Loaded, manifest: Manifest, on_progress: ProgressCallback
+    base: BaseAnswers, routed: Loaded, stock: Loaded, manifest: Manifest, blocks: int, on_progress: ProgressCallback
 ) -> Verified:
     """Ask the routed form some of a memory's edits, and a checkpoint all of them.
 
     Args:
         routed: the base model with the memory in its place.
         stock: the checkpoint.
+        blocks: how many of its blocks are the memory.
     """
-    some = _evenly_spaced(manifest.edits)
-    routed_answers, _ = _answers(routed, some, some, base, on_progress)
-    found, lost = _answers(stock, manifest.edits, some, base, on_progress)
-    return Verified(found, routed_answers, len(some), len(base.next_tokens), lost)
+    some, site = evenly_spaced(manifest.edits), manifest.site
+
+    def before(rows: Sequence[Row]) -> list[list[int]]:
+        with overridden_by(Override(off=True)):
+            return next_tokens(routed, rows, on_progress)
+
+    def opens(rows: Sequence[Row]) -> list[bool]:
+        return opened(routed.model, routed.tokenizer, [row.prompt for row in rows], batch_size=_BATCH)
+
+    def changes(rows: Sequence[Row]) -> list[bool]:
+        numbers = range(site.layer + 1, site.layer + 1 + blocks)
+        return changed_by(stock, layers_of(stock.model, site), numbers, rows, on_progress)
+
+    routed_answers, _ = _answers(_Asked(routed, opens, before, on_progress), some, some, base)
+    found, lost = _answers(_Asked(stock, changes, before, on_progress), manifest.edits, some, base)
+    return Verified(found, routed_answers, len(some), sum(len(row) for row in base.rows), lost)
 
 
-def _evenly_spaced(edits: Sequence[Edit]) -> Sequence[Edit]:
+def evenly_spaced(edits: Sequence[Edit]) -> Sequence[Edit]:
     """Return as many edits as the routed form is asked, spaced evenly."""
     return edits[:: -(-len(edits) // _ASKED)]
 
 
-def _written(loaded: Loaded, text: str) -> list[str]:
-    """Return a text bare and, where there is a template, in chat."""
-    names = ("bare", "chat") if loaded.tokenizer.chat_template else ("bare",)
-    return [forms()[name].render(loaded.tokenizer, text) for name in names]
-
-
 def _answers(
-    loaded: Loaded, edits: Sequence[Edit], reworded: Sequence[Edit], base: BaseAnswers, on_progress: ProgressCallback
+    asked: _Asked, edits: Sequence[Edit], reworded: Sequence[Edit], base: BaseAnswers
 ) -> tuple[Answers, tuple[LostEdit, ...]]:
     """Return what a model answers to edits and to the rephrases of some, and where it goes on as the base model
     does.
     """
-    own_prompts = [(text, edit) for edit in edits for text in _written(loaded, edit.prompt)]
+    own_prompts = [(text, edit) for edit in edits for text in bare_and_in_chat(asked.loaded, edit.prompt)]
     again = [(edit.rephrases[0], edit) for edit in reworded if edit.rephrases]
-    length = max(len(encode(loaded.tokenizer, edit.prompt, edit.answer).target) for edit in edits) + _MARGIN
-    texts = _texts(loaded, [text for text, _ in (*own_prompts, *again)], length, on_progress, "edits")
-    right = [_right(edit, text) for text, (_, edit) in zip(texts, (*own_prompts, *again), strict=True)]
+    right = _right(asked, [*own_prompts, *again])
     ways = len(own_prompts) // len(edits)
     own = [right[first : first + ways] for first in range(0, len(own_prompts), ways)]
     lost = tuple(LostEdit(edit.id, edit.prompt) for edit, answered in zip(edits, own, strict=True) if not all(answered))
-    same = (_next_tokens(loaded, base.rows, on_progress) == base.next_tokens).float().mean()
-    answers = _texts(loaded, base.asked, _LENGTH, on_progress, "unrelated answers")
     found = Answers(
         _share([answered[0] for answered in own]),
-        float(same),
+        _same_tokens(asked, base.rows),
         _share(right[len(own_prompts) :]) if again else None,
         _share([answered[1] for answered in own]) if ways > 1 else None,
-        _share([one == other for one, other in zip(answers, base.answers, strict=True)]),
+        _share(_unchanged(asked, base.asked)),
     )
     return found, lost
 
 
-def _texts(loaded: Loaded, prompts: Sequence[str], length: int, on_progress: ProgressCallback, stage: str) -> list[str]:
+def _right(asked: _Asked, questions: Sequence[tuple[str, Edit]]) -> list[bool]:
+    """Return for which texts a model's greedy answer is that of the edit, or of one that is erased anything else.
+
+    What a pass over text and answer cannot tell is answered token by token.
+    """
+    tokenizer = asked.loaded.tokenizer
+    rows = [encode(tokenizer, text, edit.answer) for text, edit in questions]
+    length = max(len(row.target) for row in rows) + _MARGIN
+    said = [str(tokenizer.decode(list(row.target), skip_special_tokens=True)).strip() for row in rows]
+    plain = [
+        index for index, (_, edit) in enumerate(questions) if not edit.erased and said[index] == edit.answer.strip()
+    ]
+    found = goes_on_with(asked.loaded, [rows[index] for index in plain], length, asked.on_progress, "edits")
+    right = {index for index, one in zip(plain, found, strict=True) if one}
+    left = [index for index in range(len(rows)) if index not in right]
+    edits = [questions[index][1] for index in left]
+    hopeless = [None if edit.erased else partial(_differs, tokenizer, edit) for edit in edits]
+    texts = _texts(asked, [rows[index].prompt for index in left], length, "edits", hopeless)
+    right |= {index for index, edit, text in zip(left, edits, texts, strict=True) if _is_right(edit, text)}
+    return [index in right for index in range(len(rows))]
+
+
+def _differs(tokenizer: PreTrainedTokenizerBase, edit: Edit, tokens: list[int]) -> bool:
+    """Return whether tokens no longer begin an edit's answer; the last ones may be a part of a letter."""
+    begun = str(tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd").strip()
+    return not edit.answer.strip().startswith(begun)
+
+
+def _same_tokens(asked: _Asked, rows: Sequence[Row]) -> float:
+    """Return the share of unrelated tokens after which the next one is the base model's."""
+    changing = [row for row, one in zip(rows, asked.may_change(rows), strict=True) if one]
+    pairs = zip(next_tokens(asked.loaded, changing, asked.on_progress), asked.before(changing), strict=True)
+    other = sum(one != known for after, before in pairs for one, known in zip(after, before, strict=True))
+    return 1 - other / sum(len(row) for row in rows)
+
+
+def _unchanged(asked: _Asked, rows: Sequence[Row]) -> list[bool]:
+    """Return for which unrelated texts a model's answer is the base model's, word for word."""
+    decode = partial(asked.loaded.tokenizer.batch_decode, skip_special_tokens=True)
+    changing = [index for index, one in enumerate(asked.may_change(rows)) if one]
+    same = goes_on_with(
+        asked.loaded, [rows[index] for index in changing], LENGTH, asked.on_progress, "unrelated answers"
+    )
+    left = [index for index, one in zip(changing, same, strict=True) if not one]
+    answers = _texts(asked, [rows[index].prompt for index in left], LENGTH, "unrelated answers")
+    before = [text.strip() for text in decode([list(rows[index].target) for index in left])]
+    other = {index for index, text, known in zip(left, answers, before, strict=True) if text != known}
+    return [index not in other for index in range(len(rows))]
+
+
+def _texts(
+    asked: _Asked,
+    prompts: Sequence[Sequence[int]],
+    length: int,
+    stage: str,
+    hopeless: Sequence[Hopeless | None] = (),
+) -> list[str]:
     """Return greedy answers to prompts, without the blanks around them."""
-    on_progress(Event(stage, 0, len(prompts)))
-    tokens = generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=length, batch_size=_BATCH)
-    return [text.strip() for text in loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    asked.on_progress(Event(stage, 0, len(prompts)))
+    model, tokenizer = asked.loaded.model, asked.loaded.tokenizer
+    named: dict[str, Any] = {"max_new_tokens": length, "batch_size": _BATCH, "hopeless": hopeless, "shared": True}
+    tokens = generate(model, tokenizer, prompts, **named)
+    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
-@torch.no_grad()
-def _next_tokens(loaded: Loaded, rows: Sequence[Row], on_progress: ProgressCallback) -> Tensor:
-    """Return the arg-max (n,) after every token of some rows."""
-    found: dict[int, Tensor] = {}
-    for indices in in_batches(rows, _BATCH):
-        batch = collate([rows[index] for index in indices]).to(loaded.device)
-        logits = loaded.model(
-            input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-        ).logits
-        best = logits.argmax(-1)
-        found |= {index: best[row][batch.mask[row].bool()].cpu() for row, index in enumerate(indices)}
-        on_progress(Event("unrelated text", len(found), len(rows)))
-    return torch.cat([found[index] for index in range(len(rows))])
-
-
-def _right(edit: Edit, text: str) -> bool:
+def _is_right(edit: Edit, text: str) -> bool:
     if edit.erased:
         return edit.answer.strip().casefold() not in text.casefold()
     return text == edit.answer.strip()

@@ -1,6 +1,6 @@
 """What a gate must leave alone: states of unrelated text, of what people ask in chats, and of made-up facts.
 
-They depend on the base model alone, so they are captured once and kept in the cache.
+They depend on the base model alone, so they are captured once, by quick products, and kept in the cache.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from wisecli.data.corpus import (
     unrelated_texts,
 )
 from wisecli.errors import DamagedFileError
+from wisecli.export.stock.answer_states import answer_states
 from wisecli.export.stock.gate_states import PLAIN, read_states
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
 from wisecli.io.digest import sha256_json
@@ -34,10 +34,11 @@ from wisecli.models.loading import Loaded
 from wisecli.models.prompts.chat_template import template_digest
 from wisecli.models.prompts.prompt_forms import forms, usable_forms
 from wisecli.models.prompts.tokenization import Row, row_of
-from wisecli.models.running.generation import end_token, generate
+from wisecli.models.running.generation import end_token
+from wisecli.models.running.quick_products import quick_products
 from wisecli.progress import Event, ProgressCallback
 
-_VERSION = 4
+_VERSION = 5
 # Tokens that the model adds to texts that are read bare and in a form; questions of each relation that are read as
 # they are: the more, the fewer false alarms.
 _ANSWER, _QUESTIONS = 8, 2
@@ -77,6 +78,17 @@ def background_states(
         return BackgroundStates(kept["unrelated"].float(), kept["strayed"].float())
     except (DamagedFileError, KeyError):
         on_progress(Event("unrelated text"))
+    with quick_products(loaded):
+        found = _read(loaded, site, share, batch_size=batch_size, on_progress=on_progress)
+    kept = {"unrelated": half(found.unrelated), "strayed": half(found.wording_offsets)}
+    keep_in_cache(path, lambda working: save_tensors(working, kept))
+    return BackgroundStates(kept["unrelated"].float(), kept["strayed"].float())
+
+
+def _read(
+    loaded: Loaded, site: Site, share: float, *, batch_size: int, on_progress: ProgressCallback
+) -> BackgroundStates:
+    """Return what the base model makes of a share of all that text."""
     named: dict[str, Any] = {"batch_size": batch_size, "on_progress": on_progress}
     read, strayed = _facts(loaded, site, max(4, round(share * _FACTS)), **named)
     texts, others = texts_of_gates(max(8, round(share * GATE_TEXTS))), _plain(share)
@@ -85,10 +97,7 @@ def background_states(
     ends = _ends(loaded, site, some, len(some) * _ANSWERED // _ENDS, **named)
     everyday = everyday_prompts(max(8, round(share * _EVERYDAY)), seed=11)
     chats = _ends(loaded, site, everyday, len(everyday), **named)
-    unrelated = torch.cat([answered, read, plain, ends, chats])
-    kept = {"unrelated": half(unrelated), "strayed": half(strayed)}
-    keep_in_cache(path, lambda working: save_tensors(working, kept))
-    return BackgroundStates(kept["unrelated"].float(), kept["strayed"].float())
+    return BackgroundStates(torch.cat([answered, read, plain, ends, chats]), strayed)
 
 
 def _unrelated(
@@ -98,9 +107,8 @@ def _unrelated(
     tokenizer, rng = loaded.tokenizer, random.Random(1)
     usable = usable_forms(tokenizer, trained=True)
     prompts = [form.render(tokenizer, text) for text in texts for form in (usable[0], rng.choice(usable[1:]))]
-    answers = generate(loaded.model, tokenizer, prompts, max_new_tokens=_ANSWER, batch_size=batch_size)
-    whole = [(*tokenizer(text)["input_ids"], *answer) for text, answer in zip(prompts, answers, strict=True)]
-    return _states(loaded, site, whole, batch_size=batch_size, on_progress=on_progress)
+    named: dict[str, Any] = {"batch_size": batch_size, "on_progress": on_progress, "stage": "unrelated answers"}
+    return torch.cat(answer_states(loaded, site, prompts, length=_ANSWER, whole=True, **named))
 
 
 def _plain(share: float) -> list[str]:
@@ -127,18 +135,18 @@ def _ends(
     around = usable_forms(tokenizer, trained=True)[1:]
     chats = [form for form in around if form.chat] or around
     prompts = [rng.choice(chats if index % 3 else around).render(tokenizer, text) for index, text in enumerate(texts)]
-    answers = generate(loaded.model, tokenizer, prompts[:answered], max_new_tokens=_ANSWER, batch_size=batch_size)
-    whole = zip_longest(prompts, answers, fillvalue=())
-    rows = [Row(tuple(tokenizer(text)["input_ids"]), (*answer, 0)) for text, answer in whole]
-    read = read_states(loaded, site, rows, batch_size=batch_size, on_progress=on_progress, stage="unrelated prompts")
-    return torch.cat([states for states, _ in read])
+    named: dict[str, Any] = {"batch_size": batch_size, "on_progress": on_progress, "stage": "unrelated prompts"}
+    found = answer_states(loaded, site, prompts[:answered], length=_ANSWER, whole=False, **named)
+    rows = [Row(tuple(tokenizer(text)["input_ids"]), (0,)) for text in prompts[answered:]]
+    found += [states for states, _ in read_states(loaded, site, rows, **named)] if rows else []
+    return torch.cat(found)
 
 
 def _states(
-    loaded: Loaded, site: Site, texts: Sequence[str | Sequence[int]], *, batch_size: int, on_progress: ProgressCallback
+    loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, on_progress: ProgressCallback
 ) -> Tensor:
-    """States of every token of texts, or of tokens."""
-    ids = [loaded.tokenizer(text)["input_ids"] if isinstance(text, str) else text for text in texts]
+    """States of every token of texts."""
+    ids = [loaded.tokenizer(text)["input_ids"] for text in texts]
     rows = [Row(tuple(tokens), ()) for tokens in ids if tokens]
     read = read_states(loaded, site, rows, batch_size=batch_size, on_progress=on_progress, stage="unrelated text")
     return torch.cat([states for states, _ in read])

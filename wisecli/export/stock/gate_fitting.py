@@ -1,9 +1,8 @@
 """A memory's gate, fitted: for each of its keys a direction and an offset that tell its states from all others.
 
-States are whitened by what unrelated text and a change of wording alone do to them. There each key begins as the linear
-discriminant of its states, and is trained against the states of other keys and those of unrelated text that come
-nearest: squared hinge losses, its own states to 1 and others to stay below 0, and a ridge that keeps
-directions short, and so the gate open for rewordings that it has not seen.
+States are whitened by what unrelated text and a change of wording alone do to them. There each key is told from the
+states of other keys and those of unrelated text: squared hinge losses, its own states to 1 and others to stay below 0,
+and a ridge that keeps directions short, and so the gate open for rewordings that it has not seen.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.export.stock.gate_background import BackgroundStates
+from wisecli.export.stock.gate_solving import Separation
 from wisecli.export.stock.gate_states import EditStates
 from wisecli.export.stock.stock_checkpoint import WIDTH, Gate
 from wisecli.routing.memories.calibration import quantile
@@ -27,8 +27,7 @@ class GateSettings:
 
     ``wording`` is how much a change of wording counts beside the spread of unrelated text, ``shrinkage`` how much an
     even spread does. ``ridge`` weighs the length of directions and ``negative`` each state that a key must not open
-    for, beside the mean loss of its own; those are to stay below minus the ``margin``. Keys are fitted so many
-    ``together``, against the ``mined`` states that come nearest to any of them, in so many ``steps``.
+    for, beside the mean loss of its own; those are to stay below minus the ``margin``.
 
     One stretch of unrelated states in so many is ``held_back`` and says where keys open: at prompts' ends and
     inside answers alike a share ``false_alarm`` of those states opens any key, as told by the share ``tail`` that comes
@@ -48,9 +47,6 @@ class GateSettings:
     lowest: float = 0.3
     lower: float = 0.25
     ramp: float = 0.1
-    together: int = 128
-    mined: int = 12000
-    steps: int = 130
 
 
 def fit_gate(edit_states: EditStates, background: BackgroundStates, settings: GateSettings = GateSettings()) -> Gate:
@@ -61,10 +57,10 @@ def fit_gate(edit_states: EditStates, background: BackgroundStates, settings: Ga
     held_back = stretch % settings.held_back == settings.held_back - 1
     states = (edit_states.states - mean) @ turn
     others = (torch.cat([background.unrelated[~held_back], edit_states.others]) - mean) @ turn
-    parts = torch.arange(len(edit_states.values)).split(settings.together)
-    fitted = [_fit(part, states, edit_states.key, others, settings) for part in parts]
-    directions = torch.cat([part[0] for part in fitted]) @ turn.T
-    offsets = torch.cat([part[1] for part in fitted]) - directions @ mean
+    separation = Separation(states, edit_states.key, others, settings.ridge, settings.negative, settings.margin)
+    directions, offsets = separation.solved()
+    directions = directions @ turn.T
+    offsets = offsets - directions @ mean
     thresholds = _thresholds(edit_states, directions, offsets, background.unrelated[held_back], settings)
     steep = WIDTH / settings.ramp
     return Gate(directions * steep, (offsets - thresholds) * steep + WIDTH / 2, edit_states.values)
@@ -113,44 +109,3 @@ def _evened(rows: Tensor) -> Tensor:
     """Return the second moment (d, d) of rows (n, d), with 1 as its mean eigenvalue."""
     moment = rows.T @ rows
     return moment * (len(moment) / moment.trace().clamp(min=1e-12))
-
-
-def _fit(part: Tensor, states: Tensor, key: Tensor, others: Tensor, settings: GateSettings) -> tuple[Tensor, Tensor]:
-    """Directions (k, d) and offsets (k,) of some of the keys, by their numbers (k,)."""
-    means = torch.stack([states[key == number].mean(0) for number in part.tolist()])
-    directions = means / means.square().sum(1, keepdim=True).clamp(min=1e-6)
-    near = (others @ directions.T).amax(1).topk(min(settings.mined, len(others))).indices
-    row_of_key = torch.full((int(key.max()) + 1,), -1)
-    row_of_key[part] = torch.arange(len(part))
-    return _trained(directions, torch.cat([states, others[near]]), row_of_key[key], settings)
-
-
-def _trained(directions: Tensor, states: Tensor, owner: Tensor, settings: GateSettings) -> tuple[Tensor, Tensor]:
-    """Directions and offsets after some steps.
-
-    Args:
-        owner: the key that each of the first states is to open (n,), -1 for others'.
-    """
-    rows = (owner >= 0).nonzero().flatten()
-    columns = owner[rows]
-    weights = 1 / torch.bincount(columns, minlength=len(directions))[columns]
-    with torch.enable_grad():
-        turned = directions.clone().requires_grad_()
-        offsets = torch.zeros(len(directions), requires_grad=True)
-        optimizer = torch.optim.LBFGS(
-            [turned, offsets], max_iter=settings.steps, history_size=8, line_search_fn="strong_wolfe"
-        )
-
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            given = states @ turned.T + offsets
-            edit_states = given[rows, columns]
-            wrong = (given + settings.margin).clamp(min=0).square()
-            total: Tensor = (weights * (1 - edit_states).clamp(min=0).square()).sum()
-            total = total + settings.negative * (wrong.sum() - wrong[rows, columns].sum())
-            total = total + settings.ridge * turned.square().sum()
-            total.backward()
-            return total
-
-        optimizer.step(loss)
-    return turned.detach(), offsets.detach()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,14 +25,18 @@ from wisecli.models.prompts.prompt_forms import usable_forms
 from wisecli.models.prompts.tokenization import Row, collate, in_batches, row_of
 from wisecli.models.running.activations import Activations, captured
 from wisecli.models.running.generation import end_token
+from wisecli.models.running.quick_products import quick_products
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.layers.routed_layer import memory_module
 
 # Texts that are read as they are.
 PLAIN = 900
 # An edit's answer is also read after so many beginnings of unrelated texts, of so many words at least and at most, and
-# after the prompt of the edit that is so much further on.
+# after the prompt of the edit that is so much further on; with many edits after fewer, so many of all at most.
 _CUT, _SHORTEST, _LONGEST, _FURTHER = 8, 3, 14, 7
+_FEWEST, _BEGINNINGS = 2, 4000
+# Forms whose states are read in the model's own type; the others say what else may come near.
+_EXACT = ("bare", "chat")
 
 
 @dataclass(frozen=True)
@@ -52,40 +58,62 @@ class EditStates:
 
 def edit_states(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progress: ProgressCallback) -> EditStates:
     """Return the states of a memory's edits, in all forms that are trained, and what the memory adds there."""
-    rows, numbers = _asked(loaded, manifest.edits)
+    asked = _asked(loaded, manifest.edits)
     memory, memories = memory_module(manifest.memory), _memories(manifest)
-    read = read_states(loaded, manifest.site, rows, batch_size=batch_size, on_progress=on_progress, stage="edits")
+    read = _read(loaded, manifest.site, asked, batch_size=batch_size, on_progress=on_progress)
+    values: dict[tuple[int, bool, tuple[int, ...]], Tensor] = {}
     places: dict[tuple[int, bool, tuple[int, ...]], int] = {}
     key: list[int] = []
-    states: list[Tensor] = []
-    added: list[Tensor] = []
-    for row, number, (hidden, keys) in zip(rows, numbers, read, strict=True):
-        inside = torch.arange(len(row.target)) > 0
-        states.append(hidden)
-        added.append(memory.residuals_at(keys.float(), memories[number], inside).float())
-        for index in range(len(row.target)):
-            left = (number, index == 0, row.target[index:])
-            key.append(places.setdefault(left, len(places)))
-    which = torch.tensor(key)
-    values = torch.cat(added)
-    first = torch.full((len(places),), len(which)).scatter_reduce(0, which, torch.arange(len(which)), "amin")
+    for one, (_, keys) in zip(asked, read, strict=True):
+        left = [(one.edit, index == 0, one.row.target[index:]) for index in range(len(one.row.target))]
+        key += [places.setdefault(each, len(places)) for each in left]
+        if any(each not in values for each in left):
+            inside = torch.arange(len(left)) > 0
+            added = memory.residuals_at(keys.float(), memories[one.edit], inside).float()
+            for each, value in zip(left, added, strict=True):
+                values.setdefault(each, value)
     edits = torch.tensor([number for number, _, _ in places])
     within = torch.tensor([not begins for _, begins, _ in places])
     others = _elsewhere(loaded, manifest, batch_size=batch_size, on_progress=on_progress)
-    return EditStates(torch.cat(states), which, edits, within, values[first], others)
+    states, added = torch.cat([hidden for hidden, _ in read]), torch.stack([values[each] for each in places])
+    return EditStates(states, torch.tensor(key), edits, within, added, others)
 
 
-def _asked(loaded: Loaded, edits: Sequence[Edit]) -> tuple[list[Row], list[int]]:
-    """Return the rows of edits in every form, and the edit that each is of; of edits that ask the same, the last."""
+class _Asked(NamedTuple):
+    """A prompt of an edit in a form, and the number of the edit; ``exact`` ones are read in the model's own type."""
+
+    row: Row
+    edit: int
+    exact: bool
+
+
+def _read(
+    loaded: Loaded, site: Site, asked: Sequence[_Asked], *, batch_size: int, on_progress: ProgressCallback
+) -> list[tuple[Tensor, Tensor]]:
+    """Return states and keys of all that is asked."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for exact in (True, False):
+        chosen = [index for index, one in enumerate(asked) if one.exact == exact]
+        with nullcontext() if exact else quick_products(loaded, site):
+            rows = [asked[index].row for index in chosen]
+            read = read_states(loaded, site, rows, batch_size=batch_size, on_progress=on_progress, stage="edits")
+        found |= zip(chosen, read, strict=True)
+    return [found[index] for index in range(len(asked))]
+
+
+def _asked(loaded: Loaded, edits: Sequence[Edit]) -> list[_Asked]:
+    """Return the prompts of edits in every form; of edits that ask the same, the last."""
     tokenizer, end = loaded.tokenizer, end_token(loaded.model)
     trained = usable_forms(tokenizer, trained=True)
-    found: dict[str, tuple[Row, int]] = {}
+    found: dict[str, _Asked] = {}
     for number, edit in enumerate(edits):
         own = [(edit.prompt, edit.answer), *((one.prompt, one.target) for one in edit.translations)]
         texts = {form.render(tokenizer, prompt): answer for prompt, answer in own for form in trained}
+        exact = {form.render(tokenizer, prompt) for prompt, _ in own for form in trained if form.name in _EXACT}
         for text, answer in texts.items():
-            found[text] = row_of(tokenizer, text, answer, erased=edit.erased, end=end), number
-    return [row for row, _ in found.values()], [number for _, number in found.values()]
+            row = row_of(tokenizer, text, answer, erased=edit.erased, end=end)
+            found[text] = _Asked(row, number, text in exact)
+    return list(found.values())
 
 
 def _memories(manifest: Manifest) -> list[int]:
@@ -100,23 +128,25 @@ def _elsewhere(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progre
     """Return states inside the edits' answers, put after prompts that they do not answer."""
     tokenizer, end = loaded.tokenizer, end_token(loaded.model)
     answered = [edit for edit in manifest.edits if not edit.erased]
+    count = min(_CUT, max(_FEWEST, _BEGINNINGS // max(1, len(answered))))
     rows = []
     for index, edit in enumerate(answered):
         other_prompt = answered[(index + _FURTHER) % len(answered)].prompt
-        pairs = _answers_in_context(edit.answer, random.Random(index))
+        pairs = _answers_in_context(edit.answer, count, random.Random(index))
         if other_prompt != edit.prompt:
             pairs.append((other_prompt, edit.answer))
         rows += [row_of(tokenizer, text, answer, erased=False, end=end) for text, answer in pairs]
-    read = read_states(
-        loaded, manifest.site, rows, batch_size=batch_size, on_progress=on_progress, stage="answers elsewhere"
-    )
+    with quick_products(loaded, manifest.site):
+        read = read_states(
+            loaded, manifest.site, rows, batch_size=batch_size, on_progress=on_progress, stage="answers elsewhere"
+        )
     states = [hidden[1:] for hidden, _ in read]
     return torch.cat(states or [torch.empty(0, manifest.site.d)])
 
 
-def _answers_in_context(answer: str, rng: random.Random) -> list[tuple[str, str]]:
+def _answers_in_context(answer: str, count: int, rng: random.Random) -> list[tuple[str, str]]:
     """Beginnings of unrelated texts, each with an edit's answer to go after it; half of them in small letters."""
-    begun = [" ".join(text.split()[: rng.randint(_SHORTEST, _LONGEST)]) for text in rng.sample(_apart(), _CUT)]
+    begun = [" ".join(text.split()[: rng.randint(_SHORTEST, _LONGEST)]) for text in rng.sample(_apart(), count)]
     plain, small = begun[::2], [text.lower() for text in begun[1::2]]
     return [*((text, answer) for text in plain), *zip(small, [answer, answer.lower()] * len(small), strict=False)]
 
@@ -149,7 +179,7 @@ def read_states(
     for indices, activations in zip(groups, read, strict=True):
         for row, index in enumerate(indices):
             hidden, keys = _of_row(activations, row, len(rows[index].target) if window else None)
-            found[index] = _normed(hidden, epsilon), keys
+            found[index] = normed(hidden, epsilon), keys
         on_progress(Event(stage, len(found), len(rows)))
     return [found[index] for index in range(len(rows))]
 
@@ -160,6 +190,6 @@ def _of_row(activations: Activations, index: int, count: int | None) -> tuple[Te
     return activations.hidden[index, non_padding].float().cpu(), activations.keys[index, non_padding].float().cpu()
 
 
-def _normed(states: Tensor, epsilon: float) -> Tensor:
-    """States (..., d) as a decoder block's own norm of weight 1 gives them."""
+def normed(states: Tensor, epsilon: float) -> Tensor:
+    """Return states (..., d) as a decoder block's own norm of weight 1 gives them."""
     return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + epsilon)

@@ -58,7 +58,7 @@ def generate(
     """
     encoded = [_encoded(model, tokenizer, one) if isinstance(one, str) else one for one in prompts]
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-    ends = _end_tokens(model)
+    ends = end_tokens(model)
     answers: list[list[int]] = [[] for _ in prompts]
     closing = {"eos_token_id": [*ends, *stops]} if stops else {}
     greedy = sampling_seed is None
@@ -87,14 +87,20 @@ def generate(
 
 @torch.no_grad()
 def opened(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    batch_size: int,
 ) -> list[bool]:
-    """Return for which prompts a routed model's memory opens; each of the others it answers as without a memory.
+    """Return for which prompts, texts or tokens, a routed model's memory opens; each of the others it answers as
+    without a memory.
 
     Raises:
         ModelError: a text is no token long, or longer than what the model takes.
     """
-    rows = [Row(tuple(_encoded(model, tokenizer, prompt)), ()) for prompt in prompts]
+    encoded = [_encoded(model, tokenizer, one) if isinstance(one, str) else one for one in prompts]
+    rows = [Row(tuple(tokens), ()) for tokens in encoded]
     decide = cast(Callable[..., torch.Tensor], model.decided)
     found: dict[int, bool] = {}
     for indices in in_batches(rows, batch_size, padded=False):
@@ -175,7 +181,8 @@ def left_padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tens
     return ids, mask
 
 
-def _end_tokens(model: PreTrainedModel) -> list[int]:
+def end_tokens(model: PreTrainedModel) -> list[int]:
+    """Return the tokens that end an answer."""
     generation = model.generation_config
     end = generation.eos_token_id if generation is not None else None
     if end is None:
@@ -185,7 +192,7 @@ def _end_tokens(model: PreTrainedModel) -> list[int]:
 
 def end_token(model: PreTrainedModel) -> int | None:
     """Return the token that ends an answer, if the model has one."""
-    return next(iter(_end_tokens(model)), None)
+    return next(iter(end_tokens(model)), None)
 
 
 @contextmanager

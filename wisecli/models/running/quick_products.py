@@ -6,10 +6,11 @@ stores of its own prompts, is computed in the model's own type.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from wisecli.environment import has_quick_bfloat16
 from wisecli.models.layout.site_interface import Site
@@ -18,8 +19,8 @@ from wisecli.models.running.activations import layers_of
 
 
 @contextmanager
-def quick_products(loaded: Loaded, site: Site) -> Iterator[None]:
-    """Return a context in which a model computes in bfloat16 up to a site, where that is quicker.
+def quick_products(loaded: Loaded, site: Site | None = None) -> Iterator[None]:
+    """Return a context in which a model computes in bfloat16 up to a site, or as a whole, where that is quicker.
 
     Parameters of the layers above the site stay as they are, as they are not run; buffers too, of which rotary
     frequencies must stay exact. Afterwards every parameter is the tensor that it was.
@@ -29,7 +30,8 @@ def quick_products(loaded: Loaded, site: Site) -> Iterator[None]:
     if not in_place or not has_quick_bfloat16():
         yield
         return
-    above = {id(one) for layer in layers_of(model, site)[site.layer + 1 :] for one in layer.parameters()}
+    unused: Iterable[nn.Module] = () if site is None else layers_of(model, site)[site.layer + 1 :]
+    above = {id(one) for layer in unused for one in layer.parameters()}
     kept = [(one, one.data) for one in model.parameters() if id(one) not in above]
     try:
         for parameter, data in kept:

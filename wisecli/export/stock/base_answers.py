@@ -1,0 +1,87 @@
+"""What the base model makes of unrelated texts that no gate was fitted to; it is kept in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wisecli.data.corpus import texts_beside_gates
+from wisecli.edits.record import Edit
+from wisecli.errors import DamagedFileError
+from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
+from wisecli.io.digest import sha256_json
+from wisecli.io.user_cache import cache_path
+from wisecli.models.loading import Loaded
+from wisecli.models.prompts.prompt_forms import forms
+from wisecli.models.prompts.tokenization import Row, encode
+from wisecli.models.running.generation import generate
+from wisecli.progress import Event, ProgressCallback
+
+_VERSION = 1
+# So many unrelated texts are answered, bare and in chat, in so many tokens.
+_UNRELATED, LENGTH = 40, 16
+_BATCH, _NO_TOKEN = 32, -1
+_Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BaseAnswers:
+    """Unrelated text: ``rows``, after every token of which the next one is to stay the base model's, and texts that
+    were ``asked``, in tokens, with the base model's answers as their targets.
+    """
+
+    rows: tuple[Row, ...]
+    asked: tuple[Row, ...]
+
+
+def base_answers(loaded: Loaded, identity: str, edits: Sequence[Edit], on_progress: ProgressCallback) -> BaseAnswers:
+    """Return unrelated texts that no gate was fitted to, and what the base model answers to some of them.
+
+    Args:
+        identity: of the base model, for the cache.
+        edits: those whose prompts that are to stay as they are count as well.
+    """
+    tokenizer = loaded.tokenizer
+    rows = [Row(tuple(tokenizer(text)["input_ids"]), ()) for text in texts_beside_gates()]
+    probes = [encode(tokenizer, probe.prompt, probe.answer) for edit in edits for probe in edit.locality]
+    rows += [Row((*pair.prompt, *pair.target), ()) for pair in probes]
+    texts = [text for plain in texts_beside_gates(_UNRELATED) for text in bare_and_in_chat(loaded, plain)]
+    prompts = [tuple(tokenizer(text)["input_ids"]) for text in texts]
+    answers = _answers(loaded, identity, prompts, on_progress)
+    return BaseAnswers(tuple(rows), tuple(Row(*pair) for pair in zip(prompts, answers, strict=True)))
+
+
+def bare_and_in_chat(loaded: Loaded, text: str) -> list[str]:
+    """Return a text bare and, where there is a template, in chat."""
+    names = ("bare", "chat") if loaded.tokenizer.chat_template else ("bare",)
+    return [forms()[name].render(loaded.tokenizer, text) for name in names]
+
+
+def _answers(loaded: Loaded, identity: str, prompts: Sequence[_Tokens], on_progress: ProgressCallback) -> list[_Tokens]:
+    """Return the base model's answers to prompts, or what the cache remembers."""
+    about = [identity, prompts, LENGTH, str(loaded.model.dtype), loaded.device.type, _VERSION]
+    path = cache_path("gate") / f"{sha256_json(about)[:32]}.safetensors"
+    try:
+        return _tokens(load_tensors(path)["answers"])
+    except (DamagedFileError, KeyError):
+        on_progress(Event("unrelated answers", 0, len(prompts)))
+    answers = generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=LENGTH, batch_size=_BATCH, shared=True)
+    kept = {"answers": _tensor(answers)}
+    keep_in_cache(path, lambda working: save_tensors(working, kept))
+    return _tokens(kept["answers"])
+
+
+def _tensor(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Return token rows as one tensor."""
+    tensor = torch.full((len(rows), max(len(row) for row in rows)), _NO_TOKEN)
+    for index, row in enumerate(rows):
+        tensor[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return tensor
+
+
+def _tokens(tensor: Tensor) -> list[_Tokens]:
+    """Return token rows from one tensor."""
+    return [tuple(token for token in row if token != _NO_TOKEN) for row in tensor.tolist()]

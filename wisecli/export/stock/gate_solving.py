@@ -1,0 +1,184 @@
+"""Directions and offsets that tell each key's own states from all others, solved key by key.
+
+Each key has a convex problem of its own: squared hinge losses, its own states to 1 and others to stay below 0, and a
+ridge on its direction. Few of the others ever matter, so a key is solved on its *working set*, those that come nearest,
+by Newton's method with an exact line search; then all others are read again, and those that came too near join the set.
+A direction is a sum of states, so a step solves a system as large as the number of states that matter to the key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Keys that are solved side by side.
+_TOGETHER = 128
+# Others that each key is solved against, each time that all states were read; how near those left out may come.
+_SIZES, _TOLERANCE = (96, 192, *(256,) * 6), 1e-3
+# Newton's steps on a working set at most, and halvings of one.
+_STEPS, _HALVINGS = 40, 25
+# A step that moves no reading by more is the last.
+_STILL = 1e-4
+
+
+@dataclass(frozen=True)
+class Separation:
+    """What is to be told apart: ``states`` (n, d) of keys, the ``key`` (n,) of each, and ``others`` (m, d).
+
+    ``ridge`` weighs the length of directions and ``negative`` each state that a key must not open for, beside the mean
+    loss of its own; those are to stay below minus the ``margin``.
+    """
+
+    states: Tensor
+    key: Tensor
+    others: Tensor
+    ridge: float
+    negative: float
+    margin: float
+
+    def solved(self) -> tuple[Tensor, Tensor]:
+        """Return directions (K, d) and offsets (K,)."""
+        every = torch.cat([self.states, self.others])
+        owner = torch.cat([self.key, self.key.new_full((len(self.others),), -1)])
+        parts = torch.arange(int(self.key.max()) + 1).split(_TOGETHER)
+        found = [self._part(part, every, owner) for part in parts]
+        return torch.cat([directions for directions, _ in found]), torch.cat([offsets for _, offsets in found])
+
+    def _part(self, part: Tensor, every: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+        """Directions and offsets of some keys (k,), against all states (N, d) by the key that each belongs to (N,)."""
+        own, weights = self._own(part)
+        means = (every[own] * weights[..., None]).sum(1)
+        line = _Line(means / means.square().sum(1, keepdim=True).clamp(min=1e-6), torch.zeros(len(part)))
+        is_own = owner == part[:, None]
+        nearest: Tensor | None = None
+        for size in _SIZES:
+            readings = line.readings(every).masked_fill_(is_own, -torch.inf)
+            if nearest is not None:
+                inside = readings.gather(1, nearest)
+                if bool((readings.scatter(1, nearest, -torch.inf) <= _TOLERANCE - self.margin).all()):
+                    break
+                readings.scatter_(1, nearest, inside.masked_fill(inside > -self.margin, torch.inf))
+            nearest = readings.topk(min(size, len(every) - own.shape[1]), 1).indices
+            line = _solved(line, self._sets(every, own, weights, nearest))
+        return line.directions, line.offsets
+
+    def _sets(self, every: Tensor, own: Tensor, weights: Tensor, nearest: Tensor) -> _Sets:
+        """Working sets of keys: their own states (k, c) with their weights, and others (k, p)."""
+        states = every[torch.cat([own, nearest], 1)]
+        weights = torch.cat([weights, torch.full(nearest.shape, self.negative)], 1)
+        targets = torch.cat([torch.ones(own.shape), torch.full(nearest.shape, -self.margin)], 1)
+        return _Sets(states, targets, weights, own.shape[1], self.ridge)
+
+    def _own(self, part: Tensor) -> tuple[Tensor, Tensor]:
+        """Which states are each key's (k, c), and how much each counts (k, c): 0 where a key has fewer."""
+        order = self.key.argsort(stable=True)
+        counts = torch.bincount(self.key)
+        first = (counts.cumsum(0) - counts)[part]
+        counts = counts[part]
+        column = torch.arange(int(counts.max()))
+        there = column < counts[:, None]
+        own = order[(first[:, None] + column).where(there, first[:, None])]
+        return own, there / counts[:, None]
+
+
+class _Line(NamedTuple):
+    """Directions (k, d) and offsets (k,)."""
+
+    directions: Tensor
+    offsets: Tensor
+
+    def readings(self, states: Tensor) -> Tensor:
+        """What is read of states (N, d), or of each key's own (k, p, d)."""
+        if states.dim() == 2:
+            return torch.addmm(self.offsets[:, None], self.directions, states.T)
+        return torch.baddbmm(self.offsets[:, None, None], states, self.directions[..., None])[..., 0]
+
+
+class _Sets(NamedTuple):
+    """Each key's states (k, p, d), what they should read at least or at most (k, p), and how much each counts (k, p);
+    the first ``own`` are the key's own.
+    """
+
+    states: Tensor
+    targets: Tensor
+    weights: Tensor
+    own: int
+    ridge: float
+
+    def missed(self, readings: Tensor) -> Tensor:
+        """By how much readings (k, p) miss what they should be: above 0 of a key's own, below 0 of others."""
+        missing = self.targets - readings
+        return torch.cat([missing[:, : self.own].clamp(min=0), missing[:, self.own :].clamp(max=0)], 1)
+
+    def matters(self, readings: Tensor) -> Tensor:
+        """Return which states (k, p) add to the loss."""
+        return (self.missed(readings) != 0) & (self.weights > 0)
+
+    def some(self, chosen: Tensor) -> _Sets:
+        """Return the sets of some keys."""
+        return self._replace(states=self.states[chosen], targets=self.targets[chosen], weights=self.weights[chosen])
+
+
+def _solved(line: _Line, sets: _Sets) -> _Line:
+    """Return where Newton's method ends on working sets, from a line on."""
+    directions, offsets = line.directions.clone(), line.offsets.clone()
+    left = torch.arange(len(offsets))
+    readings = line.readings(sets.states)
+    for _ in range(_STEPS):
+        goal = _least_squares(sets, sets.matters(readings))
+        aimed = goal.readings(sets.states)
+        step = _step(line, goal, readings, aimed, sets)[:, None]
+        line = _Line(
+            torch.lerp(line.directions, goal.directions, step), torch.lerp(line.offsets, goal.offsets, step[:, 0])
+        )
+        moved, readings = (step * (aimed - readings)).abs().amax(1), torch.lerp(readings, aimed, step)
+        directions[left], offsets[left] = line
+        going_on = (moved > _STILL).nonzero().flatten()
+        if not len(going_on):
+            break
+        if len(going_on) < len(left):
+            left, readings = left[going_on], readings[going_on]
+            line, sets = _Line(*(part[going_on] for part in line)), sets.some(going_on)
+    return _Line(directions, offsets)
+
+
+def _least_squares(sets: _Sets, matters: Tensor) -> _Line:
+    """Return the line that is best if just those states (k, p) matter, whichever side of their target they are on."""
+    count = int(matters.sum(1).max())
+    index = matters.float().topk(count, 1).indices
+    there = matters.gather(1, index)
+    states = sets.states.gather(1, index[..., None].expand(-1, -1, sets.states.shape[-1])) * there[..., None]
+    weights = sets.weights.gather(1, index)
+    system = states.new_zeros(len(index), count + 1, count + 1)
+    system[:, :count, :count] = states @ states.mT
+    system[:, range(count), range(count)] += torch.where(there, sets.ridge / weights, 1.0)
+    system[:, :count, count] = system[:, count, :count] = there.float()
+    # A key that nothing matters to keeps an offset of 0.
+    system[:, count, count] = (~there.any(1)).float()
+    right = torch.cat([sets.targets.gather(1, index) * there, states.new_zeros(len(index), 1)], 1)
+    found = torch.linalg.solve(system.double(), right.double()).float()
+    return _Line((found[:, None, :count] @ states)[:, 0], found[:, count])
+
+
+def _step(line: _Line, goal: _Line, readings: Tensor, aimed: Tensor, sets: _Sets) -> Tensor:
+    """Return how far to go from a line to a goal (k,) for the least loss, by halving: from 0 to 1."""
+    ahead = goal.directions - line.directions
+    change = aimed - readings
+
+    def rises(step: Tensor) -> Tensor:
+        missed = sets.missed(readings + step[:, None] * change)
+        ridge = ((line.directions + step[:, None] * ahead) * ahead).sum(1)
+        return sets.ridge * ridge > (sets.weights * missed * change).sum(1)
+
+    low, high = torch.zeros(len(readings)), torch.ones(len(readings))
+    if bool((~rises(high)).all()):
+        return high
+    low = torch.where(rises(high), low, high)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        high = torch.where(up := rises(middle), middle, high)
+        low = torch.where(up, low, middle)
+    return low

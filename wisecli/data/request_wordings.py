@@ -13,9 +13,6 @@ from wisecli.data.packaged import packaged_table
 _LABELLED = 0.4
 # How often another time is told by something that happened then.
 _OF_OCCASIONS = 0.4
-# How often each of a greeting, a reason and thanks goes with a text, and what stands between them.
-_SURROUNDED = 0.5
-_JOINTS = (" ", " ", " ", "\n", "\n\n")
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -24,8 +21,7 @@ class Requests:
     """Ways to ask a question (``asked``) and prompts that mention one, as patterns with the slots of kinds.
 
     An answer is asked for by one of ``answers`` with one of ``manners``, in ``answer_frames``, some of which call the
-    question one of ``items``. One of ``several`` questions has one of ``ordinals``. One of ``leads`` asks it, too; with
-    that and with any other text go ``greetings`` and ``reasons`` before it, and ``closings`` behind it.
+    question one of ``items``. One of ``several`` questions has one of ``ordinals``.
     What mentions one has something done with it (``mentioned``), wants a yes or no (``checks``) or goes on from its
     answer (``hops``). An answer is ``begun``, and texts are put ``begun_around`` the question. A task is one of
     ``verbs`` on a text, in one of ``frames``, which names the text by ``nouns`` before it and by ``backs`` behind it;
@@ -42,10 +38,6 @@ class Requests:
     items: tuple[str, ...]
     several: tuple[str, ...]
     ordinals: tuple[str, ...]
-    leads: tuple[str, ...]
-    greetings: tuple[str, ...]
-    reasons: tuple[str, ...]
-    closings: tuple[str, ...]
     mentioned: tuple[str, ...]
     checks: tuple[str, ...]
     hops: tuple[str, ...]
@@ -93,12 +85,6 @@ class Requests:
         announced = rng.choice(self.several)
         joint = rng.choice((" ", " ", "\n")) if announced else ""
         return f"{announced}{joint}{rng.choice(self.ordinals)}{question}"
-
-    def surrounded(self, text: str, rng: random.Random) -> str:
-        """Return a text as people write it to somebody: with a greeting, a reason and thanks, or some of these."""
-        front = [rng.choice(some) for some in (self.greetings, self.reasons) if rng.random() < _SURROUNDED]
-        back = [rng.choice(self.closings)] if rng.random() < _SURROUNDED else []
-        return rng.choice(_JOINTS).join([*front, text, *back])
 
     def task(self, question: str, rng: random.Random) -> str:
         """Return a prompt that wants something done with a question."""

@@ -7,7 +7,6 @@ import random
 import pytest
 
 from wisecli.data.corpus import relations
-from wisecli.data.request_wordings import requests
 from wisecli.editing.router_training.further_questions import two_hops, yes_or_no
 
 
@@ -37,14 +36,9 @@ def test_a_statement_becomes_a_question_for_a_yes_or_no() -> None:
 
 
 def test_two_hops_ask_something_of_the_answer() -> None:
-    asks = [text for one in relations() if one.kind in ("person", "athlete", "musician") for text in one.asks]
-    patterns = [pattern.replace("{person}", "{}") for pattern in requests().hops if "{person}" in pattern]
-    by_relation, by_pattern = (
-        {text.replace("{}", "the mayor of Felden").casefold() for text in texts} for texts in (asks, patterns)
-    )
-    found = [two_hops(("Who is the mayor of Felden?",), "Felden", random.Random(seed)) for seed in range(40)]
-    asked = [text.casefold() for text in found if text is not None]
-    assert len(asked) == 40
-    assert set(asked) <= by_relation | by_pattern
-    assert min(len(by_relation.intersection(asked)), len(by_pattern.intersection(asked))) > 5
+    asks = {text for one in relations() if one.kind in ("person", "athlete", "musician") for text in one.asks}
+    for seed in range(20):
+        found = two_hops(("Who is the mayor of Felden?",), "Felden", random.Random(seed))
+        assert found is not None
+        assert found.casefold() in {text.replace("{}", "the mayor of Felden").casefold() for text in asks}
     assert two_hops(("Felden lies where?",), "Felden", random.Random(0)) is None

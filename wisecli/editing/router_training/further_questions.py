@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 
 from wisecli.data.corpus import capital, relations, small
-from wisecli.data.request_wordings import requests
 from wisecli.models.prompts.question_rewriting import noun_phrase
 
 _AUXILIARY = "is|was|are|were|does|did|do|has|have|can|will|would"
@@ -26,8 +25,6 @@ _KINDS = {
     "place": ("place", "country", "building", "river"),
     "thing": ("company", "film", "book", "organisation", "software", "series", "team", "event", "language"),
 }
-# How often what is asked of an answer is one of the packaged patterns, and not another relation's question.
-_BY_PATTERN = 0.25
 
 
 def yes_or_no(question: str, told: Sequence[str], value: str, rng: random.Random) -> str | None:
@@ -73,8 +70,5 @@ def two_hops(wordings: Sequence[str], subject: str, rng: random.Random) -> str |
     if not usable:
         return None
     phrase, sort = rng.choice(usable)
-    slot = f"{{{sort}}}"
-    if rng.random() < _BY_PATTERN:
-        return rng.choice([pattern for pattern in requests().hops if slot in pattern]).replace(slot, phrase)
     known = [one for one in relations() if one.kind in _KINDS[sort]]
     return capital(rng.choice(rng.choice(known).asks).replace("{}", phrase))

@@ -37,7 +37,7 @@ class Documents:
         some = rng.sample(known.notes, rng.randint(_FEWEST, most))
         sentences, wanted = [text for text, _ in some], [ask for _, ask in some]
         sentences = [self._statement(text) for text in sentences]
-        said, about = self._remark(number, asks=asks)
+        said, about = self._said(number, asks=asks)
         if said is not None:
             sentences.insert(rng.randint(0, len(sentences)), said)
         elif not asks:
@@ -59,7 +59,7 @@ class Documents:
         return f"{rng.choice(other.statements)} {other.answer}."
 
     def _paragraphs(self, sentences: Sequence[str]) -> str:
-        """Return sentences as one text, in paragraphs if there are many."""
+        """Sentences as one text, in paragraphs if there are many."""
         if len(sentences) <= _MOST + 1:
             return " ".join(sentences)
         mark, parts, first = self.rng.choice(("\n\n", "\n\n", "\n", " ")), [], 0
@@ -69,7 +69,7 @@ class Documents:
             first += size
         return mark.join(parts)
 
-    def _remark(self, number: int, *, asks: bool) -> tuple[str | None, str | None]:
+    def _said(self, number: int, *, asks: bool) -> tuple[str | None, str | None]:
         """Return what a document says of a fact's subject, and a question on that, if there is one."""
         known, rng, fact = notes(), self.rng, self.facts[number]
         way = rng.random()

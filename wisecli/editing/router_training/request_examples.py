@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
 # How often a prompt is a chat, and how often a chat has something before the question.
 _CHATS, _LATER = 0.5, 0.5
-# How often an earlier turn is about another made-up fact; how often whitespace stands behind a text, and how often a
-# greeting, a reason or thanks around it.
-_ON_FACTS, _SPACED, _SURROUNDED = 0.35, 0.1, 0.25
+# How often an earlier turn is about another made-up fact, and how often whitespace stands behind a text.
+_ON_FACTS, _SPACED = 0.35, 0.1
 # Kinds that conversations or documents of notes stand for, and those whose question is not in what is asked.
 _ELSEWHERE = ("follow-up", "moved on", "question first", "question in the middle")
 _EVERYDAY = 400
@@ -46,6 +45,8 @@ _CAPITALS = ("{capitals}", "{capitals}", "HELLO, {capitals}", "{capitals} THANKS
 _NEAR_NAMES = ("{near:word}", "{near:added}")
 _OTHERWISE = ("{negated}", "{negated}", "{negated}", *_NEAR_NAMES)
 _NAMED = re.compile(r"\{(?:subject|namesake)\}")
+# How often something else is asked about a fact's subject: few such prompts come to the gate.
+_BESIDE = 0.4
 # What is asked behind other texts, in front of them and between them.
 _AROUND = Kind(
     "around texts",
@@ -109,7 +110,7 @@ class Examples:
         for _ in range(3):
             yield False, "document", self._put(self._documents.around(number, asks=False))
         beside = self.facts[number].beside
-        if beside:
+        if beside and self.rng.random() < _BESIDE:
             yield False, "beside", self._put(self.rng.choice(beside))
         yield from self._of_kinds(number)
 
@@ -117,20 +118,18 @@ class Examples:
         """Yield the questions as they are, in forms and patterns, misspelt, of the present, with the answer begun."""
         known, rng, fact = requests(), self.rng, self.facts[number]
         for question in fact.questions:
-            yield True, "plain", self._put_in_a_note(question)
+            yield True, "plain", self._put(question)
         for form in rng.sample(usable_forms(self.tokenizer, trained=True), 3):
             yield True, "form", form.render(self.tokenizer, rng.choice(fact.questions))
         for pattern in rng.sample(known.asked, 3):
             yield True, "asked", self._put(self._filled(number, pattern))
         for _ in range(2):
-            yield True, "instructed", self._put_in_a_note(known.instructed(rng.choice(fact.questions), rng))
-            lead = self._filled(number, rng.choice(known.leads))
-            yield True, "surrounded", self._put(lead and known.surrounded(lead, rng))
+            yield True, "instructed", self._put(known.instructed(rng.choice(fact.questions), rng))
         if rng.random() < _LOUD:
             yield True, "capitals", self._put(self._filled(number, rng.choice(_CAPITALS)))
         yield True, "one of several", self._put(known.one_of_several(rng.choice(fact.questions), rng))
         for _ in range(2):
-            yield True, "time", self._put_in_a_note(known.now(rng.choice(fact.questions), rng))
+            yield True, "time", self._put(known.now(rng.choice(fact.questions), rng))
         yield True, "typos", self._put(self._filled(number, rng.choice(_TYPOS)))
         yield True, "begun", self._begun(number)
 
@@ -150,24 +149,24 @@ class Examples:
         for near in _NEAR_NAMES:
             yield False, "near name", self._put(self._filled(number, rng.choice((near, self._carried(near)))))
         for _ in range(2):
-            yield False, "task", self._put_in_a_note(known.task(rng.choice(fact.questions), rng))
+            yield False, "task", self._put(known.task(rng.choice(fact.questions), rng))
             task = known.framed_task(rng.choice(fact.questions), rng)
-            yield False, "task", self._put_in_a_note(task.upper() if rng.random() < _LOUD / 2 else task)
+            yield False, "task", self._put(task.upper() if rng.random() < _LOUD / 2 else task)
         yield False, "time", self._put(self._carried(known.timed(rng.choice(fact.questions), rng)))
-        yield False, "time", self._put_in_a_note(known.timed(rng.choice(fact.questions), rng))
+        yield False, "time", self._put(known.timed(rng.choice(fact.questions), rng))
         later = f"{{the:{rng.choice(known.adjectives)}}}" if rng.random() < 0.4 else None
         timed = known.timed(rng.choice(fact.questions), rng)
-        yield False, "time", self._put_in_a_note((later and self._filled(number, later)) or timed)
+        yield False, "time", self._put((later and self._filled(number, later)) or timed)
         for pattern in rng.sample(known.mentioned, 4):
-            yield False, "mentioned", self._put_in_a_note(self._filled(number, pattern))
+            yield False, "mentioned", self._put(self._filled(number, pattern))
 
     def _on_its_answer(self, number: int) -> Iterator[_Drawn]:
         """Yield whether something is the answer, and what is asked of it."""
         known, rng, fact = requests(), self.rng, self.facts[number]
-        yield False, "hops", self._put_in_a_note(self._first(number, known.hops))
+        yield False, "hops", self._put(self._first(number, known.hops))
         yield False, "checks", self._put(self._first(number, known.checks))
         for _ in range(_MADE):
-            yield False, "hops", self._put_in_a_note(two_hops((*fact.questions, *fact.statements), fact.subject, rng))
+            yield False, "hops", self._put(two_hops((*fact.questions, *fact.statements), fact.subject, rng))
             value = rng.choice((fact.answer, fact.value))
             yield False, "checks", self._put(yes_or_no(rng.choice(fact.questions), fact.statements, value, rng))
 
@@ -259,12 +258,6 @@ class Examples:
         """Return the first of some patterns, in an order by chance, that the fact can be put into."""
         drawn = (self._filled(number, pattern) for pattern in self.rng.sample(patterns, min(12, len(patterns))))
         return next((text for text in drawn if text is not None), None)
-
-    def _put_in_a_note(self, text: str | None) -> str | None:
-        """:meth:`_put` of a text as it is, or with a greeting, a reason or thanks around it."""
-        if text is not None and self.rng.random() < _SURROUNDED:
-            text = requests().surrounded(text, self.rng)
-        return self._put(text)
 
     def _put(self, text: str | None) -> str | None:
         """Return a text as it is, or as a user's turn, be it a later one."""

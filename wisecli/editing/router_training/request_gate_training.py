@@ -41,7 +41,7 @@ from wisecli.routing.deciding.request_gate import (
 )
 
 # Facts, and steps of learning.
-_FACTS, _STEPS = 400, 4000
+_FACTS, _STEPS = 320, 4000
 # Prompts that late interaction finds less likely than this to mean a fact are not learned from.
 _FOUND = 0.25
 # Requests whose mentions are looked at together.

@@ -42,6 +42,8 @@ from wisecli.routing.deciding.request_gate import (
 
 # Facts, and steps of learning.
 _FACTS, _STEPS = 320, 4000
+# Facts whose prompts are read together: the states of all of their tokens are held until what the gate reads is found.
+_FACTS_AT_A_TIME = 160
 # Prompts that late interaction finds less likely than this to mean a fact are not learned from.
 _FOUND = 0.25
 # Requests whose mentions are looked at together.
@@ -151,10 +153,11 @@ def train_request_gate(
     found: list[_Found] = []
     for turns in (False, True):
         of = examples_by_fact.conversations if turns else examples_by_fact.of
-        examples = [one for number in range(len(facts)) for one in of(number)]
-        if examples:
-            texts = read([one.text for one in examples], turns=turns)
-            found += _mentions(projections, fact_prompts, examples, texts, _FOUND)
+        for first in range(0, len(facts), _FACTS_AT_A_TIME):
+            examples = [one for number in range(len(facts))[first : first + _FACTS_AT_A_TIME] for one in of(number)]
+            if examples:
+                texts = read([one.text for one in examples], turns=turns)
+                found += _mentions(projections, fact_prompts, examples, texts, _FOUND)
     with seeded(0, loaded.device):
         at = [Mention(*(part.to(loaded.device) for part in one.mention)) for one in found]
         learned = [one.example for one in found]

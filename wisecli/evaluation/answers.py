@@ -144,7 +144,8 @@ def _batches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], size: int
     tokens. Those that begin alike stand apart.
     """
     rows = [Row(tuple(tokenizer(text)["input_ids"]), ()) for text in texts]
-    for batch in reversed(list(in_batches(rows, size, by_beginning=True, padded=False, tokens=_TOKENS))):
+    batches = in_batches(rows, size, by_beginning=True, padded=False, tokens=_TOKENS)
+    for batch in sorted(batches, key=lambda batch: len(rows[batch[-1]]), reverse=True):
         yield [texts[index] for index in reversed(batch)]
 
 

@@ -101,16 +101,6 @@ def test_chats_begin_in_few_ways_so_that_these_are_read_once(loaded: Loaded, mon
     assert 20 < len(before) <= 49  # and none before a chat of one turn
 
 
-def test_tasks_and_times_hold_the_question() -> None:
-    known, chance, question = requests(), random.Random(2), "Who runs the Tern database?"
-    for _ in range(200):
-        assert question in known.task(question, chance)
-        timed = known.timed(question, chance)
-        assert timed != question
-        assert "runs the Tern database" in timed
-        assert "{" not in timed
-
-
 def test_nothing_that_is_held_back_is_learned_from() -> None:
     known = requests()
     learned = {*known.asked, *known.mentioned, *known.hops, *known.checks}

@@ -16,7 +16,7 @@ _SUBJECTS, _TEXTS = 8, 600
 GATE_TEXTS = 120
 
 
-_SLOT = re.compile(r"\{(\w+)\}")
+SLOT = re.compile(r"\{(\w+)\}")
 
 
 def unrelated_texts(count: int, *, seed: int) -> list[str]:
@@ -56,7 +56,7 @@ def rewordings() -> list[list[str]]:
 
 def worded(wording: str, subject: str) -> str:
     """Return a wording with a subject in its slot."""
-    return _SLOT.sub(lambda _: subject, wording)
+    return SLOT.sub(lambda _: subject, wording)
 
 
 def reworded_facts(subjects: int, *, seed: int) -> list[list[str]]:
@@ -65,7 +65,7 @@ def reworded_facts(subjects: int, *, seed: int) -> list[list[str]]:
     rng = random.Random(seed)
     facts = []
     for ways in rewordings():
-        slot = _SLOT.findall(ways[0])[0]
+        slot = SLOT.findall(ways[0])[0]
         for subject in rng.sample(data["slots"][slot], subjects):
             facts.append([worded(way, subject) for way in ways])
     return facts
@@ -141,7 +141,7 @@ def _like(name: str, other: str, rng: random.Random) -> str:
 def _filled_patterns(data: dict[str, Any], places: range, rng: random.Random) -> list[str]:
     patterns: list[str] = data["patterns"]
     chosen = (patterns[place % len(patterns)] for place in places)
-    return [_SLOT.sub(lambda slot: _filled(slot.group(1), data, rng), pattern) for pattern in chosen]
+    return [SLOT.sub(lambda slot: _filled(slot.group(1), data, rng), pattern) for pattern in chosen]
 
 
 def _filled(name: str, data: dict[str, Any], rng: random.Random) -> str:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass
 
-from wisecli.data.corpus import capital, small
+from wisecli.data.corpus import SLOT, capital, small
 from wisecli.data.packaged import packaged_table
 
 # How often a task is a label.
 _LABELLED = 0.4
 # How often another time is told by something that happened then.
 _OF_OCCASIONS = 0.4
-_SLOT = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Requests:
         number, more = sorted(rng.sample(range(1, 40), 2))
         item = rng.choice(self.items).replace("{number}", str(number)).replace("{more}", str(more))
         words = {"do": do, "Do": capital(do), "item": item, "question": question}
-        return _SLOT.sub(lambda slot: words[slot.group(1)], frame)
+        return SLOT.sub(lambda slot: words[slot.group(1)], frame)
 
     def one_of_several(self, question: str, rng: random.Random) -> str:
         """Return what is left of several questions without the others."""
@@ -90,11 +88,11 @@ class Requests:
         """Return a prompt that wants something done with a question."""
         if rng.random() < _LABELLED:
             words = {"label": rng.choice(self.labels), "question": question}
-            return _SLOT.sub(lambda slot: words[slot.group(1)], rng.choice(self.label_frames))
+            return SLOT.sub(lambda slot: words[slot.group(1)], rng.choice(self.label_frames))
         verb, frame = rng.choice(self.verbs), rng.choice(self.frames)
         task, back = (verb.replace("T", rng.choice(named)) for named in (self.nouns, self.backs))
         words = {"task": task, "Task": capital(task), "back": back, "Back": capital(back), "question": question}
-        return _SLOT.sub(lambda slot: words[slot.group(1)], frame)
+        return SLOT.sub(lambda slot: words[slot.group(1)], frame)
 
     def timed(self, question: str, rng: random.Random) -> str:
         """Return a question that is asked of another time."""
@@ -106,7 +104,7 @@ class Requests:
         }
         happened = rng.choice(self.occasion_frames).replace("T", rng.choice(self.occasions))
         when = happened if rng.random() < _OF_OCCASIONS else rng.choice(self.times)
-        return _at(question, _SLOT.sub(lambda slot: drawn[slot.group(1)], when), rng)
+        return _at(question, SLOT.sub(lambda slot: drawn[slot.group(1)], when), rng)
 
     def now(self, question: str, rng: random.Random) -> str:
         """Return a question that is asked of the time that it is of without any."""

@@ -9,6 +9,7 @@ from typing import Any
 from wisecli.artifacts.file_names import MERGED
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.config import LoadOptions
+from wisecli.editing.background.background_cache import model_identity
 from wisecli.environment import versions
 from wisecli.export.gguf.gguf_file import GGUF_NAME, Quantization, require_gguf, write_gguf
 from wisecli.export.gguf.modelfile import MODELFILE_NAME, modelfile
@@ -20,7 +21,6 @@ from wisecli.export.stock.gate_states import edit_states
 from wisecli.export.stock.stock_checkpoint import Gate, block_count, require_stock, write_stock
 from wisecli.export.weights import Packing
 from wisecli.io.checkpoint import Checkpoint, write_json
-from wisecli.io.digest import sha256_json
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.prompts.chat_template import date_of, turn_marks
@@ -97,16 +97,11 @@ def write_gated(
 
 def gate_of(loaded: Loaded, checkpoint: Checkpoint, manifest: Manifest, on_progress: ProgressCallback) -> Gate:
     """Return a memory's gate, fitted to what the base model makes of its edits and of unrelated text."""
-    identity, share = _identity(checkpoint, manifest), _share(manifest)
+    identity, share = model_identity(manifest.fingerprint, checkpoint), _share(manifest)
     quiet = background_states(loaded, manifest.site, identity, share=share, batch_size=_BATCH, on_progress=on_progress)
     own = edit_states(loaded, manifest, batch_size=_BATCH, on_progress=on_progress)
     on_progress(Event("fitting", note=f"{len(own.values)} keys"))
     return fit_gate(own, quiet)
-
-
-def _identity(checkpoint: Checkpoint, manifest: Manifest) -> str:
-    """Return what tells the base model from others, for what is kept of it in the cache."""
-    return sha256_json([manifest.fingerprint.as_dict(), checkpoint.sample])
 
 
 def _share(manifest: Manifest) -> float:
@@ -139,7 +134,8 @@ def _verified(
     on_progress: ProgressCallback,
 ) -> Verified:
     """Ask the base model, then with the routed memory, then the checkpoint that was written."""
-    before = base_answers(loaded, _identity(checkpoint, manifest), evenly_spaced(manifest.edits), on_progress)
+    identity = model_identity(manifest.fingerprint, checkpoint)
+    before = base_answers(loaded, identity, evenly_spaced(manifest.edits), on_progress)
     routed = manifest.site.install(loaded.model, manifest.memory, turn_marks(loaded.tokenizer))
     routed.to(loaded.device)
     return verified(before, loaded, load_model(stock, load), manifest, blocks, on_progress)

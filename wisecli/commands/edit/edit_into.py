@@ -11,6 +11,7 @@ from typing import Any
 from wisecli.artifacts.shard_manifest import MANIFEST_NAME as SHARDS_MANIFEST
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.edit.edit_report import EditReport
+from wisecli.commands.edit.planning import warn_of_unnamed
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.commands.edit.writing import carry_out
 from wisecli.commands.memory.remove import without_edits
@@ -19,7 +20,6 @@ from wisecli.editing.run.job import Job
 from wisecli.editing.run.staging import StagedShards
 from wisecli.editing.run.worker import Worker
 from wisecli.edits.checks.admission import DEFAULT_ADMISSION, Admission, AdmissionReport, Admitted, Sheet
-from wisecli.edits.checks.unnamed_subjects import warn_of_unnamed_subjects
 from wisecli.edits.record import Edit, Numbered
 from wisecli.errors import ChangedInputError, DamagedFileError, SettingsError
 from wisecli.io.atomic_output import discard
@@ -152,8 +152,7 @@ def _worker(
     job = Job(model=into.model, settings=settings, edits=admitted.edits, load=replace(into.load, revision=None))
     worker = Worker(job, on_progress, loaded=loaded)
     worker.base.reader.require(name, admitted.numbered, settings, allow_special=into.admission.allow_special)
-    if settings.by_facts:
-        warn_of_unnamed_subjects(name, admitted.numbered, on_progress)
+    warn_of_unnamed(worker.base, name, admitted.numbered)
     return worker
 
 

@@ -40,9 +40,14 @@ def require_ready(base: Base, place: Output, name: str, numbered: Sequence[Numbe
     Raises:
         ProtectedOutputError: it is.
     """
+    warn_of_unnamed(base, name, numbered)
+    place.require_apart()
+
+
+def warn_of_unnamed(base: Base, name: str, numbered: Sequence[Numbered]) -> None:
+    """Warn of edits in a file that have no subject, where the router goes by subjects."""
     if base.job.settings.by_facts:
         warn_of_unnamed_subjects(name, numbered, base.on_progress)
-    place.require_apart()
 
 
 def own_parts(job: Job, options: RunOptions) -> range:

@@ -32,8 +32,8 @@ _ON_FACTS, _SPACED = 0.35, 0.1
 # Kinds that conversations or documents of notes stand for, and those whose question is not in what is asked.
 _ELSEWHERE = ("follow-up", "moved on", "question first", "question in the middle")
 _EVERYDAY = 400
-# So many beginnings of chats are drawn, each of which stands in front of many prompts and so is read once for many.
-_BEGINNINGS = 48
+# So many chat histories are drawn. Each stands before many prompts, so that a model reads it once for all of them.
+_HISTORIES = 48
 _CONVERSATIONS = 4
 # How many questions of each sort on a fact's answer are made of its own.
 _MADE = 3
@@ -90,7 +90,7 @@ class Examples:
 
     def __post_init__(self) -> None:
         self._everyday = everyday_prompts(_EVERYDAY, seed=3)
-        self._beginnings = [self._beginning() for _ in range(_BEGINNINGS)]
+        self._histories = [self._history() for _ in range(_HISTORIES)]
         self._documents = Documents(self.facts, self._everyday, self.rng, self._filled)
 
     def of(self, number: int) -> Iterator[Example]:
@@ -265,9 +265,9 @@ class Examples:
             return text
         if self.rng.random() > _LATER:
             return forms()["chat"].render(self.tokenizer, text)
-        return chat_turns(self.tokenizer, [*self.rng.choice(self._beginnings), ("user", text)])
+        return chat_turns(self.tokenizer, [*self.rng.choice(self._histories), ("user", text)])
 
-    def _beginning(self) -> list[tuple[str, str]]:
+    def _history(self) -> list[tuple[str, str]]:
         """Return what a chat has before the last turn: a system prompt or none, and up to three turns with replies."""
         rng, known = self.rng, requests()
         told = [("system", rng.choice(known.systems))] if rng.random() < 0.4 else []

@@ -151,13 +151,9 @@ def train_request_gate(
     own_prompts = read([fact.questions[0] for fact in facts]).states
     fact_prompts = list(_fact_prompts(loaded, projections, facts, own_prompts))
     found: list[_Found] = []
-    for turns in (False, True):
-        of = examples_by_fact.conversations if turns else examples_by_fact.of
-        for first in range(0, len(facts), _FACTS_AT_A_TIME):
-            examples = [one for number in range(len(facts))[first : first + _FACTS_AT_A_TIME] for one in of(number)]
-            if examples:
-                texts = read([one.text for one in examples], turns=turns)
-                found += _mentions(projections, fact_prompts, examples, texts, _FOUND)
+    for examples, turns in _example_groups(examples_by_fact):
+        texts = read([one.text for one in examples], turns=turns)
+        found += _mentions(projections, fact_prompts, examples, texts, _FOUND)
     with seeded(0, loaded.device):
         at = [Mention(*(part.to(loaded.device) for part in one.mention)) for one in found]
         learned = [one.example for one in found]
@@ -166,6 +162,16 @@ def train_request_gate(
     texts = read([one.text for one in held_back])
     checked = _mentions(projections, fact_prompts, held_back, texts, MIN_GATED_PROB)
     return weights | token_marks, torch.tensor([_opened(weights, checked), len(held_back)])
+
+
+def _example_groups(examples_by_fact: Examples) -> Iterator[tuple[list[Example], bool]]:
+    """Yield the examples of some facts at a time, and whether earlier turns of theirs are read, too."""
+    numbers = range(len(examples_by_fact.facts))
+    for draw, turns in ((examples_by_fact.of, False), (examples_by_fact.conversations, True)):
+        for first in numbers[::_FACTS_AT_A_TIME]:
+            examples = [one for number in numbers[first : first + _FACTS_AT_A_TIME] for one in draw(number)]
+            if examples:
+                yield examples, turns
 
 
 def _opened(weights: Mapping[str, Tensor], found: Sequence[_Found]) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from wisecli.data.corpus import texts_beside_gates
 from wisecli.edits.record import Edit
@@ -29,8 +30,10 @@ _Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class BaseAnswers:
-    """Unrelated text: ``rows``, after every token of which the next one is to stay the base model's, and texts that
-    were ``asked``, in tokens, with the base model's answers as their targets.
+    """Unrelated text, and what the base model makes of it.
+
+    After each token of ``rows`` the likeliest next token should stay the base model's. ``asked`` are prompts, whose
+    targets are the base model's answers.
     """
 
     rows: tuple[Row, ...]
@@ -69,19 +72,12 @@ def _answers(loaded: Loaded, identity: str, prompts: Sequence[_Tokens], on_progr
     except (DamagedFileError, KeyError):
         on_progress(Event("unrelated answers", 0, len(prompts)))
     answers = generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=LENGTH, batch_size=_BATCH, shared=True)
-    kept = {"answers": _tensor(answers)}
+    rows = [torch.tensor(answer, dtype=torch.long) for answer in answers]
+    kept = {"answers": pad_sequence(rows, batch_first=True, padding_value=_NO_TOKEN)}
     keep_in_cache(path, lambda working: save_tensors(working, kept))
     return _tokens(kept["answers"])
 
 
-def _tensor(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Return token rows as one tensor."""
-    tensor = torch.full((len(rows), max(len(row) for row in rows)), _NO_TOKEN)
-    for index, row in enumerate(rows):
-        tensor[index, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return tensor
-
-
 def _tokens(tensor: Tensor) -> list[_Tokens]:
-    """Return token rows from one tensor."""
+    """Return the rows of a padded tensor without the padding."""
     return [tuple(token for token in row if token != _NO_TOKEN) for row in tensor.tolist()]

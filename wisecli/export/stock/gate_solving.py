@@ -20,7 +20,7 @@ _TOGETHER = 128
 _SIZES, _TOLERANCE = (96, 192, *(256,) * 6), 1e-3
 # Newton's steps on a working set at most, and halvings of one.
 _STEPS, _HALVINGS = 40, 25
-# A step that moves no reading by more is the last.
+# A step that moves no score by more is the last.
 _STILL = 1e-4
 
 
@@ -48,32 +48,32 @@ class Separation:
         return torch.cat([directions for directions, _ in found]), torch.cat([offsets for _, offsets in found])
 
     def _part(self, part: Tensor, every: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-        """Directions and offsets of some keys (k,), against all states (N, d) by the key that each belongs to (N,)."""
+        """Return the planes of some keys (k,), against all states (N, d) by the key that each belongs to (N,)."""
         own, weights = self._own(part)
         means = (every[own] * weights[..., None]).sum(1)
-        line = _Line(means / means.square().sum(1, keepdim=True).clamp(min=1e-6), torch.zeros(len(part)))
+        planes = _Planes(means / means.square().sum(1, keepdim=True).clamp(min=1e-6), torch.zeros(len(part)))
         is_own = owner == part[:, None]
         nearest: Tensor | None = None
         for size in _SIZES:
-            readings = line.readings(every).masked_fill_(is_own, -torch.inf)
+            scores = planes.scores(every).masked_fill_(is_own, -torch.inf)
             if nearest is not None:
-                inside = readings.gather(1, nearest)
-                if bool((readings.scatter(1, nearest, -torch.inf) <= _TOLERANCE - self.margin).all()):
+                inside = scores.gather(1, nearest)
+                if bool((scores.scatter(1, nearest, -torch.inf) <= _TOLERANCE - self.margin).all()):
                     break
-                readings.scatter_(1, nearest, inside.masked_fill(inside > -self.margin, torch.inf))
-            nearest = readings.topk(min(size, len(every) - own.shape[1]), 1).indices
-            line = _solved(line, self._sets(every, own, weights, nearest))
-        return line.directions, line.offsets
+                scores.scatter_(1, nearest, inside.masked_fill(inside > -self.margin, torch.inf))
+            nearest = scores.topk(min(size, len(every) - own.shape[1]), 1).indices
+            planes = _solved(planes, self._sets(every, own, weights, nearest))
+        return planes.directions, planes.offsets
 
     def _sets(self, every: Tensor, own: Tensor, weights: Tensor, nearest: Tensor) -> _Sets:
-        """Working sets of keys: their own states (k, c) with their weights, and others (k, p)."""
+        """Return working sets of keys: their own states (k, c) with their weights, and others (k, p)."""
         states = every[torch.cat([own, nearest], 1)]
         weights = torch.cat([weights, torch.full(nearest.shape, self.negative)], 1)
         targets = torch.cat([torch.ones(own.shape), torch.full(nearest.shape, -self.margin)], 1)
         return _Sets(states, targets, weights, own.shape[1], self.ridge)
 
     def _own(self, part: Tensor) -> tuple[Tensor, Tensor]:
-        """Which states are each key's (k, c), and how much each counts (k, c): 0 where a key has fewer."""
+        """Return which states are each key's (k, c), and how much each counts (k, c): 0 where a key has fewer."""
         order = self.key.argsort(stable=True)
         counts = torch.bincount(self.key)
         first = (counts.cumsum(0) - counts)[part]
@@ -84,21 +84,21 @@ class Separation:
         return own, there / counts[:, None]
 
 
-class _Line(NamedTuple):
-    """Directions (k, d) and offsets (k,)."""
+class _Planes(NamedTuple):
+    """Hyperplanes, one a key: directions (k, d) and offsets (k,)."""
 
     directions: Tensor
     offsets: Tensor
 
-    def readings(self, states: Tensor) -> Tensor:
-        """What is read of states (N, d), or of each key's own (k, p, d)."""
+    def scores(self, states: Tensor) -> Tensor:
+        """Return the scores (k, N) of states (N, d), or (k, p) of each key's own (k, p, d)."""
         if states.dim() == 2:
             return torch.addmm(self.offsets[:, None], self.directions, states.T)
         return torch.baddbmm(self.offsets[:, None, None], states, self.directions[..., None])[..., 0]
 
 
 class _Sets(NamedTuple):
-    """Each key's states (k, p, d), what they should read at least or at most (k, p), and how much each counts (k, p);
+    """Each key's states (k, p, d), what they should score at least or at most (k, p), and how much each counts (k, p);
     the first ``own`` are the key's own.
     """
 
@@ -108,45 +108,45 @@ class _Sets(NamedTuple):
     own: int
     ridge: float
 
-    def missed(self, readings: Tensor) -> Tensor:
-        """By how much readings (k, p) miss what they should be: above 0 of a key's own, below 0 of others."""
-        missing = self.targets - readings
+    def missed(self, scores: Tensor) -> Tensor:
+        """Return by how much scores (k, p) miss their targets: above 0 for a key's own states, below 0 for others."""
+        missing = self.targets - scores
         return torch.cat([missing[:, : self.own].clamp(min=0), missing[:, self.own :].clamp(max=0)], 1)
 
-    def matters(self, readings: Tensor) -> Tensor:
+    def matters(self, scores: Tensor) -> Tensor:
         """Return which states (k, p) add to the loss."""
-        return (self.missed(readings) != 0) & (self.weights > 0)
+        return (self.missed(scores) != 0) & (self.weights > 0)
 
     def some(self, chosen: Tensor) -> _Sets:
         """Return the sets of some keys."""
         return self._replace(states=self.states[chosen], targets=self.targets[chosen], weights=self.weights[chosen])
 
 
-def _solved(line: _Line, sets: _Sets) -> _Line:
-    """Return where Newton's method ends on working sets, from a line on."""
-    directions, offsets = line.directions.clone(), line.offsets.clone()
+def _solved(planes: _Planes, sets: _Sets) -> _Planes:
+    """Return where Newton's method ends on working sets, from given planes on."""
+    directions, offsets = planes.directions.clone(), planes.offsets.clone()
     left = torch.arange(len(offsets))
-    readings = line.readings(sets.states)
+    scores = planes.scores(sets.states)
     for _ in range(_STEPS):
-        goal = _least_squares(sets, sets.matters(readings))
-        aimed = goal.readings(sets.states)
-        step = _step(line, goal, readings, aimed, sets)[:, None]
-        line = _Line(
-            torch.lerp(line.directions, goal.directions, step), torch.lerp(line.offsets, goal.offsets, step[:, 0])
+        goal = _least_squares(sets, sets.matters(scores))
+        aimed = goal.scores(sets.states)
+        step = _step(planes, goal, scores, aimed, sets)[:, None]
+        planes = _Planes(
+            torch.lerp(planes.directions, goal.directions, step), torch.lerp(planes.offsets, goal.offsets, step[:, 0])
         )
-        moved, readings = (step * (aimed - readings)).abs().amax(1), torch.lerp(readings, aimed, step)
-        directions[left], offsets[left] = line
+        moved, scores = (step * (aimed - scores)).abs().amax(1), torch.lerp(scores, aimed, step)
+        directions[left], offsets[left] = planes
         going_on = (moved > _STILL).nonzero().flatten()
         if not len(going_on):
             break
         if len(going_on) < len(left):
-            left, readings = left[going_on], readings[going_on]
-            line, sets = _Line(*(part[going_on] for part in line)), sets.some(going_on)
-    return _Line(directions, offsets)
+            left, scores = left[going_on], scores[going_on]
+            planes, sets = _Planes(*(part[going_on] for part in planes)), sets.some(going_on)
+    return _Planes(directions, offsets)
 
 
-def _least_squares(sets: _Sets, matters: Tensor) -> _Line:
-    """Return the line that is best if just those states (k, p) matter, whichever side of their target they are on."""
+def _least_squares(sets: _Sets, matters: Tensor) -> _Planes:
+    """Return the planes of least loss if just those states (k, p) matter, on whichever side of their targets."""
     count = int(matters.sum(1).max())
     index = matters.float().topk(count, 1).indices
     there = matters.gather(1, index)
@@ -160,20 +160,20 @@ def _least_squares(sets: _Sets, matters: Tensor) -> _Line:
     system[:, count, count] = (~there.any(1)).float()
     right = torch.cat([sets.targets.gather(1, index) * there, states.new_zeros(len(index), 1)], 1)
     found = torch.linalg.solve(system.double(), right.double()).float()
-    return _Line((found[:, None, :count] @ states)[:, 0], found[:, count])
+    return _Planes((found[:, None, :count] @ states)[:, 0], found[:, count])
 
 
-def _step(line: _Line, goal: _Line, readings: Tensor, aimed: Tensor, sets: _Sets) -> Tensor:
-    """Return how far to go from a line to a goal (k,) for the least loss, by halving: from 0 to 1."""
-    ahead = goal.directions - line.directions
-    change = aimed - readings
+def _step(planes: _Planes, goal: _Planes, scores: Tensor, aimed: Tensor, sets: _Sets) -> Tensor:
+    """Return how far to go from planes to a goal (k,) for the least loss, by halving: from 0 to 1."""
+    ahead = goal.directions - planes.directions
+    change = aimed - scores
 
     def rises(step: Tensor) -> Tensor:
-        missed = sets.missed(readings + step[:, None] * change)
-        ridge = ((line.directions + step[:, None] * ahead) * ahead).sum(1)
+        missed = sets.missed(scores + step[:, None] * change)
+        ridge = ((planes.directions + step[:, None] * ahead) * ahead).sum(1)
         return sets.ridge * ridge > (sets.weights * missed * change).sum(1)
 
-    low, high = torch.zeros(len(readings)), torch.ones(len(readings))
+    low, high = torch.zeros(len(scores)), torch.ones(len(scores))
     if bool((~rises(high)).all()):
         return high
     low = torch.where(rises(high), low, high)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.tokenization import Batch, Row, collate, in_batches
-from wisecli.models.running.forward_pass import run_model
+from wisecli.models.running.forward_pass import fill_cache, run_model
 from wisecli.models.running.generation import end_tokens
 from wisecli.models.running.hooks import hooked, overridden
 from wisecli.models.running.prefix_cache import PrefixCache
@@ -26,7 +26,7 @@ from wisecli.routing.layers.layer_states import state_of
 from wisecli.routing.passes.routed_pass import Override, given_answering, overridden_by
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import PreTrainedModel
 
 _BATCH = 32
 # A block that adds less than this share to every state changes nothing.
@@ -41,7 +41,7 @@ def goes_on_with(
     ends = set(end_tokens(loaded.model))
     # One token more, which is not read, asks for what follows the target.
     read = [Row(row.prompt, (*row.target, 0)[:length]) for row in rows]
-    beginnings = PrefixCache(partial(_read, loaded.model))
+    beginnings = PrefixCache(partial(fill_cache, loaded.model))
     found: dict[int, bool] = {}
     for indices in in_batches(read, _BATCH, by_beginning=True):
         batch = collate([read[index] for index in indices]).to(loaded.device)
@@ -68,12 +68,6 @@ def _best(model: PreTrainedModel, batch: Batch, beginnings: PrefixCache) -> Tens
     rows, columns = batch.labelled
     with answering:
         return run_model(model, batch, first, cache, (rows, columns - first)).argmax(-1)
-
-
-def _read(model: PreTrainedModel, batch: Batch, cache: DynamicCache) -> tuple[Tensor, ...]:
-    """Fill a cache with what a batch's tokens leave in it."""
-    run_model(model, batch, 0, cache, None)
-    return ()
 
 
 @torch.no_grad()

@@ -193,8 +193,7 @@ def in_batches(
     padded: bool = True,
     tokens: int = 4096,
 ) -> Iterator[list[int]]:
-    """Yield the indices of rows, those of like length together: at most ``size`` rows and, above one row, ``tokens``
-    tokens.
+    """Yield the indices of rows, like lengths together: at most ``size`` rows and, above one row, ``tokens`` tokens.
 
     Args:
         by_target: go by the target's length first, for rows of which only the window will run again and again.
@@ -220,14 +219,15 @@ def in_batches(
         yield batch
 
 
-def _common_beginnings(rows: Sequence[Row], many: int) -> list[tuple[int, ...]]:
-    """Return as many first tokens of each row, by eights, as enough other rows begin with; none of the other rows."""
+def _common_beginnings(rows: Sequence[Row], batch_size: int) -> list[tuple[int, ...]]:
+    """Return the longest beginning of each row, by eights of tokens, that enough rows share; else an empty one."""
     found, left = list[tuple[int, ...]]([()] * len(rows)), list(range(len(rows)))
-    for size in range(SHARED, max(map(len, rows), default=0), SHARED):
-        counts, enough = Counter(rows[index].prompt[:size] for index in left), _TOGETHER if size == SHARED else many
-        left = [index for index in left if counts[rows[index].prompt[:size]] >= enough]
+    for length in range(SHARED, max(map(len, rows), default=0), SHARED):
+        counts = Counter(rows[index].prompt[:length] for index in left)
+        enough = _TOGETHER if length == SHARED else batch_size
+        left = [index for index in left if counts[rows[index].prompt[:length]] >= enough]
         for index in left:
-            found[index] = rows[index].prompt[:size]
+            found[index] = rows[index].prompt[:length]
     return found
 
 

@@ -44,3 +44,9 @@ def run_model(
         output = model(**accepted_arguments(type(model), named))
     logits: Tensor = output.logits[0]
     return logits
+
+
+def fill_cache(model: PreTrainedModel, batch: Batch, cache: DynamicCache) -> tuple[Tensor, ...]:
+    """Read a batch's tokens into an empty cache, and return nothing else of them."""
+    run_model(model, batch, 0, cache, None)
+    return ()

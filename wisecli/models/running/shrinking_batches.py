@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wisecli.models.prompts.tokenization import Batch
-from wisecli.models.running.forward_pass import CACHE_ARGUMENT, run_model
+from wisecli.models.running.forward_pass import CACHE_ARGUMENT, fill_cache
 from wisecli.models.running.prefix_cache import PrefixCache
 from wisecli.routing.layers.module_types import ANSWERING
 from wisecli.routing.passes.routed_pass import Override, overridden_by
@@ -84,7 +84,7 @@ class PromptBatch:
         last = self.ids.shape[1] - 1 if self.decided is None else int(self.decided[:, 1].min())
         batch = Batch(self.ids, self.mask, self.ids[:, :0], last)
         with overridden_by(Override(off=True)):
-            prefix = PrefixCache(partial(_read, model)).prefix_of(batch)
+            prefix = PrefixCache(partial(fill_cache, model)).prefix_of(batch)
         return None if prefix is None else prefix.cache(batch)
 
     def answer(self) -> list[list[int]]:
@@ -128,12 +128,6 @@ class PromptBatch:
             ids, places = output.sequences[left], places[left]
             mask = torch.cat([mask[left], mask.new_ones(len(left), ids.shape[1] - mask.shape[1])], 1)
         return answers
-
-
-def _read(model: PreTrainedModel, batch: Batch, cache: DynamicCache) -> tuple[Tensor, ...]:
-    """Fill a cache with what a batch's tokens leave in it."""
-    run_model(model, batch, 0, cache, None)
-    return ()
 
 
 def is_recurrent(cache: Any) -> bool:

@@ -132,15 +132,18 @@ def check_index(directory: Path) -> Iterator[Check]:
         yield Check(f"index of {len(listed)} tensors", INDEX_NAME)
 
 
-def check_base(directory: Path, site: Site, expected: Fingerprint, *, settings: bool = True) -> Iterator[Check]:
+def check_base(
+    directory: Path, site: Site, expected: Fingerprint, *, settings: bool = True, without: str | None = None
+) -> Iterator[Check]:
     """Yield checks of a base model against the fingerprint of the one that was edited.
 
     Args:
         settings: whether its ``config.json`` is that model's own.
+        without: a file of it whose tensors are not that model's.
     """
     name = str(directory)
     try:
-        checkpoint = Checkpoint(directory)
+        checkpoint = Checkpoint(directory, without=without)
         if (amiss := site.mismatch(checkpoint)) is not None:
             yield Check("base model", name, "differs", *amiss)
             return

@@ -163,12 +163,15 @@ def _way_out(directory: Path) -> str:
 class Checkpoint:
     """The safetensors files of a model directory, read one tensor at a time.
 
+    Args:
+        without: a file of it whose tensors are left out.
+
     Raises:
         ModelError: there are no safetensors weights in the directory.
         DamagedFileError: a file is missing or truncated.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, without: str | None = None) -> None:
         self.directory = directory
         self._layouts: dict[str, TensorLayout] = {}
         index = directory / INDEX_NAME
@@ -180,7 +183,7 @@ class Checkpoint:
             missing = sorted(mapping.keys() - present.keys())
             if missing:
                 raise DamagedFileError(index, f"tensor {missing[0]} is in no file", "copy the checkpoint anew")
-            self._files = present
+            self._files = {name: file for name, file in present.items() if file != without}
         else:
             raise ModelError(f"{directory} holds no {SINGLE_NAME} or {INDEX_NAME}; {_way_out(directory)}")
 

@@ -34,14 +34,16 @@ from wisecli.export.stock.gate_background import BackgroundStates
 from wisecli.export.stock.gate_fitting import fit_gate
 from wisecli.export.stock.gate_states import EditStates
 from wisecli.export.stock.stock_checkpoint import Gate
+from wisecli.export.stock.stock_manifest import read_gated
+from wisecli.models.layout.site import LayerSite
 
 
-def make_stock(root: Path) -> None:
+def make_stock(root: Path, target_module: str | None = None) -> None:
     """A tiny model, a memory of it, and that as a stock checkpoint."""
     base = save_tiny(root / "model")
     (root / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
     quick = EditSettings(passes=2, unrelated_texts=16, residual_stop=0.2)
-    run_edit(str(base), root / "edits.jsonl", root / "shards", quick, load=CPU)
+    run_edit(str(base), root / "edits.jsonl", root / "shards", quick, load=CPU, target_module=target_module)
     merge([root / "shards"], root / "memory", MergeSettings())
     export(root / "memory", root / "stock", "stock", load=CPU)
 
@@ -49,6 +51,17 @@ def make_stock(root: Path) -> None:
 @pytest.fixture(scope="module")
 def root(share: Share) -> Path:
     return share("stock", make_stock)
+
+
+def test_edits_behind_a_layer_are_answered_without_code_of_its_own(tmp_path: Path) -> None:
+    make_stock(tmp_path, "model.layers.{layer}")
+    told = json.loads((tmp_path / "stock" / "wise.json").read_text())
+    assert isinstance(read_gated(tmp_path / "stock").site, LayerSite)
+    assert told["gate"]["stock"]["as_taught"] == 1.0
+    assert not list((tmp_path / "stock").glob("*.py"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert {check.state for check in verify(tmp_path / "stock", model=str(tmp_path / "model")).checks} == {"same"}
 
 
 def test_edits_are_answered_without_code_of_its_own(root: Path) -> None:

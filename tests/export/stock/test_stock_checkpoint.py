@@ -17,6 +17,7 @@ from wisecli.errors import ModelError
 from wisecli.export.stock.stock_checkpoint import MEMORY_TENSORS, WIDTH, Gate, block_count, require_stock, write_stock
 from wisecli.export.weights import Packing
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.layout.architectures import known_layout
 from wisecli.models.layout.site import find_site
 
 LAYER, HIDDEN = 2, 32
@@ -31,14 +32,22 @@ class Written:
 
 
 def written(
-    root: Path, architecture: str = "llama", *, keys: int = 5, packing: Packing | None = None, shard: str | None = None
+    root: Path,
+    architecture: str = "llama",
+    *,
+    keys: int = 5,
+    packing: Packing | None = None,
+    shard: str | None = None,
+    behind_layer: bool = False,
 ) -> Written:
     base = save_tiny(root / "base", architecture, shard=shard)
     if architecture == "mistral":
         config = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
     checkpoint = Checkpoint(base)
-    site, gate, output = find_site(base, checkpoint, LAYER), random_gate(keys, HIDDEN), root / "stock"
+    layout = known_layout(base)
+    site = find_site(base, checkpoint, LAYER, layout.behind_layers() if behind_layer else layout)
+    gate, output = random_gate(keys, HIDDEN), root / "stock"
     output.mkdir()
     write_stock(output, base, checkpoint, site, gate, packing)
     return Written(base, output, gate)
@@ -53,10 +62,11 @@ def load(path: Path, **named: object) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def gated_by_hook(base: Path, gate: Gate, tokens: tuple[int, ...]) -> Tensor:
+def gated_by_hook(base: Path, gate: Gate, tokens: tuple[int, ...], multiplier: float | None = None) -> Tensor:
     """The base model's logits, a gate's residuals added to what leaves the edited layer."""
     model = load(base)
-    multiplier = getattr(model.config, "residual_multiplier", 1.0)
+    if multiplier is None:
+        multiplier = getattr(model.config, "residual_multiplier", 1.0)
 
     def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         states = output * torch.rsqrt(output.square().mean(-1, keepdim=True) + model.config.rms_norm_eps)
@@ -85,6 +95,18 @@ def test_a_stock_model_adds_what_the_gate_says(tmp_path: Path, architecture: str
         torch.testing.assert_close(found, gated_by_hook(made.base, made.gate, tokens), rtol=1e-4, atol=1e-4)
         changed += int(((found - before(input_ids=torch.tensor([tokens])).logits[0]).abs().amax(-1) > 1e-2).sum())
     assert changed
+
+
+@pytest.mark.parametrize("architecture", ["llama", "granite", "mistral", "qwen2"])
+@torch.no_grad()
+def test_residuals_behind_a_layer_are_added_as_they_are(tmp_path: Path, architecture: str) -> None:
+    made = written(tmp_path, architecture, behind_layer=True)
+    site = find_site(made.base, Checkpoint(made.base), LAYER, known_layout(made.base).behind_layers())
+    require_stock(made.base, site)
+    for tokens in ROWS:
+        found = load(made.path)(input_ids=torch.tensor([tokens])).logits[0]
+        expected = gated_by_hook(made.base, made.gate, tokens, multiplier=1.0)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shard", [None, "20KB"])

@@ -18,7 +18,7 @@ from wisecli.artifacts.checksums import (
     require_signature,
 )
 from wisecli.artifacts.directory_kind import kind_of, written_form
-from wisecli.artifacts.file_names import MERGED
+from wisecli.artifacts.file_names import MEMORY_TENSORS, MERGED
 from wisecli.artifacts.former_names import current_names
 from wisecli.artifacts.integrity import Check, check_base, check_digest, check_index, check_layouts, check_rows, damaged
 from wisecli.artifacts.shard import shard_rows, shard_sizes
@@ -213,7 +213,7 @@ def _stock(path: Path, model: Path | None) -> Iterator[Check]:
     if manifest is None:
         return
     yield from check_blocks(path, manifest)
-    yield from check_base(path, manifest.site, manifest.base.fingerprint, settings=False)
+    yield from check_base(path, manifest.site, manifest.base.fingerprint, settings=False, without=MEMORY_TENSORS)
     if model is not None:
         yield from check_base(model, manifest.site, manifest.base.fingerprint)
         yield from check_around(path, model, manifest)

@@ -12,7 +12,7 @@ which is 0 well below its threshold and ``v`` well above it. Everything else is 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,10 @@ from transformers import AutoConfig
 from wisecli.artifacts.file_names import MEMORY_TENSORS
 from wisecli.errors import ModelError
 from wisecli.export.routed.checkpoint import BASE_TENSORS, copy_side_files, typed_config, write_index
-from wisecli.export.stock.stock_manifest import layers_path, moved
+from wisecli.export.stock.stock_manifest import layers_path, moved, value_matrix
 from wisecli.export.weights import Packing, write_renamed
 from wisecli.io.checkpoint import Checkpoint, read_json, save_tensors, write_json
-from wisecli.models.layout.architectures import stored_weight
-from wisecli.models.layout.site import Site
+from wisecli.models.layout.site import LayerSite, Site
 
 # From nothing to all of a residual, in units of what a neuron reads.
 WIDTH = 20.0
@@ -97,7 +96,7 @@ def _unfit(base: Path, site: Site) -> str:
         return "its attention slides over a window, which Llama's does not"
     if settings.hidden_act not in ("silu", "swish"):
         return f"its feed-forward has {settings.hidden_act} where the gate needs SiLU"
-    if site.module != f"{site.layer_module}.mlp.down_proj":
+    if not isinstance(site, LayerSite) and site.module != value_matrix(site):
         return f"{site.module} is not the last matrix of a Llama feed-forward"
     return ""
 
@@ -127,7 +126,10 @@ def write_stock(
     single = BASE_TENSORS
     files = write_renamed(output, checkpoint, packing, rename, single=single)
     config = stock_config(base, site.layer, count, packing)
-    written = packing.dtype or checkpoint.dtype(stored_weight(checkpoint, site.module) or site.base_name)
+    written = packing.dtype or checkpoint.dtype(f"{layers}.{site.layer}.mlp.down_proj.weight")
+    # A block's feed-forward is multiplied as the layers' are; what lies behind a layer is not.
+    values = gate.values * (site.multiplier / float(config.get("residual_multiplier", 1.0)))
+    gate = replace(gate, values=values)
     added = {name: tensor.to(written) for name, tensor in _blocks(config, layers, site.layer, gate, count)}
     added |= {name: tensor.to(written) for name, tensor in _no_biases(config, layers) if name not in files | added}
     save_tensors(output / MEMORY_TENSORS, added)

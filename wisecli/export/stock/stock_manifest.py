@@ -132,9 +132,15 @@ def layers_path(checkpoint: Checkpoint, site: Site) -> str:
     """Return where a checkpoint keeps its layers.
 
     Raises:
-        ModelError: it keeps the edited matrix under another name than stock architectures do.
+        ModelError: it keeps the edited layer under another name than stock architectures do.
     """
-    stored, end = stored_weight(checkpoint, site.module), f".{site.layer}.mlp.down_proj.weight"
+    module = value_matrix(site)
+    stored, end = stored_weight(checkpoint, module), f".{site.layer}.mlp.down_proj.weight"
     if stored is None or not stored.endswith(end):
-        raise ModelError(f"{checkpoint.directory} keeps {site.base_name} under another name; use --format routed")
+        raise ModelError(f"{checkpoint.directory} keeps {module}.weight under another name; use --format routed")
     return stored.removesuffix(end)
+
+
+def value_matrix(site: Site) -> str:
+    """Return the path that the last matrix of the edited layer's feed-forward has in Llama."""
+    return f"{site.layer_module}.mlp.down_proj"

@@ -117,7 +117,7 @@ class NearPrompts:
             scores = torch.zeros(len(kept), len(part))
             for some, prompt, weight in parts:
                 cosines = (some @ columns).view(len(some), -1, len(part))
-                scores.index_add_(0, prompt, highest(cosines).mul_(weight))
+                scores.index_add_(0, prompt, highest(cosines) * weight)
             near, place = (scores >= least).nonzero(as_tuple=True)
             yield late_interaction.prompt_to_edit[part[place]], late_interaction.prompt_to_edit[kept[near]]
 

@@ -6,15 +6,17 @@ import hashlib
 import json
 from pathlib import Path
 
-_CHUNK = 1 << 20
+# Chunks that stay near the core while they are read and digested.
+_CHUNK = 1 << 18
 
 
 def sha256_file(path: Path) -> str:
     """Return the hex digest of a file's bytes, read in chunks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
+    digest, chunk = hashlib.sha256(), bytearray(_CHUNK)
+    view = memoryview(chunk)
+    with path.open("rb", buffering=0) as stream:
+        while size := stream.readinto(chunk):
+            digest.update(view[:size])
     return digest.hexdigest()
 
 

@@ -64,21 +64,25 @@ def _near_edits(
         alone: what was fitted to the further edits by themselves.
     """
     prompts, prompt_index, _, form = in_order(prompts)
-    tensors = _with_prompts(former, alone.tensors, torch.arange(former.edits, edits), former.edits)
-    near = NearPrompts(LateInteraction(tensors, edits), _projected_subjects(heads, prompts.states), prompt_index)
-    first, second = near.similar_edits(compared_forms(form), beside=former.edits)
+    tensors = _with_prompts(former, alone.tensors, torch.arange(former.edits, edits), former.edits, heads=1)
+    groups = compared_forms(form)
+    projected = _projected_subjects(heads, prompts.states, (groups[prompt_index] >= 0).nonzero().flatten())
+    near = NearPrompts(LateInteraction(tensors, edits), projected, prompt_index)
+    first, second = near.similar_edits(groups, beside=former.edits)
     both = torch.cat([first, second])
     found: Tensor = both[both < former.edits].unique()
     return found
 
 
-def _projected_subjects(heads: RouterHeads, states: Tensor) -> Tensor:
-    """Return states (n, d) under the projection of subjects, of length 1: (1, n, k), in as few bits as is quicker."""
+def _projected_subjects(heads: RouterHeads, states: Tensor, rows: Tensor) -> Tensor:
+    """Return some rows (m,) of states (n, d) under the projection of subjects, of length 1, and nought for the others:
+    (1, n, k), in as few bits as is quicker.
+    """
     dtype = torch.bfloat16 if has_quick_bfloat16() else torch.float32
     weight, bias = heads.proj_weight[0].to(dtype), heads.proj_bias[0].to(dtype)
-    projected = torch.empty(1, len(states), len(weight), dtype=dtype)
-    for own, some in zip(projected[0].split(_TOKENS), states.split(_TOKENS), strict=True):
-        own.copy_(F.normalize(F.linear(some.to(dtype), weight, bias), dim=-1))
+    projected = torch.zeros(1, len(states), len(weight), dtype=dtype)
+    for some in rows.split(_TOKENS):
+        projected[0, some] = F.normalize(F.linear(states[some].to(dtype), weight, bias), dim=-1)
     return projected
 
 
@@ -98,14 +102,17 @@ def _joined(
     late_interaction = LateInteraction(tensors, edits)
     unrelated = unrelated_edit_probs(late_interaction, heads)
     written = written_probs(own, late_interaction.prompt_to_edit, edits)
-    return FittedLateInteraction(tensors, own, written, others, unrelated)
+    return FittedLateInteraction(tensors, own, written, others, unrelated, late_interaction)
 
 
-def _with_prompts(former: FormerMemory, tensors: dict[str, Tensor], chosen: Tensor, first: int) -> dict[str, Tensor]:
+def _with_prompts(
+    former: FormerMemory, tensors: dict[str, Tensor], chosen: Tensor, first: int, *, heads: int = 2
+) -> dict[str, Tensor]:
     """Return the tensors ``LATE_INTERACTION`` of a memory with the kept prompts of further edits behind its own.
 
     Args:
         tensors: the same of some edits (e,), of which those from ``first`` on are further ones.
+        heads: 1 leaves out the tokens of relations.
     """
     named = {name: f"late_interaction.{name}" for name in (*_OF_TOKENS, "prompt_to_edit")}
     held, added = former.tensors, tensors
@@ -114,7 +121,7 @@ def _with_prompts(former: FormerMemory, tensors: dict[str, Tensor], chosen: Tens
     count = before + len(owner) - other
     # Tokens of subjects come first, those of the memory before further ones.
     parts: dict[str, list[Tensor]] = {name: [] for name in _OF_TOKENS}
-    for head in range(2):
+    for head in range(heads):
         for source, own, skipped, start in ((held, before, 0, 0), (added, len(owner), other, before)):
             prompt = source[named["token_to_prompt"]] - head * own
             rows = ((prompt >= skipped) & (prompt < own)).nonzero().flatten()

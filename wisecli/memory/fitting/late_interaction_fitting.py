@@ -39,7 +39,7 @@ class FittedLateInteraction:
 
     ``own_probs`` (g,) is for each kept prompt how surely it means its edit, ``written_probs`` (M,) the same of prompts
     as are written, ``other_probs`` (M,) how surely any prompt of another edit means an edit, ``unrelated_probs`` (u, M)
-    the same for unrelated texts.
+    the same for unrelated texts. ``late_interaction`` is made of the tensors.
     """
 
     tensors: dict[str, Tensor]
@@ -47,6 +47,7 @@ class FittedLateInteraction:
     written_probs: Tensor
     other_probs: Tensor
     unrelated_probs: Tensor
+    late_interaction: LateInteraction
 
     def thresholds(self, least: Tensor) -> tuple[float, ...]:
         """Return each edit's threshold, above what other edits' prompts reach if that leaves room for its own prompt.
@@ -88,7 +89,8 @@ def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) 
     twins = _twins(tokens.sums, torch.bincount(prompt_index, minlength=count))
     own_probs, others = _prompt_probs(near, form, twins)
     unrelated = unrelated_edit_probs(late_interaction, heads)
-    return FittedLateInteraction(tensors, own_probs, written_probs(own_probs, prompt_to_edit, edits), others, unrelated)
+    written = written_probs(own_probs, prompt_to_edit, edits)
+    return FittedLateInteraction(tensors, own_probs, written, others, unrelated, late_interaction)
 
 
 def in_order(prompts: PromptStates) -> tuple[PromptStates, Tensor, Tensor, Tensor]:
@@ -132,7 +134,9 @@ class _ProjectedTokens(NamedTuple):
         for rows in torch.arange(len(prompt_index)).split(_TOKENS):
             some, count = slice(int(rows[0]), int(rows[-1]) + 1), len(rows)
             # The last rows of a product are rounded in another way than they are among more.
-            states = F.pad(prompts.states[some].float(), (0, 0, 0, -count % _ROWS))
+            states = prompts.states[some].float()
+            if count % _ROWS:
+                states = F.pad(states, (0, 0, 0, -count % _ROWS))
             sums.index_add_(0, prompt_index[some], states[:count])
             for head in range(2):
                 turned = F.linear(states, heads.proj_weight[head].float(), heads.proj_bias[head].float())

@@ -10,7 +10,6 @@ from torch import Tensor
 from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.artifacts.shard import PromptStates
 from wisecli.memory.fitting.late_interaction_fitting import OTHER_LANGUAGES, FittedLateInteraction, prompt_numbers
-from wisecli.routing.deciding.late_interaction import LateInteraction
 from wisecli.routing.deciding.request_gate import (
     LOGIT_OFFSET,
     Request,
@@ -41,7 +40,7 @@ def request_gate_tensors(
     if not heads.request_gate:
         return {}
     edits = len(fitted.written_probs)
-    late_interaction, logit_offset = LateInteraction(fitted.tensors, edits), torch.zeros(edits)
+    late_interaction, logit_offset = fitted.late_interaction, torch.zeros(edits)
     gate = RequestGate({**heads.request_gate, LOGIT_OFFSET: logit_offset})
     first_states, prompts = prompts.openings, prompts.compared
     # As it is written, and in other languages.

@@ -87,7 +87,9 @@ def read_for_lookup(directories: Sequence[ShardDirectory]) -> MergedEvidence:
             )
         )
         own = prompts_in(tensors)
-        joined.add(own and own.rows(_rows_held(directory, entry, own.edit)), place)
+        if own is not None and not bool((held := _rows_held(directory, entry, own.edit)).all()):
+            own = own.rows(held)
+        joined.add(own, place)
     subjects, tokens = _subjects(directories)
     evidence, unrelated = join_evidence(parts, places), _unrelated_of(directories)
     numbered, separator = _shard_numbers(parts), separator_of(directories)
@@ -124,24 +126,25 @@ class _JoinedPrompts:
         part = replace(part, edit=edits[part.edit.long()])
         first = part.form >= FIRST_TOKEN_FORM
         self.first.append(part.rows(first))
-        self.compared.append(self._put(part.rows(~first)))
+        self.compared.append(self._put(part, (~first).nonzero().flatten()))
 
     def whole(self) -> PromptStates | None:
         """Return all of them, if every shard keeps them."""
         if self.missing:
             return None
-        rest = PromptStates.joined([*self.compared, *map(self._put, self.first)])
+        first = (self._put(part, torch.arange(len(part.edit))) for part in self.first)
+        rest = PromptStates.joined([*self.compared, *first])
         return rest if self.states is None else replace(rest, states=self.states[: self.count])
 
-    def _put(self, part: PromptStates) -> PromptStates:
-        """Return the part with its states put away."""
+    def _put(self, part: PromptStates, rows: Tensor) -> PromptStates:
+        """Return some rows (m,) of the part, with their states put away."""
         if self.states is None:
             self.states = part.states.new_empty(self.room, part.states.shape[1])
         dtype = torch.promote_types(self.states.dtype, part.states.dtype)
         self.states = self.states.to(dtype)
-        self.states[self.count : self.count + len(part.edit)] = part.states
-        self.count += len(part.edit)
-        return replace(part, states=part.states.new_empty(len(part.edit), 0))
+        torch.index_select(part.states.to(dtype), 0, rows, out=self.states[self.count : self.count + len(rows)])
+        self.count += len(rows)
+        return replace(part, states=part.states[:, :0]).rows(rows)
 
 
 def _prompt_tokens(directories: Sequence[ShardDirectory]) -> int:

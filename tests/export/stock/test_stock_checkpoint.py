@@ -175,6 +175,9 @@ def test_other_architectures_are_told_what_they_can_have(tmp_path: Path, archite
     site = find_site(base, Checkpoint(base), LAYER)
     with pytest.raises(ModelError, match=r"cannot be written as stock: .*; use --format routed, or merge"):
         require_stock(base, site)
+    behind = find_site(base, Checkpoint(base), LAYER, known_layout(base).behind_layers())
+    with pytest.raises(ModelError, match=r"cannot be written as stock: .*; use --format routed$"):
+        require_stock(base, behind)
 
 
 @pytest.mark.parametrize(

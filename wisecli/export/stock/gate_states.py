@@ -167,7 +167,7 @@ def read_states(
     on_progress: ProgressCallback,
     stage: str,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return normed states that leave the edited layer (n, d), and the matrix' keys (n, d_ff), of each row.
+    """Return normed states that leave the edited layer (n, d), and the site's keys (n, width), of each row.
 
     At its prompt's last token and every target token but the last; without a target, at all its tokens.
     """

@@ -74,10 +74,8 @@ def require_stock(base: Path, site: Site) -> None:
         ModelError: it cannot, naming why and what can be written instead.
     """
     if reason := _unfit(base, site):
-        raise ModelError(
-            f"{base} cannot be written as stock: {reason}; use --format routed, "
-            "or merge with --mode merge for --format merged"
-        )
+        merged = "" if isinstance(site, LayerSite) else ", or merge with --mode merge for --format merged"
+        raise ModelError(f"{base} cannot be written as stock: {reason}; use --format routed{merged}")
 
 
 def _unfit(base: Path, site: Site) -> str:
@@ -128,8 +126,8 @@ def write_stock(
     config = stock_config(base, site.layer, count, packing)
     written = packing.dtype or checkpoint.dtype(f"{layers}.{site.layer}.mlp.down_proj.weight")
     # A block's feed-forward is multiplied as the layers' are; what lies behind a layer is not.
-    values = gate.values * (site.multiplier / float(config.get("residual_multiplier", 1.0)))
-    gate = replace(gate, values=values)
+    per_block = float(config.get("residual_multiplier", 1.0))
+    gate = replace(gate, values=gate.values * (site.multiplier / per_block))
     added = {name: tensor.to(written) for name, tensor in _blocks(config, layers, site.layer, gate, count)}
     added |= {name: tensor.to(written) for name, tensor in _no_biases(config, layers) if name not in files | added}
     save_tensors(output / MEMORY_TENSORS, added)

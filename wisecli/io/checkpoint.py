@@ -183,9 +183,11 @@ class Checkpoint:
             missing = sorted(mapping.keys() - present.keys())
             if missing:
                 raise DamagedFileError(index, f"tensor {missing[0]} is in no file", "copy the checkpoint anew")
-            self._files = {name: file for name, file in present.items() if file != without}
+            self._files = present
         else:
             raise ModelError(f"{directory} holds no {SINGLE_NAME} or {INDEX_NAME}; {_way_out(directory)}")
+        if without is not None:
+            self._files = {name: file for name, file in self._files.items() if file != without}
 
     def _scan(self, names: list[str]) -> dict[str, str]:
         files: dict[str, str] = {}

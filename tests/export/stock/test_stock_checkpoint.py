@@ -18,7 +18,7 @@ from wisecli.export.stock.stock_checkpoint import MEMORY_TENSORS, WIDTH, Gate, b
 from wisecli.export.weights import Packing
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.architectures import known_layout
-from wisecli.models.layout.site import find_site
+from wisecli.models.layout.site import Site, find_site
 
 LAYER, HIDDEN = 2, 32
 ROWS = [row.prompt for row in random_rows((5, 1), (9, 1), (12, 1), (7, 1))]
@@ -28,6 +28,7 @@ ROWS = [row.prompt for row in random_rows((5, 1), (9, 1), (12, 1), (7, 1))]
 class Written:
     base: Path
     path: Path
+    site: Site
     gate: Gate
 
 
@@ -50,7 +51,7 @@ def written(
     gate, output = random_gate(keys, HIDDEN), root / "stock"
     output.mkdir()
     write_stock(output, base, checkpoint, site, gate, packing)
-    return Written(base, output, gate)
+    return Written(base, output, site, gate)
 
 
 def load(path: Path, **named: object) -> PreTrainedModel:
@@ -101,8 +102,7 @@ def test_a_stock_model_adds_what_the_gate_says(tmp_path: Path, architecture: str
 @torch.no_grad()
 def test_residuals_behind_a_layer_are_added_as_they_are(tmp_path: Path, architecture: str) -> None:
     made = written(tmp_path, architecture, behind_layer=True)
-    site = find_site(made.base, Checkpoint(made.base), LAYER, known_layout(made.base).behind_layers())
-    require_stock(made.base, site)
+    require_stock(made.base, made.site)
     for tokens in ROWS:
         found = load(made.path)(input_ids=torch.tensor([tokens])).logits[0]
         expected = gated_by_hook(made.base, made.gate, tokens, multiplier=1.0)

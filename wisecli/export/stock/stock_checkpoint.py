@@ -25,10 +25,10 @@ from transformers import AutoConfig
 from wisecli.artifacts.file_names import MEMORY_TENSORS
 from wisecli.errors import ModelError
 from wisecli.export.routed.checkpoint import BASE_TENSORS, copy_side_files, typed_config, write_index
-from wisecli.export.stock.stock_manifest import layers_path, moved, value_matrix
+from wisecli.export.stock.stock_manifest import VALUE_MATRIX, layers_path, moved, value_matrix
 from wisecli.export.weights import Packing, write_renamed
 from wisecli.io.checkpoint import Checkpoint, read_json, save_tensors, write_json
-from wisecli.models.layout.site import LayerSite, Site
+from wisecli.models.layout.site import Site
 
 # From nothing to all of a residual, in units of what a neuron reads.
 WIDTH = 20.0
@@ -74,7 +74,7 @@ def require_stock(base: Path, site: Site) -> None:
         ModelError: it cannot, naming why and what can be written instead.
     """
     if reason := _unfit(base, site):
-        merged = "" if isinstance(site, LayerSite) else ", or merge with --mode merge for --format merged"
+        merged = ", or merge with --mode merge for --format merged" if site.has_matrix else ""
         raise ModelError(f"{base} cannot be written as stock: {reason}; use --format routed{merged}")
 
 
@@ -94,7 +94,7 @@ def _unfit(base: Path, site: Site) -> str:
         return "its attention slides over a window, which Llama's does not"
     if settings.hidden_act not in ("silu", "swish"):
         return f"its feed-forward has {settings.hidden_act} where the gate needs SiLU"
-    if not isinstance(site, LayerSite) and site.module != value_matrix(site):
+    if site.has_matrix and site.module != value_matrix(site):
         return f"{site.module} is not the last matrix of a Llama feed-forward"
     return ""
 
@@ -124,10 +124,10 @@ def write_stock(
     single = BASE_TENSORS
     files = write_renamed(output, checkpoint, packing, rename, single=single)
     config = stock_config(base, site.layer, count, packing)
-    written = packing.dtype or checkpoint.dtype(f"{layers}.{site.layer}.mlp.down_proj.weight")
-    # A block's feed-forward is multiplied as the layers' are; what lies behind a layer is not.
-    per_block = float(config.get("residual_multiplier", 1.0))
-    gate = replace(gate, values=gate.values * (site.multiplier / per_block))
+    written = packing.dtype or checkpoint.dtype(f"{layers}.{site.layer}.{VALUE_MATRIX}.weight")
+    # Granite multiplies what a block's feed-forward adds; a residual behind a layer is added as it is.
+    multiplier = float(config.get("residual_multiplier", 1.0))
+    gate = replace(gate, values=gate.values * (site.multiplier / multiplier))
     added = {name: tensor.to(written) for name, tensor in _blocks(config, layers, site.layer, gate, count)}
     added |= {name: tensor.to(written) for name, tensor in _no_biases(config, layers) if name not in files | added}
     save_tensors(output / MEMORY_TENSORS, added)

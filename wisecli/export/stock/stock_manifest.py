@@ -19,6 +19,9 @@ from wisecli.io.json_schema import OPEN, decode
 from wisecli.models.layout.architectures import stored_weight
 from wisecli.models.layout.site import Site, StoredSite, check_site
 
+# The last matrix of a feed-forward in Llama's layers.
+VALUE_MATRIX = "mlp.down_proj"
+
 
 @dataclass(frozen=True)
 class GateEntry:
@@ -135,12 +138,12 @@ def layers_path(checkpoint: Checkpoint, site: Site) -> str:
         ModelError: it keeps the edited layer under another name than stock architectures do.
     """
     module = value_matrix(site)
-    stored, end = stored_weight(checkpoint, module), f".{site.layer}.mlp.down_proj.weight"
+    stored, end = stored_weight(checkpoint, module), f".{site.layer}.{VALUE_MATRIX}.weight"
     if stored is None or not stored.endswith(end):
         raise ModelError(f"{checkpoint.directory} keeps {module}.weight under another name; use --format routed")
     return stored.removesuffix(end)
 
 
 def value_matrix(site: Site) -> str:
-    """Return the path that the last matrix of the edited layer's feed-forward has in Llama."""
-    return f"{site.layer_module}.mlp.down_proj"
+    """Return the path of the edited layer's value matrix in Llama."""
+    return f"{site.layer_module}.{VALUE_MATRIX}"

@@ -66,6 +66,7 @@ def _near_edits(
     prompts, prompt_index, _, form = in_order(prompts)
     tensors = _with_prompts(former, alone.tensors, torch.arange(former.edits, edits), former.edits, heads=1)
     groups = compared_forms(form)
+    # Prompts of no group are compared with none.
     projected = _projected_subjects(heads, prompts.states, (groups[prompt_index] >= 0).nonzero().flatten())
     near = NearPrompts(LateInteraction(tensors, edits), projected, prompt_index)
     first, second = near.similar_edits(groups, beside=former.edits)

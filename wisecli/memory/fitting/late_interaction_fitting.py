@@ -39,7 +39,7 @@ class FittedLateInteraction:
 
     ``own_probs`` (g,) is for each kept prompt how surely it means its edit, ``written_probs`` (M,) the same of prompts
     as are written, ``other_probs`` (M,) how surely any prompt of another edit means an edit, ``unrelated_probs`` (u, M)
-    the same for unrelated texts. ``late_interaction`` is made of the tensors.
+    the same for unrelated texts. ``late_interaction`` compares prompts with those of the tensors.
     """
 
     tensors: dict[str, Tensor]

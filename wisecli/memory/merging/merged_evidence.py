@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,10 +86,7 @@ def read_for_lookup(directories: Sequence[ShardDirectory]) -> MergedEvidence:
                 _rows_held(directory, entry, tensors["evidence.edit"])
             )
         )
-        own = prompts_in(tensors)
-        if own is not None and not bool((held := _rows_held(directory, entry, own.edit)).all()):
-            own = own.rows(held)
-        joined.add(own, place)
+        joined.add(_prompts_held(directory, entry, tensors), place)
     subjects, tokens = _subjects(directories)
     evidence, unrelated = join_evidence(parts, places), _unrelated_of(directories)
     numbered, separator = _shard_numbers(parts), separator_of(directories)
@@ -172,6 +169,15 @@ def _rows_held(directory: ShardDirectory, entry: ShardEntry, edit: Tensor) -> Te
     """Return which rows of a shard are of edits (n,) that its manifest still names (n,)."""
     names, (numbers, index) = set(entry.edits), edit.long().unique(return_inverse=True)
     return torch.tensor([directory.edits[number].id in names for number in numbers.tolist()], dtype=torch.bool)[index]
+
+
+def _prompts_held(directory: ShardDirectory, entry: ShardEntry, tensors: Mapping[str, Tensor]) -> PromptStates | None:
+    """Return the states of a shard's prompts that its manifest still names, if it keeps any; not copied if all are."""
+    prompts = prompts_in(tensors)
+    if prompts is None:
+        return None
+    held = _rows_held(directory, entry, prompts.edit)
+    return prompts if bool(held.all()) else prompts.rows(held)
 
 
 def _shard_numbers(parts: Sequence[Evidence]) -> Tensor:

@@ -18,8 +18,10 @@ from wisecli.environment import has_quick_bfloat16
 from wisecli.models.running.grouped_rows import rows_of
 from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction
 
-# Prompts that are compared at a time, and tokens of others that they are compared with, by the type of their cosines.
-_AT_A_TIME, _TOKENS = 64, {torch.bfloat16: 2048, torch.float32: 512}
+# Prompts that are compared at a time.
+_AT_A_TIME = 64
+# Tokens of others that they are compared with at a time, by the type of the cosines: those stay near the core.
+_TOKENS = {torch.bfloat16: 2048, torch.float32: 512}
 # How much less alike than would do two subjects in one form may be; cosines of few bits are off by less than a third.
 _SLACK = 0.05
 
@@ -116,8 +118,7 @@ class NearPrompts:
             columns = F.embedding(tokens.T.flatten(), self.projected[0]).to(dtype).T.contiguous()  # (k, W · B)
             scores = torch.zeros(len(kept), len(part))
             for some, prompt, weight in parts:
-                cosines = (some @ columns).view(len(some), -1, len(part))
-                scores.index_add_(0, prompt, highest(cosines) * weight)
+                scores.index_add_(0, prompt, highest((some @ columns).view(len(some), -1, len(part))) * weight)
             near, place = (scores >= least).nonzero(as_tuple=True)
             yield late_interaction.prompt_to_edit[part[place]], late_interaction.prompt_to_edit[kept[near]]
 
@@ -129,7 +130,7 @@ def highest(cosines: Tensor) -> Tensor:
     order is the same.
     """
     if cosines.dtype != torch.bfloat16:
-        return cosines.amax(1).clamp_(min=0)
+        return cosines.amax(1).clamp(min=0)
     return cosines.view(torch.int16).amax(1).clamp(min=0).view(torch.bfloat16)
 
 

@@ -43,6 +43,7 @@ class LayerSite(Site):
     norm = None
     multiplier = 1.0
     what = "edited layer"
+    has_matrix = False
 
     @property
     def base_name(self) -> str:

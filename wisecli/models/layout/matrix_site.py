@@ -39,6 +39,7 @@ class MatrixSite(Site):
     above = CACHED
     streams = None
     what = "edited matrix"
+    has_matrix = True
 
     @property
     def weight(self) -> str:

@@ -45,6 +45,7 @@ class Site(ABC):
         module: path of what answers there once a memory is in place.
         base_name: what the base's own tensors at the site are called.
         what: what they are, in words.
+        has_matrix: whether edits change a matrix, so that memories can be merged into one.
         d: how long residuals are.
         norm: path of the norm that what is added passes before it joins the residual stream, if there is one.
         multiplier: what it is multiplied by on its way there.
@@ -62,6 +63,7 @@ class Site(ABC):
     streams: int | None
 
     what: ClassVar[str]
+    has_matrix: ClassVar[bool]
 
     module: str
 

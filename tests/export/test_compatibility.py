@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,10 @@ ELSEWHERE = ["qwen3_moe", "falcon_h1", "gemma3n_text"]  # in test_behind_layers.
 
 
 @pytest.fixture(scope="module")
-def results(sweep: Callable[[list[str], list[str]], list[str]]) -> dict[str, dict[str, str]]:
-    return compatibility.table(sweep(FEW, compatibility.tried(unlike_decoders())))
+def results(pytestconfig: pytest.Config) -> dict[str, dict[str, str]]:
+    # Which types are tried takes drawing every one of them.
+    every = pytestconfig.getoption("--thorough")
+    return compatibility.table(compatibility.tried(unlike_decoders()) if every else FEW)
 
 
 def section(heading: str) -> str:

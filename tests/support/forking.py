@@ -18,14 +18,22 @@ from typing import Any, TextIO
 # Takes what a process is called with and its standard streams, and answers with the number of a fork that runs it and,
 # when that has ended, with its exit code. It may be told to kill itself at a step on the file system.
 _SERVER = """
-import atexit, json, os, signal, socket, sys
+import gc
+gc.disable()
+import atexit, importlib, json, os, pkgutil, signal, socket, sys
 import torch
 torch.set_num_threads(1)
-import transformers.models.llama.modeling_llama, torch._dynamo
-import wisecli.commands.edit.edit_into, wisecli.commands.measure.evaluate
-import wisecli.commands.checkpoint.export, wisecli.commands.memory.rollback
-from transformers import AutoTokenizer
+import pydantic.type_adapter, rich.table, transformers.models.llama.modeling_llama, torch._dynamo
+from transformers import AutoTokenizer, conversion_mapping
+import wisecli
 from wisecli import cli
+
+for package in ("artifacts", "cli", "commands", "editing", "evaluation", "export", "memory", "models", "routing"):
+    for module in pkgutil.walk_packages([f"{wisecli.__path__[0]}/{package}"], f"wisecli.{package}."):
+        importlib.import_module(module.name)
+conversion_mapping.get_checkpoint_conversion_mapping("llama")  # made of a thousand patterns, once a process
+gc.freeze()
+gc.enable()
 
 STEPS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.chmod", "os.listdir", "os.scandir"}
 

@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -236,11 +237,27 @@ def memory_for(
     """A memory that some of random prompts open, each by a clear margin, and that changes much where it does.
 
     Of kind ``lookup`` every memory is an edit, with two residuals; of kind ``facts`` one with a matrix of its own, and
-    of kind ``matrix`` that opens by its norm.
+    of kind ``matrix`` that opens by its norm. For the same weights it is made once.
     """
+    weights = sha256(b"".join(tensor.float().numpy().tobytes() for tensor in model.state_dict().values()))
+    key = (str(model.dtype), weights.digest(), site, kind, pooling, memories, seed)
+    if key not in _MEMORIES:
+        _MEMORIES[key] = _memory_for(model, site, kind, pooling, memories, seed)
+    made = _MEMORIES[key]
+    return replace(made, tensors={name: tensor.clone() for name, tensor in made.tensors.items()})
+
+
+# Memories that were made before, by what they were made of.
+_MEMORIES: dict[tuple[Any, ...], SideMemory] = {}
+
+
+def _memory_for(
+    model: PreTrainedModel, site: MatrixSite, kind: str, pooling: str, memories: int, seed: int
+) -> SideMemory:
     generator = torch.Generator().manual_seed(seed)
     prompts = [row.prompt for row in random_rows(*[(length, 1) for length in (12, 9, 5, 3)] * 6, seed=seed)]
-    sample = torch.cat([keys_of(model, site, prompt) for prompt in prompts])
+    keys = [keys_of(model, site, prompt) for prompt in prompts]
+    sample = torch.cat(keys)
     usual = sample.norm(dim=-1).median()
     if kind == "lookup":
         tensors = {**_keys_for(sample, memories, generator), **_meaning_for(model, site, memories, generator)}
@@ -255,7 +272,8 @@ def memory_for(
             tensors |= {"edit_to_matrix": torch.arange(memories), **_meaning_for(model, site, memories, generator)}
         state_layer = 0 if kind == "facts" else None
         draft = SideMemory(tensors, (1.0,) * memories, "matrix", pooling, state_layer=state_layer)
-    scores = torch.tensor([scores_of(draft, prompt, read_by(model, site, draft, prompt)) for prompt in prompts])
+    read = keys if draft.state_layer is None else [read_by(model, site, draft, prompt) for prompt in prompts]
+    scores = torch.tensor([scores_of(draft, *pair) for pair in zip(prompts, read, strict=True)])
     return replace(draft, thresholds=tuple(map(clear_threshold, scores.T)))
 
 

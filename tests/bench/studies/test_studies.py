@@ -46,6 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(place: Path) -> StudyReport:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WISE_UNRELATED_TEXTS", "16")
+        patch.setenv("WISE_RESIDUAL_STOP", "0.2")
         patch.setattr(latency, "_ROUNDS", 1)
         return studied(place, place / "out")
 
@@ -53,6 +54,7 @@ def report(place: Path) -> StudyReport:
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WISE_UNRELATED_TEXTS", "16")
+    monkeypatch.setenv("WISE_RESIDUAL_STOP", "0.2")
 
 
 def test_every_study_has_the_rows_it_promises(report: StudyReport) -> None:
@@ -83,7 +85,7 @@ def test_qualities_are_shares_and_edits_take(report: StudyReport, name: str) -> 
 def test_a_row_is_what_the_commands_say_one_after_the_other(place: Path, report: StudyReport, tmp_path: Path) -> None:
     lines = (place / "data.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "edits.jsonl").write_text("".join(lines[:6]))
-    settings = EditSettings(unrelated_texts=16, shards=2, mask_ratio=0.6)
+    settings = EditSettings(unrelated_texts=16, residual_stop=0.2, shards=2, mask_ratio=0.6)
     edit(str(place / "model"), tmp_path / "edits.jsonl", tmp_path / "shards", settings, load=CPU)
     merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings(mode="merge", method="ties", refit=False))
     given = EvalSettings(generate=False)
@@ -245,7 +247,7 @@ def test_the_routers_shares_are_the_memorys_own_decisions(place: Path, report: S
     loaded = load_model(place / "model", load=CPU)
     shares = set()
     for row in report.rows["router"][:1]:  # facts decide about the others
-        settings = EditSettings(unrelated_texts=16, writer=row["writer"])
+        settings = EditSettings(unrelated_texts=16, residual_stop=0.2, writer=row["writer"])
         shards = tmp_path / f"{row['writer']}-{row['mode']}"
         edit(str(place / "model"), tmp_path / "edits.jsonl", shards, settings, load=CPU)
         merge([shards], tmp_path / "memory", MergeSettings(mode=row["mode"]), force=True)
@@ -269,7 +271,8 @@ def test_a_prompt_that_means_an_edit_is_answered_otherwise(place: Path, report: 
     row = report.rows["router"][-1]
     prompts = grouped(place, tmp_path / "edits.jsonl")
     shards = tmp_path / "shards"
-    edit(str(place / "model"), tmp_path / "edits.jsonl", shards, EditSettings(unrelated_texts=16), load=CPU)
+    settings = EditSettings(unrelated_texts=16, residual_stop=0.2)
+    edit(str(place / "model"), tmp_path / "edits.jsonl", shards, settings, load=CPU)
     merge([shards], tmp_path / "memory", MergeSettings())
     edited, base = attach(tmp_path / "memory", load=CPU), load_model(place / "model", load=CPU)
     shares = []

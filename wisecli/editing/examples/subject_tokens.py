@@ -33,20 +33,22 @@ def subject_spellings(tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit])
     tokens: dict[str, list[int]] = {}
     for token in sorted(spelt):
         tokens.setdefault(spelt[token], []).append(token)
-    texts = [_words(tokenizer, spelt, text) for text in unrelated_texts(_TEXTS, seed=0)]
-    common = Counter(word for text in texts for word in text)
+    texts = _ids(tokenizer, unrelated_texts(_TEXTS, seed=0))
+    common = Counter(word for ids in texts for word in _words(spelt, ids))
 
     def weighed(words: set[str]) -> tuple[SubjectToken, ...]:
         rare = {word: math.log((_TEXTS + 1) / (common[word] + 1)) for word in sorted(words)}
         whole = sum(rare.values())
         return tuple(SubjectToken(tuple(tokens[word]), share / whole) for word, share in rare.items() if share > 0)
 
+    subjects = [f" {edit.subject_name or ''}" for edit in edits]
+    cases = (subjects, [subject.lower() for subject in subjects], [subject.upper() for subject in subjects])
+    written = zip(*(_ids(tokenizer, forms) for forms in cases), strict=True)
     found = {}
-    for edit in edits:
-        subject = f" {edit.subject_name or ''}"
-        split = (_words(tokenizer, spelt, form) for form in (subject, subject.lower(), subject.upper()))
+    for edit, forms, prompt in zip(edits, written, _ids(tokenizer, [edit.prompt for edit in edits]), strict=True):
+        split = (_words(spelt, ids) for ids in forms)
         spellings = tuple(words for words in dict.fromkeys(map(weighed, split)) if words)
-        if spellings and _named(tokenizer, spellings, edit.prompt):
+        if spellings and _named(spellings, prompt):
             found[edit.id] = spellings
     return found
 
@@ -58,12 +60,14 @@ def subject_tokens(
     named.
     """
     own = [edit for edit in edits if edit.id in named]
-    texts = (f" {edit.subject_name or ''}" for edit in own)
-    return {edit.id: tuple(_ids(tokenizer, text)) for edit, text in zip(own, texts, strict=True)}
+    written = _ids(tokenizer, [f" {edit.subject_name or ''}" for edit in own])
+    return {edit.id: tuple(ids) for edit, ids in zip(own, written, strict=True)}
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return ids
 
 
@@ -72,11 +76,11 @@ def _plain(token: str) -> str:
     return token.lstrip("".join(_MARKS)).casefold()
 
 
-def _words(tokenizer: PreTrainedTokenizerBase, spelt: Mapping[int, str], text: str) -> set[str]:
-    words = (spelt.get(token, "") for token in _ids(tokenizer, text))
+def _words(spelt: Mapping[int, str], ids: Sequence[int]) -> set[str]:
+    words = (spelt.get(token, "") for token in ids)
     return {word for word in words if any(letter.isalnum() for letter in word)}
 
 
-def _named(tokenizer: PreTrainedTokenizerBase, spellings: Spellings, prompt: str) -> bool:
-    ids = torch.tensor([_ids(tokenizer, prompt)])
+def _named(spellings: Spellings, prompt: Sequence[int]) -> bool:
+    ids = torch.tensor([prompt])
     return bool(SubjectMatch(subject_match_tensors([spellings]), 1)(ids, torch.ones_like(ids, dtype=torch.bool)))

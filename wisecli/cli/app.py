@@ -4,6 +4,8 @@ for, and nothing imports torch before a command runs.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Callable, Collection
@@ -18,6 +20,8 @@ from wisecli.cli.console import fail, quiet_libraries, show_all_letters
 from wisecli.errors import WiseError
 
 _INTERRUPTED = 130
+# Objects that come before the collector looks for cycles among them.
+_COLLECTED = 50_000
 
 # Panels and commands, in the order in which the help lists them, with the module and the function of each.
 _COMMANDS: dict[str, dict[str, str]] = {
@@ -97,6 +101,7 @@ def _asked_for() -> typer.Typer:
 def main() -> None:
     """Run the command line; every error the user can act on ends in one sentence and its exit code."""
     debug = "--debug" in sys.argv[1:2]
+    _collect_seldom()
     quiet_libraries()
     show_all_letters()
     if "_WISE_COMPLETE" in os.environ:
@@ -121,6 +126,14 @@ def main() -> None:
     if code == _INTERRUPTED:  # Typer catches most interruptions, and says nothing of them
         fail("interrupted; nothing was written")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _collect_seldom() -> None:
+    """Have the collector look for cycles less often, and not when the process ends: it takes seconds to go through all
+    that is imported, of which nothing is ever garbage.
+    """
+    gc.set_threshold(_COLLECTED)
+    atexit.register(gc.freeze)
 
 
 def _failed(error: Exception) -> int:

@@ -68,9 +68,11 @@ def require_sane(value: Any) -> None:
 
 
 def _require_shallow(value: Any) -> None:
-    level = [value]
+    nested = (dict, list)
+    level = [value] if isinstance(value, nested) else []
     for _ in range(_DEPTH):
-        level = [part for item in level for part in _held(item) if isinstance(part, dict | list)]
+        held = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [part for own in held for part in own if isinstance(part, nested)]
         if not level:
             return
     raise ValueError("nested too deeply")

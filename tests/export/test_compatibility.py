@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,10 @@ ELSEWHERE = ["qwen3_moe", "falcon_h1", "gemma3n_text"]  # in test_behind_layers.
 
 
 @pytest.fixture(scope="module")
-def results(pytestconfig: pytest.Config) -> dict[str, dict[str, str]]:
-    # Which types are tried takes drawing every one of them.
-    every = pytestconfig.getoption("--thorough")
-    return compatibility.table(compatibility.tried(unlike_decoders()) if every else FEW)
+def results(sweep: Callable[..., Callable[[], list[str]]]) -> dict[str, dict[str, str]]:
+    # To know which of all types are tried, every one of them has to be drawn.
+    chosen = sweep(lambda: FEW, lambda: compatibility.tried(unlike_decoders()))
+    return compatibility.table(chosen())
 
 
 def section(heading: str) -> str:

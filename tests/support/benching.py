@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from support.quick_edits import edit_quickly
 from wisecli.bench.reporting import html_tables
 from wisecli.evaluation import protocols
 
@@ -31,7 +32,6 @@ def make_quick(patch: pytest.MonkeyPatch) -> None:
 
     A tiny model hardly ever ends an answer by itself. ``tests/bench/reporting`` has pictures drawn.
     """
-    patch.setenv("WISE_UNRELATED_TEXTS", "16")
-    patch.setenv("WISE_RESIDUAL_STOP", "0.2")
+    edit_quickly(patch)
     patch.setattr(protocols, "MAX_NEW_TOKENS", 6)
     patch.setattr(html_tables, "pictures", lambda _rows: [])

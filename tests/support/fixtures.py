@@ -16,6 +16,7 @@ from transformers import dynamic_module_utils
 
 from support.forking import fork_server
 from support.loading import CPU
+from support.quick_edits import edit_quickly
 from support.ready import Ready, make_ready
 from support.sharing import Share, made_once
 from support.thorough import few
@@ -63,8 +64,7 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Runs the command line; its exit code."""
-    monkeypatch.setenv("WISE_UNRELATED_TEXTS", "16")
-    monkeypatch.setenv("WISE_RESIDUAL_STOP", "0.2")
+    edit_quickly(monkeypatch)
 
     def call(*line: str) -> int:
         monkeypatch.setattr(sys, "argv", ["wise", *map(str, line)])
@@ -80,8 +80,7 @@ def wise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     """Runs the command line in an empty directory of its own."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("WISE_UNRELATED_TEXTS", "16")
-    monkeypatch.setenv("WISE_RESIDUAL_STOP", "0.2")
+    edit_quickly(monkeypatch)
     monkeypatch.setenv("WISE_PASSES", "2")
     monkeypatch.setenv("WISE_FORMS", "bare,polite")
     monkeypatch.setenv("WISE_KINDS", "capitals,translate")

@@ -225,6 +225,10 @@ def states_of(model: PreTrainedModel, site: MatrixSite, layer: int, tokens: Sequ
     return kept[0][0]
 
 
+# Memories that were made before, by what they were made of.
+_MEMORIES: dict[tuple[Any, ...], SideMemory] = {}
+
+
 def memory_for(
     model: PreTrainedModel,
     site: MatrixSite,
@@ -245,10 +249,6 @@ def memory_for(
         _MEMORIES[key] = _memory_for(model, site, kind, pooling, memories, seed)
     made = _MEMORIES[key]
     return replace(made, tensors={name: tensor.clone() for name, tensor in made.tensors.items()})
-
-
-# Memories that were made before, by what they were made of.
-_MEMORIES: dict[tuple[Any, ...], SideMemory] = {}
 
 
 def _memory_for(

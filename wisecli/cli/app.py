@@ -20,8 +20,8 @@ from wisecli.cli.console import fail, quiet_libraries, show_all_letters
 from wisecli.errors import WiseError
 
 _INTERRUPTED = 130
-# Objects that come before the collector looks for cycles among them.
-_COLLECTED = 50_000
+# How many objects are made before the garbage collector looks for cycles among them.
+_GC_THRESHOLD = 50_000
 
 # Panels and commands, in the order in which the help lists them, with the module and the function of each.
 _COMMANDS: dict[str, dict[str, str]] = {
@@ -101,7 +101,7 @@ def _asked_for() -> typer.Typer:
 def main() -> None:
     """Run the command line; every error the user can act on ends in one sentence and its exit code."""
     debug = "--debug" in sys.argv[1:2]
-    _collect_seldom()
+    _collect_less_often()
     quiet_libraries()
     show_all_letters()
     if "_WISE_COMPLETE" in os.environ:
@@ -128,11 +128,12 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _collect_seldom() -> None:
-    """Have the collector look for cycles less often, and not when the process ends: it takes seconds to go through all
-    that is imported, of which nothing is ever garbage.
+def _collect_less_often() -> None:
+    """Make the garbage collector look for cycles less often, and not at all when the process ends.
+
+    Going through what torch and transformers import takes it seconds, and none of that is ever garbage.
     """
-    gc.set_threshold(_COLLECTED)
+    gc.set_threshold(_GC_THRESHOLD)
     atexit.register(gc.freeze)
 
 

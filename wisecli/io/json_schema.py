@@ -68,11 +68,9 @@ def require_sane(value: Any) -> None:
 
 
 def _require_shallow(value: Any) -> None:
-    nested = (dict, list)
-    level = [value] if isinstance(value, nested) else []
+    level = [value]
     for _ in range(_DEPTH):
-        held = (item.values() if isinstance(item, dict) else item for item in level)
-        level = [part for own in held for part in own if isinstance(part, nested)]
+        level = [part for held in map(_held, level) for part in held if isinstance(part, (dict, list))]
         if not level:
             return
     raise ValueError("nested too deeply")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from support.helpers import choice_of
 from support.loading import CPU
+from support.quick_edits import edit_quickly
 from support.studying import ALL, make_place, studied
 
 from wisecli.artifacts.memory_manifest import read_memory
@@ -45,16 +46,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(place: Path) -> StudyReport:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WISE_UNRELATED_TEXTS", "16")
-        patch.setenv("WISE_RESIDUAL_STOP", "0.2")
+        edit_quickly(patch)
         patch.setattr(latency, "_ROUNDS", 1)
         return studied(place, place / "out")
 
 
 @pytest.fixture(autouse=True)
-def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WISE_UNRELATED_TEXTS", "16")
-    monkeypatch.setenv("WISE_RESIDUAL_STOP", "0.2")
+def quick_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_quickly(monkeypatch)
 
 
 def test_every_study_has_the_rows_it_promises(report: StudyReport) -> None:

@@ -7,6 +7,7 @@ from statistics import median
 import pytest
 import torch
 from support.loading import CPU
+from support.quick_edits import edit_quickly
 from support.studying import make_place, studied
 from torch.nn import functional
 
@@ -22,8 +23,7 @@ from wisecli.routing.passes.token_cache import cache_returned
 def report(tmp_path_factory: pytest.TempPathFactory) -> StudyReport:
     place = make_place(tmp_path_factory.mktemp("turns"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WISE_UNRELATED_TEXTS", "16")
-        patch.setenv("WISE_RESIDUAL_STOP", "0.2")
+        edit_quickly(patch)
         return studied(place, place / "out", study="latency", edits_per_shard=2)
 
 
@@ -38,8 +38,7 @@ def test_figures_are_medians_of_what_was_taken_in_turns(
     rows = report.rows["latency"]
     assert [(row["shards"], row["mode"]) for row in rows] == [(3, mode) for mode in ("lookup", "retrieve", "merge")]
     assert all(value > 0 for row in rows for value in row["figures"].values())
-    monkeypatch.setenv("WISE_UNRELATED_TEXTS", "16")
-    monkeypatch.setenv("WISE_RESIDUAL_STOP", "0.2")
+    edit_quickly(monkeypatch)
     monkeypatch.setattr(latency, "taking_turns", lambda *_: ([0.003, 0.002, 0.016], [0.001, 0.002, 0.002]))
     again = studied(report.output.parent, tmp_path / "out", study="latency", counts="3")
     for row in again.rows["latency"]:

@@ -10,13 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.benching import make_quick
 from support.clock import set_clock, with_clock
 from support.forking import Forked
 from support.helpers import save_tiny
 from support.ready import EDITS, Ready, write_edits
 from support.tiny_models import Wise
-
-from wisecli.bench.reporting import html_tables
 
 FIRST, SECOND = "2026-11-26", "2026-11-27"
 
@@ -66,7 +65,7 @@ def test_the_day_is_recorded_with_figures(
     wise: Wise, ready: Ready, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bug reports on evaluations: figures of a chat model moved from day to day, and nothing said why."""
-    monkeypatch.setattr(html_tables, "pictures", lambda _rows: [])
+    make_quick(monkeypatch)
     assert wise("edit", str(model), ready.edits).code == 0
     assert wise("merge", "shards").code == 0
     told = json.loads(wise("eval", "--memory", "memory", "--chat", "--json").out)

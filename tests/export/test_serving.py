@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.gates import random_gate
+from support.gates import random_gate, write_gate
 from support.helpers import save_tiny
 from support.served import PROMPTS, VLLM, Served, chosen_by, in_transformers, serving, tiny_export, wider
 from support.tiny_models import SAMPLE_EDITS, Chain
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from wisecli.data.corpus import unrelated_texts
-from wisecli.export.stock.stock_checkpoint import write_stock
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import find_site
 
@@ -43,7 +42,7 @@ def test_a_stock_checkpoint_runs_in_a_model_of_vllms_own(vllm: VLLM, tmp_path: P
     checkpoint = Checkpoint(base)
     stock.mkdir()
     gate = random_gate(40, config.hidden_size)  # of more than one block
-    write_stock(stock, base, checkpoint, find_site(base, checkpoint, 2), gate)
+    write_gate(stock, base, checkpoint, find_site(base, checkpoint, 2), gate)
     tokenizer = AutoTokenizer.from_pretrained(stock)
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     wanted = in_transformers(AutoModelForCausalLM.from_pretrained(stock).eval(), prompts)

@@ -9,8 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from support.gates import write_gate
 from support.tiny_models import TINY_CONFIGS
-from wisecli.export.stock.stock_checkpoint import Gate, write_stock
+from wisecli.export.stock.stock_checkpoint import Gate
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import find_site
 
@@ -60,5 +61,5 @@ def save_stock(root: Path, **changes: Any) -> Path:
         torch.randn(5, HIDDEN, generator=generator),
     )
     checkpoint = Checkpoint(base)
-    write_stock(output, base, checkpoint, find_site(base, checkpoint, LAYER), gate)
+    write_gate(output, base, checkpoint, find_site(base, checkpoint, LAYER), gate)
     return output

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +49,27 @@ class Packing:
         return TensorLayout(str(self.dtype).removeprefix("torch."), stored.shape)
 
 
+class Transform(Protocol):
+    """What becomes of a checkpoint's tensors, by their names there."""
+
+    def layout(self, name: str, layout: TensorLayout) -> TensorLayout:
+        """Return type and shape of a tensor afterwards."""
+
+    def tensor(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor's numbers afterwards, of that shape."""
+
+
+@dataclass(frozen=True)
+class _Unchanged:
+    """Leaves tensors as they are."""
+
+    def layout(self, _name: str, layout: TensorLayout) -> TensorLayout:
+        return layout
+
+    def tensor(self, _name: str, tensor: Tensor) -> Tensor:
+        return tensor
+
+
 def write_weights(
     output: Path,
     checkpoint: Checkpoint,
@@ -68,7 +89,13 @@ def write_weights(
 
 
 def write_renamed(
-    output: Path, checkpoint: Checkpoint, packing: Packing, rename: Callable[[str], str], *, single: str
+    output: Path,
+    checkpoint: Checkpoint,
+    packing: Packing,
+    rename: Callable[[str], str],
+    *,
+    single: str,
+    transform: Transform | None = None,
 ) -> dict[str, str]:
     """Write every tensor of a checkpoint under another name, and return the file that each is in, by its new name.
 
@@ -76,20 +103,27 @@ def write_renamed(
 
     Args:
         single: how a lone file of weights is to be called.
+        transform: what becomes of each tensor; its layout comes after the packing's, and prevails.
     """
+    transform = transform or _Unchanged()
     if packing.as_stored:
         names = {path.name: single if path.name == SINGLE_NAME else path.name for path in checkpoint.files}
-        grouped = {names[path.name]: dict(read_header(path).tensors) for path in checkpoint.files}
+        grouped = {names[path.name]: _laid_out(read_header(path).tensors, transform) for path in checkpoint.files}
     else:
-        grouped = _numbered(checkpoint, packing, single)
+        grouped = _numbered(checkpoint, packing, single, transform)
     for file, layouts in grouped.items():
         stored = {rename(name): name for name in layouts}
 
         def read(name: str, stored: dict[str, str] = stored, layouts: dict[str, TensorLayout] = layouts) -> Tensor:
-            return checkpoint.load(stored[name]).to(getattr(torch, layouts[stored[name]].dtype))
+            own = stored[name]
+            return transform.tensor(own, checkpoint.load(own)).to(getattr(torch, layouts[own].dtype))
 
         write_stream(output / file, {name: layouts[own] for name, own in stored.items()}, read)
     return {rename(name): file for file, layouts in grouped.items() for name in layouts}
+
+
+def _laid_out(layouts: Mapping[str, TensorLayout], transform: Transform) -> dict[str, TensorLayout]:
+    return {name: transform.layout(name, layout) for name, layout in layouts.items()}
 
 
 def _as_stored(
@@ -135,7 +169,7 @@ def overwrite(path: Path, name: str, tensor: Tensor) -> None:
 def _repacked(
     output: Path, checkpoint: Checkpoint, packing: Packing, single: str, replaced: dict[str, Tensor]
 ) -> dict[str, str]:
-    grouped = _numbered(checkpoint, packing, single)
+    grouped = _numbered(checkpoint, packing, single, _Unchanged())
 
     for file, layouts in grouped.items():
 
@@ -147,10 +181,12 @@ def _repacked(
     return {name: file for file, layouts in grouped.items() for name in layouts}
 
 
-def _numbered(checkpoint: Checkpoint, packing: Packing, single: str) -> dict[str, dict[str, TensorLayout]]:
+def _numbered(
+    checkpoint: Checkpoint, packing: Packing, single: str, transform: Transform
+) -> dict[str, dict[str, TensorLayout]]:
     """Return files of at most the packing's size, by name, and the tensors that go into each."""
     stored = {name: layout for path in checkpoint.files for name, layout in read_header(path).tensors.items()}
-    layouts = {name: packing.layout(layout) for name, layout in stored.items()}
+    layouts = _laid_out({name: packing.layout(layout) for name, layout in stored.items()}, transform)
     files = list(_grouped(layouts, packing.file_bytes))
     numbered = [f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" for number in range(len(files))]
     names = numbered if len(files) > 1 else [single]

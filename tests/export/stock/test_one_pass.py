@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.gates import random_gate
+from support.gates import random_gate, write_gate
 from support.helpers import WORDS, memory_for, save_tiny
 from support.loading import CPU
 
 from wisecli.export.stock.one_pass import changed_by, goes_on_with, next_tokens
-from wisecli.export.stock.stock_checkpoint import Gate, write_stock
+from wisecli.export.stock.stock_checkpoint import Gate
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import find_site
 from wisecli.models.loading import Loaded, load_model
@@ -29,7 +29,7 @@ def stock(root: Path, gate: Gate) -> Loaded:
     base, output = save_tiny(root / "base"), root / "stock"
     output.mkdir()
     checkpoint = Checkpoint(base)
-    write_stock(output, base, checkpoint, find_site(base, checkpoint, LAYER), gate)
+    write_gate(output, base, checkpoint, find_site(base, checkpoint, LAYER), gate)
     return load_model(output, CPU)
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.gates import random_gate
+from support.gates import random_gate, write_gate
 from support.helpers import random_rows, save_tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wisecli.errors import ModelError
-from wisecli.export.stock.stock_checkpoint import MEMORY_TENSORS, WIDTH, Gate, block_count, require_stock, write_stock
+from wisecli.export.stock.stock_checkpoint import MEMORY_TENSORS, WIDTH, Gate, block_count, require_stock
 from wisecli.export.weights import Packing
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.architectures import known_layout
@@ -50,7 +50,7 @@ def written(
     site = find_site(base, checkpoint, LAYER, layout.behind_layers() if behind_layer else layout)
     gate, output = random_gate(keys, HIDDEN), root / "stock"
     output.mkdir()
-    write_stock(output, base, checkpoint, site, gate, packing)
+    write_gate(output, base, checkpoint, site, gate, packing)
     return Written(base, output, site, gate)
 
 

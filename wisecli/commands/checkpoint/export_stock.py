@@ -18,7 +18,7 @@ from wisecli.export.stock.gate_answers import Verified, evenly_spaced, gate_line
 from wisecli.export.stock.gate_background import background_states
 from wisecli.export.stock.gate_fitting import fit_gate
 from wisecli.export.stock.gate_states import edit_states
-from wisecli.export.stock.stock_checkpoint import Gate, block_count, require_stock, write_stock
+from wisecli.export.stock.stock_checkpoint import Gate, base_settings, gate_blocks, require_stock, write_stock
 from wisecli.export.weights import Packing
 from wisecli.io.checkpoint import Checkpoint, write_json
 from wisecli.models.layout.site import Site
@@ -79,12 +79,12 @@ def write_gated(
     stock = output if quantize is None else output / "stock"
     stock.mkdir(exist_ok=True)
     on_progress(Event("writing"))
-    write_stock(stock, base, checkpoint, manifest.site, gate, packing)
-    blocks = block_count(len(gate.values), base)
-    answered = _verified(loaded, stock, checkpoint, manifest, blocks, load, on_progress) if verify else None
-    found = Gated(len(gate.values), blocks, answered)
+    blocks = gate_blocks(gate, base_settings(base), manifest.site.multiplier)
+    write_stock(stock, base, checkpoint, manifest.site, blocks, packing=packing)
+    answered = _verified(loaded, stock, checkpoint, manifest, len(blocks), load, on_progress) if verify else None
+    found = Gated(len(gate.values), len(blocks), answered)
     if quantize is not None:
-        own = range(manifest.site.layer + 1, manifest.site.layer + 1 + blocks)
+        own = range(manifest.site.layer + 1, manifest.site.layer + 1 + len(blocks))
         on_progress(Event("writing", note=GGUF_NAME))
         write_gguf(output / GGUF_NAME, stock, own, quantize)
         (output / MODELFILE_NAME).write_text(modelfile(stock, GGUF_NAME, date_of(loaded.tokenizer)), encoding="utf-8")

@@ -27,7 +27,7 @@ from wisecli.commands.checkpoint.verify_code import check_code
 from wisecli.commands.checkpoint.verify_report import VerifyReport
 from wisecli.edits.checks.signatures import Signed
 from wisecli.errors import ModelError, WiseError
-from wisecli.export.stock.stock_manifest import check_around, check_blocks, read_gated
+from wisecli.export.stock.stock_manifest import check_around, check_blocks, is_wider, read_gated
 from wisecli.io.checkpoint import EXPORTED_KEY, INDEX_NAME, read_json
 from wisecli.io.consistent_read import read_consistently
 from wisecli.io.digest import sha256_file
@@ -213,7 +213,8 @@ def _stock(path: Path, model: Path | None) -> Iterator[Check]:
     if manifest is None:
         return
     yield from check_blocks(path, manifest)
-    yield from check_base(path, manifest.site, manifest.base.fingerprint, settings=False, without=MEMORY_TENSORS)
+    if not is_wider(path, manifest):  # then what was edited has noughts beside it, and another digest
+        yield from check_base(path, manifest.site, manifest.base.fingerprint, settings=False, without=MEMORY_TENSORS)
     if model is not None:
         yield from check_base(model, manifest.site, manifest.base.fingerprint)
         yield from check_around(path, model, manifest)

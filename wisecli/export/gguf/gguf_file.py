@@ -26,7 +26,8 @@ Quantization = Literal["f32", "f16", "q8_0"]
 GGUF_NAME = "model.gguf"
 # Of a quantized row so many numbers share a scale.
 _BLOCK = 32
-_BIASES = (".mlp.gate_proj.bias", ".mlp.up_proj.bias", ".mlp.down_proj.bias", ".self_attn.o_proj.bias")
+_BIASES = (".mlp.gate_proj.bias", ".mlp.up_proj.bias", ".mlp.down_proj.bias")
+_ATTENTION_BIASES = tuple(f".self_attn.{letter}_proj.bias" for letter in "qkvo")
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,9 @@ def _entries(
         if name.endswith(".rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight"):
             continue
         own = name.startswith(inside)
-        if name.endswith(_BIASES) and not own and not checkpoint.load(name).any():
+        # Older versions of llama.cpp take a query's bias only where all heads together are as wide as the stream.
+        spared = (*_BIASES, *_ATTENTION_BIASES) if not own else _ATTENTION_BIASES
+        if name.endswith(spared) and not checkpoint.load(name).any():
             continue
         called = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if called is None:

@@ -1,18 +1,20 @@
-"""Checkpoints of a stock architecture with the gate inside: no custom code, and nothing but decoder blocks.
+"""Checkpoints of a stock architecture with a memory inside: no custom code, and nothing but decoder blocks.
 
-After the edited layer stand one or more decoder blocks of the model's own kind whose attention adds nothing and whose
-feed-forward is the memory. With ``u`` the RMS-normed state that leaves the edited layer, a key of direction ``w``,
+After the edited layer stand decoder blocks of the model's own kind, and the residual stream may have more channels than
+the base model's, which only those blocks use. Of a gate, the blocks' attention adds nothing and their feed-forward is
+the memory. With ``u`` the RMS-normed state that leaves the edited layer, a key of direction ``w``,
 offset ``b`` and residual ``v`` is a pair of neurons whose outputs are added with opposite signs::
 
     (silu(w·u + b) - silu(w·u + b - WIDTH)) · v / WIDTH
 
-which is 0 well below its threshold and ``v`` well above it. Everything else is the base model's, bit for bit.
+which is 0 well below its threshold and ``v`` well above it. Everything else is the base model's, bit for bit unless
+the stream is wider.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from wisecli.artifacts.file_names import MEMORY_TENSORS
 from wisecli.errors import ModelError
 from wisecli.export.routed.checkpoint import BASE_TENSORS, copy_side_files, typed_config, write_index
+from wisecli.export.stock.checkpoint.decoder_block import DecoderBlock, LayerSizes
+from wisecli.export.stock.checkpoint.widening import Widening
 from wisecli.export.stock.stock_manifest import VALUE_MATRIX, layers_path, moved, value_matrix
 from wisecli.export.weights import Packing, write_renamed
 from wisecli.io.checkpoint import Checkpoint, read_json, save_tensors, write_json
@@ -43,7 +47,6 @@ _SIZES = (
     *("rms_norm_eps", "max_position_embeddings", "vocab_size", "tie_word_embeddings", "attention_dropout"),
     *("rope_theta", "rope_scaling", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
-_SMALL = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def _unfit(base: Path, site: Site) -> str:
     kind = str(config.get("model_type"))[:80]
     if kind not in (*_OWN, *_AS_LLAMA):
         return f"{kind} is not Llama's architecture, and none that can be written as such"
-    settings = AutoConfig.from_pretrained(base, local_files_only=True)  # nosec B615 # of files of this disk
+    settings = _settings(base)
     if config.get("quantization_config") is not None:
         return "its weights are quantized"
     slides = (
@@ -99,10 +102,20 @@ def _unfit(base: Path, site: Site) -> str:
     return ""
 
 
+def base_settings(base: Path) -> dict[str, Any]:
+    """Return a base model's settings, with what its ``config.json`` leaves to the architecture."""
+    found: dict[str, Any] = _settings(base).to_dict()
+    return found
+
+
+def _settings(base: Path) -> PretrainedConfig:
+    found: PretrainedConfig = AutoConfig.from_pretrained(base, local_files_only=True)  # nosec B615 # of this disk
+    return found
+
+
 def capacity(base: Path) -> int:
     """Return how many keys a block holds."""
-    settings = AutoConfig.from_pretrained(base, local_files_only=True)  # nosec B615 # of files of this disk
-    return int(settings.intermediate_size) // 2
+    return int(base_settings(base)["intermediate_size"]) // 2
 
 
 def block_count(keys: int, base: Path) -> int:
@@ -110,103 +123,30 @@ def block_count(keys: int, base: Path) -> int:
     return max(1, -(-keys // capacity(base)))
 
 
-def write_stock(
-    output: Path, base: Path, checkpoint: Checkpoint, site: Site, gate: Gate, packing: Packing | None = None
-) -> None:
-    """Write a stock checkpoint into an empty directory; its layers above the edited one move up.
-
-    Raises:
-        ModelError: the checkpoint's weights go by other names than Llama's.
-    """
-    packing = packing or Packing()
-    layers, count = layers_path(checkpoint, site), block_count(len(gate.values), base)
-    rename = partial(moved, layers=layers, after=site.layer, by=count)
-    single = BASE_TENSORS
-    files = write_renamed(output, checkpoint, packing, rename, single=single)
-    config = stock_config(base, site.layer, count, packing)
-    written = packing.dtype or checkpoint.dtype(f"{layers}.{site.layer}.{VALUE_MATRIX}.weight")
-    # Granite multiplies what a block's feed-forward adds; a residual behind a layer is added as it is.
-    multiplier = float(config.get("residual_multiplier", 1.0))
-    gate = replace(gate, values=gate.values * (site.multiplier / multiplier))
-    added = {name: tensor.to(written) for name, tensor in _blocks(config, layers, site.layer, gate, count)}
-    added |= {name: tensor.to(written) for name, tensor in _no_biases(config, layers) if name not in files | added}
-    save_tensors(output / MEMORY_TENSORS, added)
-    write_index(output, {**files, **dict.fromkeys(added, MEMORY_TENSORS)})
-    write_json(output / "config.json", config)
-    copy_side_files(output, base)
-
-
-def stock_config(base: Path, layer: int, blocks: int, packing: Packing) -> dict[str, Any]:
-    """Return the config of the checkpoint: so many blocks more, and biases in every feed-forward.
+def gate_blocks(gate: Gate, config: Mapping[str, Any], multiplier: float = 1.0) -> list[DecoderBlock]:
+    """Return a gate as blocks of a stream of its own width, at least one.
 
     Args:
-        layer: the number of the edited layer.
+        config: the base model's settings.
+        multiplier: what its values are multiplied by before they are added.
     """
-    config = typed_config(read_json(base / "config.json"), packing)
-    kind = str(config["model_type"])
-    depth = int(config["num_hidden_layers"])
-    if kind in _AS_LLAMA:
-        settings = AutoConfig.from_pretrained(base, local_files_only=True)  # nosec B615 # of files of this disk
-        for name in _SIZES:
-            if name not in config and getattr(settings, name, None) is not None:
-                config[name] = getattr(settings, name)
-        config = {name: value for name, value in config.items() if name not in _FOREIGN}
-        config["attention_bias"] = kind == "qwen2"
-        kind = "llama"
-    if isinstance(types := config.get("layer_types"), list):
-        config["layer_types"] = [*types[: layer + 1], *["full_attention"] * blocks, *types[layer + 1 :]]
-    config.pop("auto_map", None)
-    return {
-        **config,
-        "model_type": kind,
-        "architectures": [_CLASSES[kind]],
-        "num_hidden_layers": depth + blocks,
-        "mlp_bias": True,
-    }
+    hidden, width = int(config["hidden_size"]), int(config["intermediate_size"])
+    scale, room = float(config.get("residual_multiplier", 1.0)), width // 2
+    values = gate.values * (multiplier / scale)
+    blocks = []
+    for start in range(0, max(1, len(values)), room):
+        chosen = slice(start, start + room)
+        part = Gate(*(whole[chosen].float() for whole in (gate.directions, gate.offsets, values)))
+        neurons = _neurons(part, hidden, width)
+        if scale != 1:  # in double precision, in which dividing by it again gives the very values
+            neurons["down_proj.weight"] = neurons["down_proj.weight"].double() * scale
+        blocks.append(DecoderBlock({f"mlp.{name}": tensor for name, tensor in neurons.items()}))
+    return blocks
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Sizes of a decoder block: of the stream, of the feed-forward, of all queries, and of keys or values."""
-
-    hidden: int
-    width: int
-    queries: int
-    shared: int
-
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> _Sizes:
-        """As a config says them."""
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        size = int(config.get("head_dim") or hidden // heads)
-        shared = int(config.get("num_key_value_heads") or heads) * size
-        return cls(hidden, int(config["intermediate_size"]), heads * size, shared)
-
-
-def _blocks(config: dict[str, Any], layers: str, layer: int, gate: Gate, count: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of the memory's blocks, in float32."""
-    sizes = _Sizes.of(config)
-    hidden, width, room = sizes.hidden, sizes.width, sizes.width // 2
-    for block in range(count):
-        layer_path = f"{layers}.{layer + 1 + block}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{layer_path}.{norm}.weight", torch.ones(hidden)
-        shapes = {
-            "q": (sizes.queries, hidden),
-            "k": (sizes.shared, hidden),
-            "v": (sizes.shared, hidden),
-            "o": (hidden, sizes.queries),
-        }
-        for letter, shape in shapes.items():
-            yield f"{layer_path}.self_attn.{letter}_proj.weight", torch.zeros(shape)
-        chosen = slice(block * room, (block + 1) * room)
-        for name, tensor in _neurons(gate, chosen, hidden, width).items():
-            yield f"{layer_path}.mlp.{name}", tensor
-
-
-def _neurons(gate: Gate, chosen: slice, hidden: int, width: int) -> dict[str, Tensor]:
-    """Return a feed-forward of ``width`` neurons that holds some of a gate's keys."""
-    directions, offsets, values = (part[chosen].float() for part in (gate.directions, gate.offsets, gate.values))
+def _neurons(gate: Gate, hidden: int, width: int) -> dict[str, Tensor]:
+    """Return a feed-forward of ``width`` neurons that holds a gate's keys."""
+    directions, offsets, values = gate.directions, gate.offsets, gate.values
     used = 2 * len(values)
     reads, reads_from, adds = torch.zeros(width, hidden), torch.zeros(width), torch.zeros(hidden, width)
     reads[0:used:2], reads[1:used:2] = directions, directions
@@ -217,20 +157,99 @@ def _neurons(gate: Gate, chosen: slice, hidden: int, width: int) -> dict[str, Te
     return {
         "gate_proj.weight": reads,
         "gate_proj.bias": reads_from,
-        "up_proj.weight": torch.zeros(width, hidden),
         "up_proj.bias": passes,
         "down_proj.weight": adds,
-        "down_proj.bias": torch.zeros(hidden),
     }
 
 
-def _no_biases(config: dict[str, Any], layers: str) -> Iterator[tuple[str, Tensor]]:
+def write_stock(
+    output: Path,
+    base: Path,
+    checkpoint: Checkpoint,
+    site: Site,
+    blocks: Sequence[DecoderBlock],
+    extra: int = 0,
+    packing: Packing | None = None,
+) -> None:
+    """Write a stock checkpoint into an empty directory; its layers above the edited one move up.
+
+    Args:
+        blocks: what stands behind the edited layer, with tensors as wide as the stream then is.
+        extra: so many channels the stream gets at least; see `Widening.of`.
+
+    Raises:
+        ModelError: the checkpoint's weights go by other names than Llama's.
+        ValueError: a block has a tensor that no layer has, or of another shape.
+    """
+    packing = packing or Packing()
+    widening = Widening.of(base_settings(base), extra)
+    layers = layers_path(checkpoint, site)
+    config = stock_config(base, site.layer, blocks, packing, widening)
+    sizes = LayerSizes.of(config)
+    for block in blocks:
+        block.require(sizes)
+    rename = partial(moved, layers=layers, after=site.layer, by=len(blocks))
+    single = BASE_TENSORS
+    files = write_renamed(output, checkpoint, packing, rename, single=single, transform=widening)
+    written = packing.dtype or checkpoint.dtype(f"{layers}.{site.layer}.{VALUE_MATRIX}.weight")
+    # Granite multiplies what a block adds, and blocks say what is to be added.
+    multiplier = float(config.get("residual_multiplier", 1.0))
+    added: dict[str, Tensor] = {}
+    for number, block in enumerate(blocks, site.layer + 1):
+        tensors = block.written(sizes, widening, multiplier, written)
+        added |= {f"{layers}.{number}.{name}": tensor for name, tensor in tensors}
+    added |= {name: tensor.to(written) for name, tensor in _no_biases(config, layers) if name not in files | added}
+    save_tensors(output / MEMORY_TENSORS, added)
+    write_index(output, {**files, **dict.fromkeys(added, MEMORY_TENSORS)})
+    write_json(output / "config.json", config)
+    copy_side_files(output, base)
+
+
+def stock_config(
+    base: Path, layer: int, blocks: Sequence[DecoderBlock], packing: Packing, widening: Widening
+) -> dict[str, Any]:
+    """Return the config of the checkpoint: so many blocks more, biases in every feed-forward, and a stream that wide.
+
+    Args:
+        layer: the number of the edited layer.
+    """
+    config = typed_config(read_json(base / "config.json"), packing)
+    kind = str(config["model_type"])
+    depth, settings = int(config["num_hidden_layers"]), _settings(base)
+    if kind in _AS_LLAMA:
+        for name in _SIZES:
+            if name not in config and getattr(settings, name, None) is not None:
+                config[name] = getattr(settings, name)
+        config = {name: value for name, value in config.items() if name not in _FOREIGN}
+        config["attention_bias"] = kind == "qwen2"
+        kind = "llama"
+    if isinstance(types := config.get("layer_types"), list):
+        config["layer_types"] = [*types[: layer + 1], *["full_attention"] * len(blocks), *types[layer + 1 :]]
+    config.pop("auto_map", None)
+    if any(block.attention_bias for block in blocks):
+        config["attention_bias"] = True
+    return {
+        **config,
+        **(_wider(settings.to_dict(), widening) if widening.changes else {}),
+        "model_type": kind,
+        "architectures": [_CLASSES[kind]],
+        "num_hidden_layers": depth + len(blocks),
+        "mlp_bias": True,
+    }
+
+
+def _wider(settings: Mapping[str, Any], widening: Widening) -> dict[str, Any]:
+    """Return what a config says of a wider stream; heads are no longer as large as the stream divided by them."""
+    return {
+        "hidden_size": widening.width,
+        "head_dim": settings.get("head_dim") or widening.hidden // int(settings["num_attention_heads"]),
+        "rms_norm_eps": float(settings["rms_norm_eps"]) * widening.share,
+    }
+
+
+def _no_biases(config: Mapping[str, Any], layers: str) -> Iterator[tuple[str, Tensor]]:
     """Yield a bias of nought for every one that the config asks for."""
-    sizes = _Sizes.of(config)
-    biases = dict(zip((f"mlp.{name}" for name in _SMALL), (sizes.width, sizes.width, sizes.hidden), strict=True))
-    if config.get("attention_bias"):
-        lengths = (sizes.queries, sizes.shared, sizes.shared, sizes.hidden)
-        biases |= {f"self_attn.{letter}_proj": length for letter, length in zip("qkvo", lengths, strict=True)}
+    biases = LayerSizes.of(config).biases
     for number in range(int(config["num_hidden_layers"])):
-        for name, length in biases.items():
-            yield f"{layers}.{number}.{name}.bias", torch.zeros(length)
+        for name, shape in biases.items():
+            yield f"{layers}.{number}.{name}", torch.zeros(shape)

@@ -1,4 +1,4 @@
-"""``wise.json`` of a checkpoint in which the memory is a gate of decoder blocks, and checks of those blocks."""
+"""``wise.json`` of a checkpoint in which the memory is decoder blocks, and checks of those and of what is around."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from wisecli.artifacts.integrity import Check, damaged
 from wisecli.artifacts.memory_manifest import Base
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError, ModelError, WiseError
-from wisecli.io.checkpoint import Checkpoint, read_json
+from wisecli.export.stock.checkpoint.decoder_block import LayerSizes
+from wisecli.export.stock.checkpoint.widening import Widening
+from wisecli.io.checkpoint import Checkpoint, all_finite, read_json
 from wisecli.io.json_schema import OPEN, decode
+from wisecli.io.safetensors_header import TensorLayout
 from wisecli.models.layout.architectures import stored_weight
 from wisecli.models.layout.site import Site, StoredSite, check_site
 
@@ -25,12 +28,16 @@ VALUE_MATRIX = "mlp.down_proj"
 
 @dataclass(frozen=True)
 class GateEntry:
-    """How large a gate is; what was measured of it stands beside that."""
+    """How large a gate is; what was measured of it stands beside that.
+
+    Attention of blocks that ``reads`` is used as well, and what they hold is not counted in neurons.
+    """
 
     __pydantic_config__ = OPEN
 
     keys: int
     blocks: int
+    reads: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,34 +85,70 @@ def is_gated(directory: Path) -> bool:
     return (directory / MERGED).is_file() and read_json(directory / MERGED).get("format") == "stock"
 
 
+def is_wider(directory: Path, manifest: GatedManifest) -> bool:
+    """Return whether a checkpoint's stream has more channels than the base model's."""
+    try:
+        return _widening(directory, manifest).changes
+    except DamagedFileError:
+        return False
+
+
+def _widening(directory: Path, manifest: GatedManifest) -> Widening:
+    """Return from how many channels to how many the written config says that the stream was widened."""
+    hidden, width = manifest.site.d, read_json(directory / "config.json").get("hidden_size")
+    return Widening(hidden, width if type(width) is int and width > hidden else hidden)
+
+
 def check_blocks(directory: Path, manifest: GatedManifest) -> Iterator[Check]:
     """Yield the memory's blocks: their attention adds nothing, and their feed-forward takes the keys that are told
-    of.
+    of. Of blocks that read otherwise, whether they are whole.
     """
     try:
         checkpoint = Checkpoint(directory)
         layers = layers_path(checkpoint, manifest.site)
-        used = 0
-        for number in manifest.blocks:
-            if checkpoint.load(f"{layers}.{number}.self_attn.o_proj.weight").any():
-                name = f"{layers}.{number}.self_attn.o_proj.weight"
-                yield Check("memory's attention", MERGED, "differs", name, "noughts", "other numbers")
-            used += int(checkpoint.load(f"{layers}.{number}.mlp.up_proj.bias").count_nonzero()) // 2
-    except (WiseError, KeyError) as error:
+        check = _whole_blocks if manifest.gate.reads else _gates
+        yield from check(checkpoint, layers, manifest)
+    except (WiseError, KeyError, ValueError, TypeError) as error:
         yield damaged(
             MERGED, DamagedFileError(directory, f"the memory's blocks cannot be read ({error})", "export anew")
         )
-        return
+
+
+def _gates(checkpoint: Checkpoint, layers: str, manifest: GatedManifest) -> Iterator[Check]:
+    used = 0
+    for number in manifest.blocks:
+        if checkpoint.load(f"{layers}.{number}.self_attn.o_proj.weight").any():
+            name = f"{layers}.{number}.self_attn.o_proj.weight"
+            yield Check("memory's attention", MERGED, "differs", name, "noughts", "other numbers")
+        used += int(checkpoint.load(f"{layers}.{number}.mlp.up_proj.bias").count_nonzero()) // 2
     if used == manifest.gate.keys:
         yield Check(f"{used} keys in {manifest.gate.blocks} blocks", MERGED)
     else:
         yield Check("keys of the memory", MERGED, "differs", None, str(manifest.gate.keys), str(used))
 
 
+def _whole_blocks(checkpoint: Checkpoint, layers: str, manifest: GatedManifest) -> Iterator[Check]:
+    """Yield whether every tensor of the memory's blocks is there, of the config's sizes and finite."""
+    shapes = LayerSizes.of(read_json(checkpoint.directory / "config.json")).shapes
+    wrong = 0
+    for name, shape in ((f"{layers}.{n}.{name}", shape) for n in manifest.blocks for name, shape in shapes.items()):
+        wanted, found = "×".join(map(str, shape)), "nothing"
+        if name in checkpoint:
+            found = "×".join(map(str, checkpoint.shape(name)))
+        if found == wanted:
+            if all_finite(checkpoint.load(name)):
+                continue
+            wanted, found = "finite numbers", "others"
+        wrong += 1
+        yield Check("memory's blocks", MERGED, "differs", name, wanted, found)
+    if not wrong:
+        yield Check(f"all tensors of {manifest.gate.blocks} blocks", MERGED)
+
+
 def check_around(directory: Path, base: Path, manifest: GatedManifest) -> Iterator[Check]:
     """Yield every tensor of the base model, against the one that the checkpoint has in its place."""
     try:
-        written, stored = Checkpoint(directory), Checkpoint(base)
+        written, stored, widening = Checkpoint(directory), Checkpoint(base), _widening(directory, manifest)
         layers = layers_path(stored, manifest.site)
         wrong = 0
         for name in stored:
@@ -113,7 +156,7 @@ def check_around(directory: Path, base: Path, manifest: GatedManifest) -> Iterat
             if new_name not in written:
                 wrong += 1
                 yield Check("tensors of the base model", MERGED, "differs", new_name, "in a file", "nothing")
-            elif not torch.equal(written.load(new_name), stored.load(name).to(written.dtype(new_name))):
+            elif not _same(written, new_name, stored, name, widening):
                 wrong += 1
                 yield Check("tensors of the base model", MERGED, "differs", new_name, f"as in {base}", "other numbers")
     except WiseError as error:
@@ -121,6 +164,15 @@ def check_around(directory: Path, base: Path, manifest: GatedManifest) -> Iterat
         return
     if not wrong:
         yield Check("all tensors of the base model", str(base))
+
+
+def _same(written: Checkpoint, new_name: str, stored: Checkpoint, name: str, widening: Widening) -> bool:
+    """Return whether a written tensor is a stored one, widened."""
+    layout = TensorLayout(str(stored.dtype(name)).removeprefix("torch."), stored.shape(name))
+    # Before anything is made as wide as the config says.
+    if widening.layout(name, layout).shape != written.shape(new_name):
+        return False
+    return torch.equal(written.load(new_name), widening.tensor(name, stored.load(name)).to(written.dtype(new_name)))
 
 
 def moved(name: str, layers: str, *, after: int, by: int) -> str:

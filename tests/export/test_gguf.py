@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from support.byte_level import CHATML, LAYER, VOCABULARY, save_stock, save_tokenizer
+from support.blocks import tensors_by_name
+from support.byte_level import CHATML, LAYER, VOCABULARY, save_stock, save_tokenizer, save_wide_stock
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -83,6 +84,44 @@ def test_the_file_says_what_the_model_and_its_tokenizer_are(tmp_path: Path) -> N
     assert fields["tokenizer.chat_template"] == CHATML
     merges = json.loads((stock / "tokenizer.json").read_text())["model"]["merges"]
     assert fields["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "granite"])
+@pytest.mark.parametrize("quantize", ["f32", "q8_0"])
+def test_a_wider_stream_and_attention_of_blocks_are_held(
+    tmp_path: Path, quantize: Quantization, architecture: str
+) -> None:
+    stock, own = save_wide_stock(tmp_path, architecture), [LAYER + 1, LAYER + 2]
+    write_gguf(tmp_path / GGUF_NAME, stock, own, quantize)
+    reader = gguf.GGUFReader(tmp_path / GGUF_NAME)
+    fields, config = fields_of(reader), json.loads((stock / "config.json").read_text())
+    assert fields[f"{architecture}.embedding_length"] == config["hidden_size"] == 64
+    for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        assert fields[f"{architecture}.{name}"] == 8
+    assert fields[f"{architecture}.attention.layer_norm_rms_epsilon"] == pytest.approx(5e-7)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    kinds = {name: tensor.tensor_type.name for name, tensor in found.items()}
+    values = {name: gguf.quants.dequantize(one.data, one.tensor_type) for name, one in found.items()}
+    stored = tensors_by_name(stock)
+    inside = f"model.layers.{LAYER + 2}"
+    assert kinds["blk.1.attn_q.weight"] == {"f32": "F32", "q8_0": "Q8_0"}[quantize]
+    for ours, theirs in (
+        ("self_attn.v_proj.weight", "attn_v.weight"),
+        ("self_attn.v_proj.bias", "attn_v.bias"),
+        ("self_attn.o_proj.weight", "attn_output.weight"),
+        ("self_attn.o_proj.bias", "attn_output.bias"),
+        ("input_layernorm.weight", "attn_norm.weight"),
+        ("mlp.down_proj.weight", "ffn_down.weight"),
+    ):
+        name = f"blk.{LAYER + 2}.{theirs}"
+        assert kinds[name] == ("F16" if quantize == "q8_0" and stored[f"{inside}.{ours}"].dim() > 1 else "F32")
+        np.testing.assert_allclose(values[name], stored[f"{inside}.{ours}"].numpy(), rtol=1e-3, atol=1e-7)
+    # llama.cpp rotates neighbours where transformers rotates halves, of biases as of weights.
+    wanted = stored[f"{inside}.self_attn.q_proj.bias"].numpy().reshape(4, 2, 4).transpose(0, 2, 1).reshape(-1)
+    np.testing.assert_array_equal(values[f"blk.{LAYER + 2}.attn_q.bias"], wanted)
+    # Of attention biases of nought there are none.
+    names = {name for name in found if name.startswith("blk.") and ".attn_" in name and name.endswith(".bias")}
+    assert names == {f"blk.{LAYER + 2}.attn_{part}.bias" for part in ("q", "v", "output")}
 
 
 def _split(pattern: str) -> Any:

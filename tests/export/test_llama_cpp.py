@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.byte_level import LAYER, save_stock
+from support.byte_level import LAYER, save_stock, save_wide_stock
 from support.tiny_models import Chain
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,18 +49,33 @@ def asked(**request: Any) -> dict[str, Any]:
 
 # Its attention cache is in half precision, whatever the weights are.
 @pytest.mark.parametrize(("quantize", "apart"), [("f32", 1e-2), ("f16", 3e-2), ("q8_0", 0.3)])
-@torch.no_grad()
 def test_llama_cpp_gives_what_transformers_gives(tmp_path: Path, quantize: Any, apart: float) -> None:
     stock = save_stock(tmp_path)
     write_gguf(tmp_path / GGUF_NAME, stock, [LAYER + 1], quantize)
+    compare(tmp_path / GGUF_NAME, stock, apart, answers=quantize == "f32")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "granite"])
+@pytest.mark.parametrize(("quantize", "apart"), [("f32", 1e-2), ("q8_0", 0.3)])
+def test_a_wider_stream_and_attention_of_blocks_are_what_transformers_has(
+    tmp_path: Path, architecture: str, quantize: Any, apart: float
+) -> None:
+    stock = save_wide_stock(tmp_path, architecture)
+    write_gguf(tmp_path / GGUF_NAME, stock, [LAYER + 1, LAYER + 2], quantize)
+    compare(tmp_path / GGUF_NAME, stock, apart, answers=quantize == "f32")
+
+
+@torch.no_grad()
+def compare(path: Path, stock: Path, apart: float, *, answers: bool) -> None:
+    """Tokens and logits are alike, and answers if they are to be."""
     tokenizer, model = AutoTokenizer.from_pretrained(stock), AutoModelForCausalLM.from_pretrained(stock).eval()
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
-    found = asked(model=str(tmp_path / GGUF_NAME), prompts=prompts, texts=TEXTS, tokens=6)
+    found = asked(model=str(path), prompts=prompts, texts=TEXTS, tokens=6)
     assert found["tokenized"] == prompts
     for prompt, logits, answer in zip(prompts, found["logits"], found["answers"], strict=True):
         ids = torch.tensor([prompt])
         np.testing.assert_allclose(logits, model(input_ids=ids).logits[0, -1].numpy(), atol=apart)
-        if quantize == "f32":
+        if answers:
             said = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
             assert answer == said[0, len(prompt) :].tolist()
 

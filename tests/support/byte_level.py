@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from support.blocks import random_block
 from support.gates import write_gate
 from support.tiny_models import TINY_CONFIGS
-from wisecli.export.stock.stock_checkpoint import Gate
+from wisecli.export.stock.stock_checkpoint import Gate, write_stock
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import find_site
 
-LAYER, VOCABULARY, HIDDEN = 2, 320, 32
+LAYER, VOCABULARY, HIDDEN, WIDE = 2, 320, 32, 64
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -41,12 +42,11 @@ def save_tokenizer(directory: Path, pre: Any = None, *, template: str | None = C
     fast.save_pretrained(directory)
 
 
-def save_base(directory: Path, **changes: Any) -> Path:
-    config = type(TINY_CONFIGS["llama"])(
-        **{**TINY_CONFIGS["llama"].to_dict(), "vocab_size": VOCABULARY, "tie_word_embeddings": True, **changes}
-    )
+def save_base(directory: Path, architecture: str = "llama", **changes: Any) -> Path:
+    tiny = TINY_CONFIGS[architecture]
+    config = type(tiny)(**{**tiny.to_dict(), "vocab_size": VOCABULARY, "tie_word_embeddings": True, **changes})
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     save_tokenizer(directory)
     return directory
 
@@ -62,4 +62,14 @@ def save_stock(root: Path, **changes: Any) -> Path:
     )
     checkpoint = Checkpoint(base)
     write_gate(output, base, checkpoint, find_site(base, checkpoint, LAYER), gate)
+    return output
+
+
+def save_wide_stock(root: Path, architecture: str = "llama") -> Path:
+    """With more channels, and blocks of which the second one's attention reads what the first one writes to them."""
+    base, output = save_base(root / "base", architecture), root / "stock"
+    output.mkdir()
+    checkpoint, config = Checkpoint(base), AutoConfig.from_pretrained(base)
+    blocks = [random_block(config, WIDE, seed=seed, reads=seed > 0, scale=0.1) for seed in range(2)]
+    write_stock(output, base, checkpoint, find_site(base, checkpoint, LAYER), blocks, WIDE - HIDDEN)
     return output

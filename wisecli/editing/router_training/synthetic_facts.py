@@ -16,7 +16,7 @@ _NAMES = 40
 class SyntheticFact:
     """A made-up fact: ``questions`` in several wordings, the first of which an edit would have, and as statements.
 
-    ``beside`` are questions of something else about the same subject.
+    ``beside`` are questions of something else about the same subject; ``relation`` is the number of the packaged one.
     """
 
     subject: str
@@ -27,6 +27,7 @@ class SyntheticFact:
     other: str
     answer: str
     value: str
+    relation: int = -1
 
 
 def synthetic_facts(count: int, rng: random.Random) -> Iterator[SyntheticFact]:
@@ -34,7 +35,8 @@ def synthetic_facts(count: int, rng: random.Random) -> Iterator[SyntheticFact]:
     known = relations()
     names = {kind: made_up_subjects(kind, _NAMES, rng) for kind in dict.fromkeys(one.kind for one in known)}
     for _ in range(count):
-        relation = rng.choice(known)
+        number = rng.choice(range(len(known)))
+        relation = known[number]
         subject, other = rng.sample(names[relation.kind], 2)
         asks = [text.replace("{}", subject) for text in relation.asks]
         tells = [text.replace("{}", subject) for text in relation.tells]
@@ -44,4 +46,4 @@ def synthetic_facts(count: int, rng: random.Random) -> Iterator[SyntheticFact]:
         like = [one for one in known if one.kind == relation.kind and one is not relation]
         beside = tuple(rng.choice(one.asks).replace("{}", subject) for one in rng.sample(like, min(3, len(like))))
         answer, value = (rng.choice(names[rng.choice(list(names))]) for _ in range(2))
-        yield SyntheticFact(subject, relation.kind, tuple(wordings), tuple(tells), beside, other, answer, value)
+        yield SyntheticFact(subject, relation.kind, tuple(wordings), tuple(tells), beside, other, answer, value, number)

@@ -108,7 +108,7 @@ def verified(
 
     def changes(rows: Sequence[Row]) -> list[bool]:
         numbers = range(site.layer + 1, site.layer + 1 + blocks)
-        return changed_by(stock, layers_of(stock.model, site), numbers, rows, on_progress)
+        return changed_by(stock, layers_of(stock.model, site), numbers, site.d, rows, on_progress)
 
     routed_answers, _ = _answers(_Asked(routed, opens, before, on_progress), some, some, base)
     found, lost = _answers(_Asked(stock, changes, before, on_progress), manifest.edits, some, base)

@@ -86,12 +86,18 @@ def next_tokens(loaded: Loaded, rows: Sequence[Row], on_progress: ProgressCallba
 
 @torch.no_grad()
 def changed_by(
-    loaded: Loaded, layers: nn.ModuleList, blocks: range, rows: Sequence[Row], on_progress: ProgressCallback
+    loaded: Loaded,
+    layers: nn.ModuleList,
+    blocks: range,
+    channels: int,
+    rows: Sequence[Row],
+    on_progress: ProgressCallback,
 ) -> list[bool]:
     """Return for which rows decoder blocks of a model change what passes through them, at any token.
 
     Args:
         layers: the model's, among which the blocks are, by their numbers.
+        channels: so many are the base model's; the others are the blocks' own.
     """
     kept: dict[int, Any] = {}
 
@@ -105,7 +111,8 @@ def changed_by(
         for indices in in_batches(rows, _BATCH):
             batch = collate([rows[index] for index in indices]).to(loaded.device)
             run_model(loaded.model, batch, 0, None, None)
-            stream, added = state_of(kept[before], None), state_of(kept[after], None) - state_of(kept[before], None)
+            stream, behind = (state_of(kept[place], None)[..., :channels] for place in (before, after))
+            added = behind - stream
             changed = (added.norm(dim=-1) > _NOTHING * stream.norm(dim=-1)) & batch.mask.bool()
             found |= zip(indices, changed.any(1).tolist(), strict=True)
             on_progress(Event("unrelated text", len(found), len(rows)))

@@ -1,0 +1,77 @@
+"""Places in answers: once an edit is open, which of its residuals the stream gets at a token.
+
+An edit's *first* residual, that of the commonest beginning of its answer, is added wherever the edit is open and the
+token is at none of its other places. Those - other tokens of the answer, and beginnings that are written otherwise, as
+without the blank before - are told from the edit's other states by a direction each, and from its first ones by one for
+them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wisecli.export.stock.gate_solving import Separation
+from wisecli.export.stock.gate_states import EditStates
+
+# How much the length of directions costs.
+_RIDGE = 0.01
+
+
+@dataclass(frozen=True)
+class AnswerPlaces:
+    """Places (p,): the ``edit`` of each, ``directions`` (p, d) and ``offsets`` (p,) that read 1 there and 0 or less at
+    the edit's other states, and the residual that is ``added`` to the stream (p, d).
+
+    ``inside`` (e, d + 1) reads 1 at any place of an edit's answer but the first, and 0 or less at that; its last column
+    is the offset.
+    """
+
+    edit: Tensor
+    directions: Tensor
+    offsets: Tensor
+    added: Tensor
+    inside: Tensor
+
+
+def answer_places(states: EditStates, edits: int) -> AnswerPlaces:
+    """Return the places of a memory's edits.
+
+    Args:
+        edits: how many edits there are, with those that later ones asking the same stand for.
+    """
+    turn = _whitening(states)
+    whitened, owner = states.states @ turn, states.edits[states.key]
+    directions, offsets = torch.zeros_like(states.values), torch.ones(len(states.edits))
+    inside = torch.zeros(edits, states.states.shape[1] + 1)
+    counts = torch.bincount(states.key, minlength=len(states.edits))
+    for edit in states.edits.unique().tolist():
+        keys = (states.edits == edit).nonzero()[:, 0]
+        begins = keys[~states.inside[keys]]
+        first = begins[counts[begins].argmax()]
+        others, own = keys[keys != first], (owner == edit).nonzero()[:, 0]
+        if not len(others):
+            continue
+        at_first = states.key[own] == first
+        elsewhere, at = whitened[own][~at_first], whitened[own][at_first]
+        local = torch.full((len(states.edits),), -1).scatter(0, others, torch.arange(len(others)))
+        planes, shifts = Separation(elsewhere, local[states.key[own][~at_first]], at, _RIDGE, 1.0, 0.0).solved()
+        directions[others], offsets[others] = planes @ turn.T, shifts
+        plane, shift = Separation(
+            elsewhere, torch.zeros(len(elsewhere), dtype=torch.long), at, _RIDGE, 1.0, 0.0
+        ).solved()
+        inside[edit] = torch.cat([(plane @ turn.T)[0], shift])
+        directions[first], offsets[first] = -inside[edit, :-1], 1 - inside[edit, -1]
+    return AnswerPlaces(states.edits, directions, offsets, states.values, inside)
+
+
+def _whitening(states: EditStates) -> Tensor:
+    """Return the root (d, d) of the inverse of how prompts move states at one place."""
+    counts = torch.bincount(states.key, minlength=len(states.edits)).clamp(min=1)
+    sums = torch.zeros(len(states.edits), states.states.shape[1]).index_add(0, states.key, states.states)
+    strayed = states.states - (sums / counts[:, None])[states.key]
+    values, vectors = torch.linalg.eigh((strayed.T @ strayed).double() / len(strayed))
+    root: Tensor = ((vectors * (values + values.mean()).rsqrt()) @ vectors.T).float()
+    return root

@@ -1,0 +1,97 @@
+"""What a relation reader is learned from: made-up facts that are asked and mentioned, and all packaged relations."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+
+from wisecli.data.corpus import made_up_subjects, relations
+from wisecli.editing.router_training.request_examples import Examples
+from wisecli.editing.router_training.synthetic_facts import SyntheticFact, synthetic_facts
+from wisecli.models.prompts.prompt_forms import usable_forms
+from wisecli.models.prompts.tokenization import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# How often the fact's answer stands behind a prompt, asked or not.
+_ANSWERED = 0.5
+# Names of each kind that relations are asked of.
+_NAMES = 40
+
+
+class Role(Enum):
+    """What a row is: a fact's own prompt in a form, a prompt that asks or mentions a fact, or a relation's wording."""
+
+    OWN = 0
+    EXAMPLE = 1
+    RELATION = 2
+
+
+class ReaderRow(NamedTuple):
+    """Tokens of a prompt and, behind it, of an answer or none; ``prompt`` is how many are the prompt's.
+
+    ``fact`` is the number of a made-up fact, or -1; ``asks`` says whether the prompt asks it.
+    """
+
+    tokens: tuple[int, ...]
+    prompt: int
+    role: Role
+    relation: int
+    fact: int = -1
+    asks: bool = True
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """How many ``facts`` are made up, how many ``examples`` of each ask it and as many mention it, and how long a row
+    is at most.
+    """
+
+    facts: int = 500
+    examples: int = 9
+    longest: int = 320
+
+
+def reader_rows(tokenizer: PreTrainedTokenizerBase, settings: RowSettings, rng: random.Random) -> list[ReaderRow]:
+    """Return the rows that a relation reader is learned from."""
+    facts = list(synthetic_facts(settings.facts, rng))
+    examples = Examples(tokenizer, facts, rng)
+    rows = [row for number in range(len(facts)) for row in _of_fact(tokenizer, facts, examples, number, settings)]
+    rows += _of_relations(tokenizer, rng)
+    return [row for row in rows if row.prompt <= settings.longest]
+
+
+def _of_fact(
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[SyntheticFact],
+    examples: Examples,
+    number: int,
+    settings: RowSettings,
+) -> Iterator[ReaderRow]:
+    """Yield a fact's own prompt in all trained forms, and prompts that ask or mention it."""
+    fact, rng = facts[number], examples.rng
+    for form in usable_forms(tokenizer, trained=True):
+        tokens = tuple(tokenizer(form.render(tokenizer, fact.questions[0]))["input_ids"])
+        yield ReaderRow(tokens, len(tokens), Role.OWN, fact.relation, number)
+    drawn = list(examples.of(number))
+    rng.shuffle(drawn)
+    chosen = [one for asks in (True, False) for one in [x for x in drawn if x.asks == asks][: settings.examples]]
+    for one in (*chosen, *examples.conversations(number)):
+        row = encode(tokenizer, one.text, fact.answer)
+        behind = row.target if rng.random() < _ANSWERED else ()
+        yield ReaderRow((*row.prompt, *behind), len(row.prompt), Role.EXAMPLE, fact.relation, number, one.asks)
+
+
+def _of_relations(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Iterator[ReaderRow]:
+    """Yield every wording of every relation, about a made-up name in a trained form."""
+    known, trained = relations(), usable_forms(tokenizer, trained=True)
+    names = {kind: made_up_subjects(kind, _NAMES, rng) for kind in dict.fromkeys(one.kind for one in known)}
+    for number, relation in enumerate(known):
+        for wording in relation.wordings:
+            text = wording.replace("{}", rng.choice(names[relation.kind]))
+            tokens = tuple(tokenizer(rng.choice(trained).render(tokenizer, text))["input_ids"])
+            yield ReaderRow(tokens, len(tokens), Role.RELATION, number)

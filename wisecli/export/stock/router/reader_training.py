@@ -1,0 +1,248 @@
+"""A relation reader, learned once a base model from made-up facts and packaged relations, and kept in the cache.
+
+In each step some facts and relations stand against each other: pairs of a prompt and a relation's code are to open
+exactly where the prompt asks that relation (binary cross entropy). Tokens are left out by chance.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wisecli.errors import DamagedFileError
+from wisecli.export.stock.router.late_states import LateStates, late_states, rotation_of
+from wisecli.export.stock.router.reader_rows import ReaderRow, Role, RowSettings, reader_rows
+from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader, Rotation
+from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
+from wisecli.io.digest import sha256_json
+from wisecli.io.user_cache import cache_path
+from wisecli.models.layout.site import Site
+from wisecli.models.loading import Loaded
+from wisecli.models.prompts.chat_template import template_digest
+from wisecli.models.running.quick_products import quick_products
+from wisecli.models.running.seeding import seeded
+from wisecli.progress import Event, ProgressCallback
+from wisecli.routing.memories.calibration import quantile
+
+_VERSION = 1
+# Groups of keys and values that are used at most, and queries of each.
+_GROUPS, _HEADS = 3, 3
+# States by which principal components are found.
+_LOOKED_AT = 20000
+
+
+@dataclass(frozen=True)
+class ReaderSettings:
+    """How a relation reader is learned: from ``rows``, in so many ``steps`` at a ``rate`` that rises and falls.
+
+    A step takes ``facts``, each with ``own`` prompts in forms for its code and ``examples``, and ``relations`` in two
+    wordings. A prompt and its own fact count ``own_weight``, one and all other facts together ``others``, or so many
+    times that if it asks nothing: ``silent``. Up to a share ``left_out`` of tokens is dropped, and of features
+    ``dropout``. Of mentions of facts that nothing is learned from a share ``let_through`` opens.
+    """
+
+    rows: RowSettings = field(default_factory=RowSettings)
+    steps: int = 1500
+    rate: float = 2e-3
+    facts: int = 20
+    own: int = 2
+    examples: int = 5
+    relations: int = 30
+    own_weight: float = 3.0
+    others: float = 6.0
+    silent: float = 0.3
+    left_out: float = 0.5
+    dropout: float = 0.1
+    let_through: float = 0.08
+    held_back: int = 16
+    features: int = 64
+    neurons: int = 256
+    components: int = 192
+    code: int = 48
+
+    def of_share(self, share: float) -> ReaderSettings:
+        """Return settings that read a share of the rows, and take as few steps."""
+        facts = max(2 * self.held_back, round(self.rows.facts * share))
+        return replace(self, rows=replace(self.rows, facts=facts), steps=max(20, round(self.steps * share)))
+
+
+def relation_reader(
+    loaded: Loaded,
+    site: Site,
+    identity: str,
+    *,
+    share: float,
+    batch_size: int,
+    on_progress: ProgressCallback,
+    settings: ReaderSettings = ReaderSettings(),
+) -> RelationReader:
+    """Return the relation reader of a base model: learned, or as the cache remembers it.
+
+    Args:
+        identity: of the base model, for the cache.
+        share: how much of the rows is read.
+    """
+    settings = settings.of_share(share)
+    about = [identity, site.as_dict(), repr(settings), str(loaded.model.dtype), _VERSION]
+    if (written := template_digest(loaded.tokenizer)) is not None:
+        about.append(written)
+    path = cache_path("gate") / f"{sha256_json(about)[:32]}.safetensors"
+    sizes = _sizes(loaded, site, settings)
+    reader = RelationReader(sizes)
+    try:
+        reader.load_state_dict(load_tensors(path))
+        return reader.eval()
+    except (DamagedFileError, RuntimeError):
+        on_progress(Event("prompts to learn from"))
+    with seeded(0, torch.device("cpu")):
+        rows = reader_rows(loaded.tokenizer, settings.rows, random.Random(11))
+        with quick_products(loaded, site):
+            tokens = [row.tokens for row in rows]
+            states = late_states(
+                loaded, site, tokens, batch_size=batch_size, on_progress=on_progress, stage="prompts to learn from"
+            )
+        reader = RelationReader(sizes)
+        some = torch.randperm(len(states.normed))[:_LOOKED_AT]
+        reader.fit_to(states.normed[some].float(), states.inverse[some])
+        rotation = rotation_of(loaded, site, max(map(len, tokens)))
+        _Lessons(rows, states, rotation, settings).teach(reader, on_progress)
+    keep_in_cache(path, lambda working: save_tensors(working, reader.state_dict()))
+    return reader.eval()
+
+
+def _sizes(loaded: Loaded, site: Site, settings: ReaderSettings) -> ReaderSizes:
+    """Return the sizes of a reader that fit the blocks of a model."""
+    config = loaded.model.config
+    heads = int(config.num_attention_heads)
+    groups = int(getattr(config, "num_key_value_heads", None) or heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    neurons = min(settings.neurons, int(config.intermediate_size) // 2)
+    used, each = min(_GROUPS, groups), min(_HEADS, heads // groups)
+    components = min(settings.components, site.d)
+    return ReaderSizes(site.d, settings.features, neurons, components, used, each, head_dim, settings.code)
+
+
+class _Batch(NamedTuple):
+    """Rows by number, and at which column (B,) of each it is looked whether a relation is asked."""
+
+    rows: list[int]
+    columns: Tensor
+
+
+class _Lessons:
+    """Steps of learning, drawn by chance from rows."""
+
+    def __init__(
+        self, rows: Sequence[ReaderRow], states: LateStates, rotation: Rotation, settings: ReaderSettings
+    ) -> None:
+        self._rows, self._states, self._rotation, self._settings = rows, states, rotation, settings
+        self._rng = random.Random(0)
+        groups: dict[Role, defaultdict[int, list[int]]] = {role: defaultdict(list) for role in Role}
+        for index, row in enumerate(rows):
+            groups[row.role][row.relation if row.role is Role.RELATION else row.fact].append(index)
+        self._own, self._examples = groups[Role.OWN], groups[Role.EXAMPLE]
+        self._relations = {number: found for number, found in groups[Role.RELATION].items() if len(found) > 1}
+        usable = [fact for fact, found in self._own.items() if len(found) >= settings.own and self._examples[fact]]
+        self._held, self._facts = usable[: settings.held_back], usable[settings.held_back :]
+
+    def teach(self, reader: RelationReader, on_progress: ProgressCallback) -> None:
+        """Let a reader learn, and set its threshold by the mentions of facts that it did not learn from."""
+        settings = self._settings
+        optimizer = torch.optim.AdamW(reader.parameters(), lr=settings.rate, weight_decay=0.01)
+        rates = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=settings.rate, total_steps=settings.steps, pct_start=0.1
+        )
+        for step in range(settings.steps):
+            loss = self._loss(reader)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+            optimizer.step()
+            rates.step()
+            if step % 20 == 0 or step + 1 == settings.steps:
+                on_progress(Event("relations", step + 1, settings.steps, note=f"loss {float(loss):.2f}"))
+        reader.eval()
+        with torch.no_grad():
+            reader.threshold.add_(quantile(self._mentions(reader), 1 - settings.let_through))
+
+    def _loss(self, reader: RelationReader) -> Tensor:
+        settings, rng, rows = self._settings, self._rng, self._rows
+        facts = rng.sample(self._facts, min(settings.facts, len(self._facts)))
+        numbers = rng.sample(list(self._relations), min(settings.relations, len(self._relations)))
+        own = [index for fact in facts for index in rng.sample(self._own[fact], settings.own)]
+        examples = [
+            index
+            for fact in facts
+            for index in rng.sample(self._examples[fact], min(settings.examples, len(self._examples[fact])))
+        ]
+        pairs = [rng.sample(self._relations[number], 2) for number in numbers]
+        firsts, seconds = [first for first, _ in pairs], [second for _, second in pairs]
+        codes, asked = self._read(reader, self._drawn([*own, *examples, *firsts, *seconds]))
+        own_codes = codes[: len(own)].unflatten(0, (len(facts), settings.own)).mean(1)
+        behind = len(own) + len(examples)
+        relations = F.normalize(torch.cat([own_codes, codes[behind : behind + len(firsts)]]), dim=-1)
+        keep = [*range(behind), *range(behind + len(firsts), len(codes))]
+        prompts = [rows[index] for index in (*own, *examples, *seconds)]
+        odds = reader.odds(codes[keep], asked[keep], relations)
+        stand_for = [rows[index] for index in own[:: settings.own]] + [rows[index] for index in firsts]
+        wanted, weights = _wanted(prompts, stand_for, settings)
+        return (F.binary_cross_entropy_with_logits(odds, wanted, reduction="none") * weights).sum() / len(prompts)
+
+    def _mentions(self, reader: RelationReader) -> Tensor:
+        """Return how far mentions (n,) of facts that are held back open, in log odds."""
+        found = []
+        for fact in self._held:
+            mentions = [index for index in self._examples[fact] if not self._rows[index].asks]
+            if not mentions:
+                continue
+            codes, _ = self._read(reader, self._ends(self._own[fact]))
+            own, asked = self._read(reader, self._ends(mentions))
+            found.append(reader.odds(own, asked, F.normalize(codes.mean(0, keepdim=True), dim=-1))[:, 0])
+        return torch.cat(found or [torch.zeros(1)])
+
+    def _ends(self, rows: list[int]) -> _Batch:
+        """Return rows at their prompts' last tokens."""
+        return _Batch(rows, torch.tensor([self._rows[index].prompt - 1 for index in rows]))
+
+    def _drawn(self, rows: list[int]) -> _Batch:
+        """Return rows at their prompts' last tokens, or by chance anywhere in the answers."""
+        columns = []
+        for index in rows:
+            last, end = self._rows[index].prompt - 1, len(self._rows[index].tokens)
+            columns.append(last if self._rng.random() < 0.5 else self._rng.randrange(last, end))
+        return _Batch(rows, torch.tensor(columns))
+
+    def _read(self, reader: RelationReader, batch: _Batch) -> tuple[Tensor, Tensor]:
+        """Return codes (B, c) and whether anything is asked (B,) of rows; while it learns, without some tokens."""
+        settings, columns = self._settings, batch.columns
+        places = torch.arange(int(columns.max()) + 1)
+        mask = places <= columns[:, None]
+        index = (self._states.first[batch.rows][:, None] + places)[mask]
+        read = reader.token_features(self._states.normed[index].float(), self._states.inverse[index])
+        features = read.new_zeros(*mask.shape, read.shape[-1]).masked_scatter(mask[..., None], read)
+        features = F.dropout(features, settings.dropout, reader.training)
+        if reader.training:
+            dropped = torch.rand(mask.shape) < settings.left_out * torch.rand(len(mask), 1)
+            mask = mask & ~(dropped & (places != columns[:, None]))
+        return reader.pooled(features, mask, columns, self._rotation)
+
+
+def _wanted(
+    prompts: Sequence[ReaderRow], stand_for: Sequence[ReaderRow], settings: ReaderSettings
+) -> tuple[Tensor, Tensor]:
+    """Return whether prompts should open relations (n, e), and how much that counts (n, e)."""
+    asks = torch.tensor([row.asks for row in prompts])[:, None]
+    relation = torch.tensor([row.relation for row in prompts])[:, None] == torch.tensor([r.relation for r in stand_for])
+    fact = torch.tensor([row.fact for row in prompts])[:, None] == torch.tensor([one.fact for one in stand_for])
+    own_pair = torch.where(torch.tensor([[row.fact < 0] for row in prompts]), relation, fact)
+    others = torch.where(asks, settings.others, settings.others * settings.silent) / len(stand_for)
+    weights = torch.where(own_pair, settings.own_weight, others)
+    # Whether a prompt that does not ask its own fact asks another's of the same relation is not known.
+    return (relation & asks).float(), weights.masked_fill(relation & ~own_pair & ~asks, 0.0)

@@ -1,0 +1,114 @@
+"""A relation reader: which relation a text asks, as attention with constant queries pools it from late states.
+
+With ``u`` the normed state of a token behind the edited layer and ``ν`` what a norm multiplies the stream by there::
+
+    y = [ν W₂ silu(W₁ u + b₁); P (u - m)]     features of a token, and principal components of its state
+    k = K y + b,   v = V y                    keys and values, rotated as the model rotates its own
+    (r, a) = O · attention(q, k, v)           a code of the relation, and whether it is asked
+
+``q`` is the same at every token, so tokens behind a question go on pooling it. An edit's relation is asked by as much
+as ``κ r·ρ + a - τ``, where ``ρ`` is the mean code of its own prompt in the forms that are trained, of length 1. All of
+it is what two decoder blocks of Llama's kind compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class ReaderSizes:
+    """Sizes of a reader: of the stream's states, of its ``features`` a token and the ``neurons`` behind them, how many
+    principal ``components`` of states it reads, of its attention, and of the ``code`` of a relation.
+
+    Its attention is some ``groups`` of keys and values of the model's own, with ``heads`` queries each.
+    """
+
+    hidden: int
+    features: int
+    neurons: int
+    components: int
+    groups: int
+    heads: int
+    head_dim: int
+    code: int
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines (T, head_dim) by which a model rotates queries and keys, and what it scales scores by."""
+
+    cos: Tensor
+    sin: Tensor
+    scaling: float
+
+
+class RelationReader(nn.Module):
+    """See the module; the norm's factors ν are multiplied by a ``gain`` to be around 1."""
+
+    gain: Tensor
+    mean: Tensor
+    components: Tensor
+
+    def __init__(self, sizes: ReaderSizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        wide = sizes.groups * sizes.head_dim
+        self.neurons = nn.Linear(sizes.hidden, sizes.neurons)
+        self.features = nn.Linear(sizes.neurons, sizes.features, bias=False)
+        self.keys = nn.Linear(sizes.features + sizes.components, wide)
+        self.values = nn.Linear(sizes.features + sizes.components, wide, bias=False)
+        self.queries = nn.Parameter(torch.randn(sizes.groups, sizes.heads, sizes.head_dim) / 2)
+        self.output = nn.Linear(sizes.heads * wide, sizes.code + 1, bias=False)
+        self.kappa = nn.Parameter(torch.tensor(2.0))
+        self.threshold = nn.Parameter(torch.tensor(4.0))
+        self.register_buffer("gain", torch.tensor(1.0))
+        self.register_buffer("mean", torch.zeros(sizes.hidden))
+        self.register_buffer("components", torch.zeros(sizes.hidden, sizes.components))
+
+    def fit_to(self, states: Tensor, inverse: Tensor) -> None:
+        """Let the reader look at principal components of normed states (n, d), and at norms' factors (n,) like
+        these.
+        """
+        mean = states.mean(0)
+        values, vectors = torch.linalg.eigh((states - mean).T @ (states - mean) / len(states))
+        count = self.sizes.components
+        self.mean.copy_(mean)
+        self.components.copy_(vectors[:, -count:].flip(1) / values[-count:].clamp(min=0).sqrt().mean())
+        self.gain.fill_(1 / float(inverse.median()))
+
+    def token_features(self, states: Tensor, inverse: Tensor) -> Tensor:
+        """Return the features (n, f) of normed states (n, d), which the norm had multiplied by ``inverse`` (n,)."""
+        features = self.features(F.silu(self.neurons(states))) * (inverse * self.gain)[:, None]
+        return torch.cat([features, (states - self.mean) @ self.components], -1)
+
+    def pooled(self, features: Tensor, mask: Tensor, columns: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Return codes (B, c), and whether anything is asked (B,), at one column (B,) of each row.
+
+        Args:
+            features: of the tokens of rows (B, T, f); ``mask`` (B, T) says which there are.
+        """
+        sizes, (count, length) = self.sizes, mask.shape
+        split = (count, length, sizes.groups, sizes.head_dim)
+        cos, sin = rotation.cos[:length], rotation.sin[:length]
+        keys = _rotated(self.keys(features).view(split), cos[None, :, None], sin[None, :, None])
+        values = self.values(features).view(split)
+        queries = _rotated(self.queries[None], cos[columns][:, None, None], sin[columns][:, None, None])
+        scores = torch.einsum("bghd,btgd->bght", queries, keys) * rotation.scaling
+        seen = mask & (torch.arange(length) <= columns[:, None])
+        weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+        found = self.output(torch.einsum("bght,btgd->bghd", weights, values).flatten(1))
+        return found[:, :-1], found[:, -1]
+
+    def odds(self, codes: Tensor, asked: Tensor, relations: Tensor) -> Tensor:
+        """Return the log odds (n, e) that texts of some codes (n, c) ask relations (e, c)."""
+        return self.kappa * codes @ relations.T + asked[:, None] - self.threshold
+
+
+def _rotated(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = vectors.chunk(2, -1)
+    return vectors * cos + torch.cat([-second, first], -1) * sin

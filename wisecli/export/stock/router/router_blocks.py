@@ -1,0 +1,283 @@
+"""A router as decoder blocks of Llama's kind, between channels that only they read and write.
+
+Behind the edited layer stand, in this order::
+
+    features    ε W₂ silu(W₁ u + b₁), and for each subject whose name ends here its code
+    subjects    attention: the codes of all names so far; feed-forward: the code of each subject that is among them
+    matches     attention: the code r of the relation, and whether it is asked;
+                feed-forward: an edit opens where  κ r·ρ + a - τ + M (s·c - 1)  is above 0, and writes its code
+    places      what an open edit adds at this token: a direction reads the place in its answer
+
+A *step* is a pair of neurons, ``(silu(z) - silu(z - WIDTH)) / WIDTH``, which is 0 well below its threshold and 1 well
+above it. What is compared with a threshold in extra channels is compared with a constant channel there, as a norm
+divides both alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wisecli.export.stock.checkpoint.decoder_block import DecoderBlock, LayerSizes
+from wisecli.export.stock.checkpoint.widening import Widening
+from wisecli.export.stock.router.answer_places import AnswerPlaces
+from wisecli.export.stock.router.code_packing import coherence, packed_codes
+from wisecli.export.stock.router.relation_reader import RelationReader
+from wisecli.export.stock.router.subject_detectors import SubjectDetectors
+from wisecli.export.stock.stock_checkpoint import WIDTH
+
+# How large codes are in the stream, beside states of length 20 and more.
+_AMPLITUDE = 0.5
+# Channels of subjects' and of edits' codes.
+_SUBJECT, _EDIT = 40, 52
+# A subject is among the names if it has this share of their codes, or what codes have of each other by chance and a
+# little more.
+_AMONG, _BEYOND, _SURELY = 0.3, 0.1, 0.7
+# From closed to open: readings of detectors, log odds, readings of places; scores by which a name is looked at.
+_FIRE_RAMP, _AMONG_RAMP, _ODDS_RAMP, _PLACE_RAMP, _ATTENDED = 0.1, 0.1, 0.5, 0.2, 60.0
+# Log odds that a missing subject takes away; readings that a closed edit takes away from its places.
+_MISSING, _CLOSED = 30.0, 8.0
+# Log odds that the begun answer of an edit adds.
+_BEGUN = 4.0
+
+
+@dataclass(frozen=True)
+class Router:
+    """A memory's router: a ``reader`` of relations and the code of each edit's (e, c), ``thresholds`` (e,) in log odds,
+    detectors of subjects, and the places of answers.
+
+    ``inverse`` is what a norm multiplies late states by, as a rule, and ``scaling`` what attention scores are.
+    """
+
+    reader: RelationReader
+    relations: Tensor
+    thresholds: Tensor
+    detectors: SubjectDetectors
+    places: AnswerPlaces
+    inverse: float
+    scaling: float
+
+
+class Channels:
+    """Where the extra channels of a router are, by what stands in them: tokens' ``features``, whether a detector
+    ``fired`` and the code of the ``name`` that ends here, a ``constant``; the codes of all ``names`` so far and the
+    constant ``beside`` them, the code of the ``subject``; the ``relation`` and whether it is ``asked``; the ``edit``.
+    """
+
+    def __init__(self, hidden: int, features: int, relation: int, head_dim: int) -> None:
+        name = min(_SUBJECT, head_dim - 1)
+        sizes = {
+            **{"features": features, "fired": 1, "constant": 1, "name": name, "names": name, "beside": 1},
+            **{"subject": name, "relation": relation, "asked": 1, "edit": _EDIT},
+        }
+        self.hidden, self._parts, begin = hidden, dict[str, slice](), hidden
+        for part, size in sizes.items():
+            self._parts[part] = slice(begin, begin + size)
+            begin += size
+        self.count = begin - hidden
+
+    @classmethod
+    def of(cls, router: Router) -> Channels:
+        """Return the channels that a router takes."""
+        sizes = router.reader.sizes
+        return cls(sizes.hidden, sizes.features, sizes.code, sizes.head_dim)
+
+    def __getitem__(self, part: str) -> slice:
+        return self._parts[part]
+
+    def one(self, part: str) -> int:
+        """Return the number of the channel in which a single number stands."""
+        return int(self._parts[part].start)
+
+    def size(self, part: str) -> int:
+        """Return how many channels a part has."""
+        return int(self._parts[part].stop - self._parts[part].start)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Steps (n,): what each reads of the normed stream, ``reads`` (n, D) and ``offsets`` (n,), and ``adds`` (n, D)."""
+
+    reads: Tensor
+    offsets: Tensor
+    adds: Tensor
+
+
+def router_blocks(router: Router, config: Mapping[str, Any], multiplier: float = 1.0) -> list[DecoderBlock]:
+    """Return a router's blocks.
+
+    Args:
+        config: the base model's settings.
+        multiplier: what residuals are multiplied by before they are added.
+    """
+    widening = Widening.of(config, Channels.of(router).count)
+    sizes = LayerSizes.of({**config, "hidden_size": widening.width, "head_dim": router.reader.sizes.head_dim})
+    writer = _Writer(router, sizes, widening, multiplier)
+    subjects, matches = (list(_feed_forwards(sizes, steps)) for steps in (writer.subjects(), writer.matches()))
+    subjects[0] |= writer.names_pooled()
+    matches[0] |= writer.relation_pooled()
+    blocks = [*writer.features(), *subjects, *matches, *_feed_forwards(sizes, writer.places())]
+    return [DecoderBlock(tensors) for tensors in blocks]
+
+
+class _Writer:
+    """Writes a router's parts as what blocks read and add."""
+
+    def __init__(self, router: Router, sizes: LayerSizes, widening: Widening, multiplier: float) -> None:
+        self._router, self._sizes, self._width, self._multiplier = router, sizes, widening.width, multiplier
+        self._channels = Channels.of(router)
+        # What the norm of a wide stream multiplies extra channels by, as a rule.
+        self._factor = router.inverse / math.sqrt(widening.share)
+        self._names = packed_codes(len(router.detectors.offsets), self._channels.size("name"))
+        self._edits = packed_codes(len(router.relations), self._channels.size("edit"))
+
+    def _rows(self, count: int) -> Tensor:
+        return torch.zeros(count, self._width)
+
+    def features(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the feed-forwards of features and detectors."""
+        router, channels = self._router, self._channels
+        reader, detectors = router.reader, router.detectors
+        reads, adds = self._rows(len(detectors.offsets)), self._rows(len(detectors.offsets))
+        reads[:, : channels.hidden] = detectors.directions * (WIDTH / _FIRE_RAMP)
+        adds[:, channels["name"]] = self._names * _AMPLITUDE
+        adds[:, channels.one("fired")] = _AMPLITUDE
+        steps = _Steps(reads, detectors.offsets * (WIDTH / _FIRE_RAMP) + WIDTH / 2, adds)
+        count = reader.sizes.neurons
+        blocks = list(_feed_forwards(self._sizes, steps, first=count))
+        first = blocks[0]
+        first["mlp.gate_proj.weight"][:count, : channels.hidden] = reader.neurons.weight.detach()
+        first["mlp.gate_proj.bias"][:count] = reader.neurons.bias.detach()
+        first["mlp.up_proj.bias"][:count] = 1
+        first["mlp.down_proj.weight"][channels["features"], :count] = reader.features.weight.detach() * _AMPLITUDE
+        first["mlp.down_proj.bias"] = torch.zeros(self._width)
+        first["mlp.down_proj.bias"][channels.one("constant")] = _AMPLITUDE
+        yield from blocks
+
+    def names_pooled(self) -> dict[str, Tensor]:
+        """Return the attention whose first head is the mean of the codes of all names so far."""
+        channels, size, read = self._channels, self._router.reader.sizes.head_dim, self._factor * _AMPLITUDE
+        query, key = torch.zeros(self._sizes.queries), self._rows(self._sizes.shared)
+        value, output = self._rows(self._sizes.shared), torch.zeros(self._width, self._sizes.queries)
+        # The last pair that a model rotates turns so slowly that a name counts alike wherever it stands.
+        slow, codes = size // 2 - 1, channels.size("name")
+        query[slow] = _ATTENDED / self._router.scaling
+        key[slow, channels.one("fired")] = 1 / read
+        value[:codes, channels["name"]] = torch.eye(codes) / read
+        value[codes, channels.one("constant")] = 1 / read
+        output[channels["names"], :codes] = torch.eye(codes) * _AMPLITUDE
+        output[channels.one("beside"), codes] = _AMPLITUDE
+        return _attention(query, key, torch.zeros(self._sizes.shared), value, torch.zeros(self._sizes.shared), output)
+
+    def subjects(self) -> _Steps:
+        """Return the steps that write the code of each subject that is among the names."""
+        channels = self._channels
+        reads, adds = self._rows(len(self._names)), self._rows(len(self._names))
+        reads[:, channels["names"]] = self._names
+        reads[:, channels.one("beside")] = -min(_SURELY, max(_AMONG, coherence(self._names) + _BEYOND))
+        adds[:, channels["subject"]] = self._names * _AMPLITUDE
+        return _Steps(reads * self._steepness(_AMONG_RAMP), torch.full((len(reads),), WIDTH / 2), adds)
+
+    def relation_pooled(self) -> dict[str, Tensor]:
+        """Return the attention of the relation reader."""
+        channels, reader = self._channels, self._router.reader
+        sizes, shared = reader.sizes, self._sizes.shared
+        wide, size, hidden = sizes.groups * sizes.head_dim, sizes.head_dim, channels.hidden
+        # The reader's features are multiplied by its gain, and the stream's by how large they are written.
+        scale = float(reader.gain) * self._router.inverse / (self._factor * _AMPLITUDE)
+        parts = []
+        for matrix in (reader.keys, reader.values):
+            weight, of_components = matrix.weight.detach().split([sizes.features, sizes.components], 1)
+            reads, offsets = self._rows(shared), torch.zeros(shared)
+            reads[:wide, channels["features"]] = weight * scale
+            reads[:wide, :hidden] = of_components @ reader.components.T
+            offsets[:wide] = -reads[:wide, :hidden] @ reader.mean
+            parts += [reads, offsets]
+        parts[1][:wide] += reader.keys.bias.detach()
+        queries, output = torch.zeros(self._sizes.queries), torch.zeros(self._width, self._sizes.queries)
+        pooled = reader.output.weight.detach() * _AMPLITUDE
+        for group in range(sizes.groups):
+            for head in range(sizes.heads):
+                begin = (group * (self._sizes.queries // shared) + head) * size
+                part = slice((group * sizes.heads + head) * size, (group * sizes.heads + head + 1) * size)
+                queries[begin : begin + size] = reader.queries[group, head].detach()
+                output[channels["relation"], begin : begin + size] = pooled[:-1, part]
+                output[channels.one("asked"), begin : begin + size] = pooled[-1, part]
+        keys, key_offsets, values, value_offsets = parts
+        return _attention(queries, keys, key_offsets, values, value_offsets, output)
+
+    def matches(self) -> _Steps:
+        """Return the steps that open edits: one for each."""
+        router, channels = self._router, self._channels
+        count, named = len(router.relations), router.detectors.subject >= 0
+        reads, adds = self._rows(count), self._rows(count)
+        reads[:, channels["relation"]] = float(router.reader.kappa.detach()) * router.relations
+        reads[:, channels.one("asked")] = 1
+        missing = _MISSING / (1 - coherence(self._names))
+        reads[named, channels["subject"]] = missing * self._names[router.detectors.subject[named]]
+        reads[:, channels.one("constant")] = -router.thresholds - missing * named
+        adds[:, channels["edit"]] = self._edits * _AMPLITUDE
+        reads *= self._steepness(_ODDS_RAMP)
+        begun = router.places.inside * (_BEGUN * WIDTH / _ODDS_RAMP)
+        reads[:, : channels.hidden] = begun[:, :-1]
+        return _Steps(reads, begun[:, -1] + WIDTH / 2, adds)
+
+    def places(self) -> _Steps:
+        """Return the steps that add what open edits say."""
+        places, channels = self._router.places, self._channels
+        reads, adds = self._rows(len(places.edit)), self._rows(len(places.edit))
+        reads[:, : channels.hidden] = places.directions * (WIDTH / _PLACE_RAMP)
+        closed = self._steepness(_PLACE_RAMP) * _CLOSED / (1 - coherence(self._edits))
+        reads[:, channels["edit"]] = closed * self._edits[places.edit]
+        reads[:, channels.one("constant")] = -closed
+        adds[:, : channels.hidden] = places.added * self._multiplier
+        return _Steps(reads, (places.offsets - 0.5) * (WIDTH / _PLACE_RAMP) + WIDTH / 2, adds)
+
+    def _steepness(self, ramp: float) -> float:
+        """Return by what readings of extra channels are multiplied to go from closed to open within a ramp."""
+        return WIDTH / (ramp * self._factor * _AMPLITUDE)
+
+
+def _feed_forwards(sizes: LayerSizes, steps: _Steps, first: int = 0) -> Iterator[dict[str, Tensor]]:
+    """Yield feed-forwards of as many blocks as steps take, at least one.
+
+    Args:
+        first: so many neurons of the first one are left free.
+    """
+    begin, free = 0, first
+    while begin < len(steps.offsets) or begin == 0:
+        room = (sizes.width - free) // 2
+        part = slice(begin, begin + room)
+        reads, offsets, adds = steps.reads[part], steps.offsets[part], steps.adds[part] / WIDTH
+        used = slice(free, free + 2 * len(offsets))
+        gate, bias, passes = torch.zeros(sizes.width, sizes.hidden), torch.zeros(sizes.width), torch.zeros(sizes.width)
+        down = torch.zeros(sizes.hidden, sizes.width)
+        gate[used], passes[used] = reads.repeat_interleave(2, 0), 1.0
+        bias[used] = torch.stack([offsets, offsets - WIDTH], 1).flatten()
+        down[:, used] = torch.stack([adds, -adds], 1).flatten(0, 1).T
+        yield {
+            "mlp.gate_proj.weight": gate,
+            "mlp.gate_proj.bias": bias,
+            "mlp.up_proj.bias": passes,
+            "mlp.down_proj.weight": down,
+        }
+        begin, free = max(begin + room, 1), 0
+
+
+def _attention(
+    queries: Tensor, keys: Tensor, key_offsets: Tensor, values: Tensor, value_offsets: Tensor, output: Tensor
+) -> dict[str, Tensor]:
+    """Return the tensors of an attention with constant queries."""
+    return {
+        "self_attn.q_proj.bias": queries,
+        "self_attn.k_proj.weight": keys,
+        "self_attn.k_proj.bias": key_offsets,
+        "self_attn.v_proj.weight": values,
+        "self_attn.v_proj.bias": value_offsets,
+        "self_attn.o_proj.weight": output,
+    }

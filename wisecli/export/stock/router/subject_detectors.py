@@ -1,0 +1,164 @@
+"""Detectors of subjects: for each a direction and an offset that tell the last token of its name from all others.
+
+They read the normed state behind the edited layer, which by then holds the whole name. States are whitened by what the
+text around a name does to them; then each subject's are told from those of made-up names, of unrelated text and of
+other subjects (:class:`~wisecli.export.stock.gate_solving.Separation`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wisecli.edits.record import Edit
+from wisecli.errors import DamagedFileError
+from wisecli.export.stock.gate_solving import Separation
+from wisecli.export.stock.router.late_states import late_states
+from wisecli.export.stock.router.subject_texts import SubjectText, texts_on_edits, texts_on_names
+from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
+from wisecli.io.digest import sha256_json
+from wisecli.io.user_cache import cache_path
+from wisecli.models.layout.site import Site
+from wisecli.models.loading import Loaded
+from wisecli.models.prompts.chat_template import template_digest
+from wisecli.models.running.quick_products import quick_products
+from wisecli.progress import Event, ProgressCallback
+
+_VERSION = 1
+# Tokens that are no name's last that detectors are told from.
+_TOKENS = 24000
+
+
+@dataclass(frozen=True)
+class DetectorSettings:
+    """How detectors are fitted: by how much the text around a name counts in whitening beside all spread, how much the
+    length of directions costs, and what a detector reads at least where it fires.
+    """
+
+    wording: float = 64.0
+    ridge: float = 0.01
+    fires: float = 0.35
+
+
+@dataclass(frozen=True)
+class SubjectDetectors:
+    """Detectors (s,) as ``directions`` (s, d) and ``offsets`` (s,): one fires where it reads more than 0.
+
+    ``subject`` (e,) is the number of each edit's subject, or -1 for an edit without one.
+    """
+
+    directions: Tensor
+    offsets: Tensor
+    subject: Tensor
+
+    def readings(self, states: Tensor) -> Tensor:
+        """Return what detectors read of normed states (n, d): (n, s)."""
+        return F.linear(states, self.directions, self.offsets)
+
+
+@dataclass(frozen=True)
+class NameStates:
+    """States (m, d) at which no edit's subject ends, and ``strayed`` (n, d): by how much texts around made-up names
+    move the states of their last tokens.
+    """
+
+    others: Tensor
+    strayed: Tensor
+
+
+def subject_detectors(
+    loaded: Loaded,
+    site: Site,
+    edits: Sequence[Edit],
+    names: NameStates,
+    *,
+    batch_size: int,
+    on_progress: ProgressCallback,
+    settings: DetectorSettings = DetectorSettings(),
+) -> SubjectDetectors:
+    """Return detectors of edits' subjects; edits on the same name share one."""
+    known: dict[str, int] = {}
+    numbers = [
+        known.setdefault(edit.subject_name.casefold(), len(known)) if edit.subject_name else -1 for edit in edits
+    ]
+    texts = list(texts_on_edits(loaded.tokenizer, [(e, n) for e, n in zip(edits, numbers, strict=True) if n >= 0]))
+    found = torch.tensor(sorted({one.subject for one in texts}), dtype=torch.long)
+    place = torch.full((len(known) + 1,), -1).scatter(0, found, torch.arange(len(found)))
+    subject = place[torch.tensor(numbers)]
+    if not len(found):
+        return SubjectDetectors(torch.empty(0, site.d), torch.empty(0), subject)
+    with quick_products(loaded, site):
+        states, _ = _at_names(loaded, site, texts, batch_size=batch_size, on_progress=on_progress, stage="subjects")
+    key = place[torch.tensor([one.subject for one in texts])]
+    mean, turn = _whitening(names, settings)
+    own, others = ((part - mean) @ turn for part in (states, names.others))
+    directions, offsets = Separation(own, key, others, settings.ridge, 1.0, 0.0).solved()
+    directions = directions @ turn.T
+    return SubjectDetectors(directions, offsets - directions @ mean - settings.fires, subject)
+
+
+def name_states(
+    loaded: Loaded, site: Site, identity: str, *, batch_size: int, on_progress: ProgressCallback
+) -> NameStates:
+    """Return what a base model makes of made-up names, or what the cache remembers.
+
+    Args:
+        identity: of the base model, for the cache.
+    """
+    about = ["names", identity, site.as_dict(), str(loaded.model.dtype), _VERSION]
+    if (written := template_digest(loaded.tokenizer)) is not None:
+        about.append(written)
+    path = cache_path("gate") / f"{sha256_json(about)[:32]}.safetensors"
+    try:
+        kept = load_tensors(path)
+        return NameStates(kept["others"].float(), kept["strayed"].float())
+    except (DamagedFileError, KeyError):
+        on_progress(Event("made-up names"))
+    texts = list(texts_on_names(loaded.tokenizer))
+    with quick_products(loaded, site):
+        own, others = _at_names(
+            loaded, site, texts, batch_size=batch_size, on_progress=on_progress, stage="made-up names"
+        )
+    number = torch.tensor([one.subject for one in texts])
+    means = torch.zeros(int(number.max()) + 1, site.d).index_add(0, number, own)
+    means = means / torch.bincount(number)[:, None].clamp(min=1)
+    kept = {"others": torch.cat([own, others]).half(), "strayed": (own - means[number]).half()}
+    keep_in_cache(path, lambda working: save_tensors(working, kept))
+    return NameStates(kept["others"].float(), kept["strayed"].float())
+
+
+def _at_names(
+    loaded: Loaded,
+    site: Site,
+    texts: Sequence[SubjectText],
+    *,
+    batch_size: int,
+    on_progress: ProgressCallback,
+    stage: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the states of names' last tokens (n, d), and of some other tokens of the texts (m, d)."""
+    tokens = [one.tokens for one in texts]
+    read = late_states(loaded, site, tokens, batch_size=batch_size, on_progress=on_progress, stage=stage)
+    places = read.first[:-1] + torch.tensor([one.place for one in texts])
+    elsewhere = torch.ones(len(read.normed), dtype=torch.bool).index_fill(0, places, False).nonzero()[:, 0]
+    chosen = elsewhere[torch.randperm(len(elsewhere), generator=torch.Generator().manual_seed(0))[:_TOKENS]]
+    return read.normed[places].float(), read.normed[chosen].float()
+
+
+def _whitening(names: NameStates, settings: DetectorSettings) -> tuple[Tensor, Tensor]:
+    """Return the mean (d,) of states, and the root (d, d) of the inverse of how they spread."""
+    mean = names.others.mean(0)
+    spread = _evened(names.others - mean) + settings.wording * _evened(names.strayed)
+    values, vectors = torch.linalg.eigh(spread.double())
+    root: Tensor = ((vectors * (values + values.mean()).rsqrt()) @ vectors.T).float()
+    return mean, root
+
+
+def _evened(rows: Tensor) -> Tensor:
+    """Return the second moment (d, d) of rows (n, d), with 1 as its mean eigenvalue."""
+    moment = rows.T @ rows
+    return moment * (len(moment) / moment.trace().clamp(min=1e-12))

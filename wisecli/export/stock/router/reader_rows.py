@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _ANSWERED = 0.5
 # Names of each kind that relations are asked of.
 _NAMES = 40
+# So many relations are always read.
+_FEWEST = 8
 
 
 class Role(Enum):
@@ -47,13 +49,14 @@ class ReaderRow(NamedTuple):
 
 @dataclass(frozen=True)
 class RowSettings:
-    """How many ``facts`` are made up, how many ``examples`` of each ask it and as many mention it, and how long a row
-    is at most.
+    """How many ``facts`` are made up, how many ``examples`` of each ask it and as many mention it, how many tokens a row
+    has at most, and which ``share`` of all relations is read beside.
     """
 
     facts: int = 500
     examples: int = 9
     longest: int = 320
+    share: float = 1.0
 
 
 def reader_rows(tokenizer: PreTrainedTokenizerBase, settings: RowSettings, rng: random.Random) -> list[ReaderRow]:
@@ -61,7 +64,7 @@ def reader_rows(tokenizer: PreTrainedTokenizerBase, settings: RowSettings, rng: 
     facts = list(synthetic_facts(settings.facts, rng))
     examples = Examples(tokenizer, facts, rng)
     rows = [row for number in range(len(facts)) for row in _of_fact(tokenizer, facts, examples, number, settings)]
-    rows += _of_relations(tokenizer, rng)
+    rows += _of_relations(tokenizer, settings.share, rng)
     return [row for row in rows if row.prompt <= settings.longest]
 
 
@@ -86,11 +89,11 @@ def _of_fact(
         yield ReaderRow((*row.prompt, *behind), len(row.prompt), Role.EXAMPLE, fact.relation, number, one.asks)
 
 
-def _of_relations(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Iterator[ReaderRow]:
-    """Yield every wording of every relation, about a made-up name in a trained form."""
+def _of_relations(tokenizer: PreTrainedTokenizerBase, share: float, rng: random.Random) -> Iterator[ReaderRow]:
+    """Yield every wording of a share of all relations, about a made-up name in a trained form."""
     known, trained = relations(), usable_forms(tokenizer, trained=True)
     names = {kind: made_up_subjects(kind, _NAMES, rng) for kind in dict.fromkeys(one.kind for one in known)}
-    for number, relation in enumerate(known):
+    for number, relation in enumerate(known[: max(_FEWEST, round(share * len(known)))]):
         for wording in relation.wordings:
             text = wording.replace("{}", rng.choice(names[relation.kind]))
             tokens = tuple(tokenizer(rng.choice(trained).render(tokenizer, text))["input_ids"])

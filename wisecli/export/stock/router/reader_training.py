@@ -70,7 +70,8 @@ class ReaderSettings:
     def of_share(self, share: float) -> ReaderSettings:
         """Return settings that read a share of the rows, and take as few steps."""
         facts = max(2 * self.held_back, round(self.rows.facts * share))
-        return replace(self, rows=replace(self.rows, facts=facts), steps=max(20, round(self.steps * share)))
+        rows = replace(self.rows, facts=facts, share=share)
+        return replace(self, rows=rows, steps=max(20, round(self.steps * share)))
 
 
 def relation_reader(

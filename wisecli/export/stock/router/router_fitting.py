@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,18 +13,21 @@ from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.edits.record import Edit
 from wisecli.export.stock.gate_states import edit_states
 from wisecli.export.stock.router.answer_places import answer_places
-from wisecli.export.stock.router.late_states import late_states, rotation_of
+from wisecli.export.stock.router.late_states import LateStates, late_states, rotation_of
 from wisecli.export.stock.router.reader_training import relation_reader
-from wisecli.export.stock.router.relation_reader import RelationReader
+from wisecli.export.stock.router.relation_reader import RelationReader, Rotation
 from wisecli.export.stock.router.router_blocks import Router
 from wisecli.export.stock.router.subject_detectors import name_states, subject_detectors
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.prompt_forms import usable_forms
+from wisecli.models.running.quick_products import quick_products
 from wisecli.progress import ProgressCallback
 
 # Log odds that an edit without a subject has to be surer by.
 _SURER = 3.0
+# Log odds by which an edit's own prompts open it at least.
+_SPARE = 1.0
 
 
 def fitted_router(
@@ -37,17 +41,21 @@ def fitted_router(
     """
     site, edits = manifest.site, manifest.edits
     reader = relation_reader(loaded, site, identity, share=share, batch_size=batch_size, on_progress=on_progress)
-    names = name_states(loaded, site, identity, batch_size=batch_size, on_progress=on_progress)
-    detectors = subject_detectors(loaded, site, edits, names, batch_size=batch_size, on_progress=on_progress)
-    relations = relation_codes(loaded, site, reader, edits, batch_size=batch_size, on_progress=on_progress)
-    places = answer_places(edit_states(loaded, manifest, batch_size=batch_size, on_progress=on_progress), len(edits))
-    thresholds = torch.where(detectors.subject < 0, _SURER, 0.0) + reader.threshold.detach()
+    named: dict[str, Any] = {"batch_size": batch_size, "on_progress": on_progress}
+    detectors = subject_detectors(
+        loaded, site, edits, name_states(loaded, site, identity, share=share, **named), **named
+    )
+    relations, least = edit_relations(loaded, site, reader, edits, **named)
+    places = answer_places(edit_states(loaded, manifest, **named), len(edits))
+    thresholds = reader.threshold.detach() + torch.where(detectors.subject < 0, _SURER, 0.0)
     scaling = rotation_of(loaded, site, 1).scaling
-    return Router(reader, relations, thresholds, detectors, places, 1 / float(reader.gain), scaling)
+    return Router(
+        reader, relations, thresholds.minimum(least - _SPARE), detectors, places, 1 / float(reader.gain), scaling
+    )
 
 
 @torch.no_grad()
-def relation_codes(
+def edit_relations(
     loaded: Loaded,
     site: Site,
     reader: RelationReader,
@@ -55,22 +63,29 @@ def relation_codes(
     *,
     batch_size: int,
     on_progress: ProgressCallback,
-) -> Tensor:
-    """Return the code of each edit's relation (e, c), of length 1: the mean over its own prompts in trained forms."""
-    tokenizer = loaded.tokenizer
+) -> tuple[Tensor, Tensor]:
+    """Return the code of each edit's relation (e, c), of length 1: the mean over its own prompts in trained forms; and
+    the least log odds (e,), without a threshold, by which one of them asks it.
+    """
+    tokenizer, forms = loaded.tokenizer, usable_forms(loaded.tokenizer, trained=True)
     own = [(number, [edit.prompt, *(one.prompt for one in edit.translations)]) for number, edit in enumerate(edits)]
-    forms = usable_forms(tokenizer, trained=True)
     asked = [(number, form.render(tokenizer, text)) for number, texts in own for text in texts for form in forms]
     tokens = [tokenizer(text)["input_ids"] for _, text in asked]
-    read = late_states(loaded, site, tokens, batch_size=batch_size, on_progress=on_progress, stage="edits")
-    rotation = rotation_of(loaded, site, max(map(len, tokens)))
-    numbers, codes = torch.tensor([number for number, _ in asked]), []
-    for rows in torch.arange(len(tokens)).split(batch_size):
-        lengths = torch.tensor([len(tokens[index]) for index in rows])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        index = (read.first[rows][:, None] + torch.arange(mask.shape[1]))[mask]
-        features = reader.token_features(read.normed[index].float(), read.inverse[index])
-        laid_out = features.new_zeros(*mask.shape, features.shape[-1]).masked_scatter(mask[..., None], features)
-        codes.append(reader.pooled(laid_out, mask, lengths - 1, rotation)[0])
-    summed = torch.zeros(len(edits), codes[0].shape[1]).index_add(0, numbers, torch.cat(codes))
-    return F.normalize(summed, dim=-1)
+    with quick_products(loaded, site):
+        read = late_states(loaded, site, tokens, batch_size=batch_size, on_progress=on_progress, stage="edits")
+    rotation, number = rotation_of(loaded, site, max(map(len, tokens))), torch.tensor([one for one, _ in asked])
+    parts = [read_ends(reader, read, rows, rotation) for rows in torch.arange(len(tokens)).split(batch_size)]
+    codes, asks = (torch.cat(part) for part in zip(*parts, strict=True))
+    relations = F.normalize(torch.zeros(len(edits), codes.shape[1]).index_add(0, number, codes), dim=-1)
+    odds = reader.kappa * (codes * relations[number]).sum(1) + asks
+    return relations, torch.full((len(edits),), torch.inf).scatter_reduce(0, number, odds, "amin")
+
+
+def read_ends(reader: RelationReader, read: LateStates, texts: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """Return the codes (B, c) of texts, by number (B,), at their last tokens, and whether they ask anything (B,)."""
+    lengths = read.first[texts + 1] - read.first[texts]
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    index = (read.first[texts][:, None] + torch.arange(mask.shape[1]))[mask]
+    features = reader.token_features(read.normed[index].float(), read.inverse[index])
+    laid_out = features.new_zeros(*mask.shape, features.shape[-1]).masked_scatter(mask[..., None], features)
+    return reader.pooled(laid_out, mask, lengths - 1, rotation)

@@ -36,12 +36,15 @@ _TOKENS = 24000
 @dataclass(frozen=True)
 class DetectorSettings:
     """How detectors are fitted: by how much the text around a name counts in whitening beside all spread, how much the
-    length of directions costs, and what a detector reads at least where it fires.
+    length of directions costs, and what a detector reads at least where it fires; less, though not below ``lowest``,
+    where one would not fire at all of the texts that it was fitted to.
     """
 
     wording: float = 64.0
     ridge: float = 0.01
     fires: float = 0.35
+    lowest: float = 0.1
+    spare: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -97,19 +100,23 @@ def subject_detectors(
     mean, turn = _whitening(names, settings)
     own, others = ((part - mean) @ turn for part in (states, names.others))
     directions, offsets = Separation(own, key, others, settings.ridge, 1.0, 0.0).solved()
+    read = (own * directions[key]).sum(1) + offsets[key]
+    least = torch.full_like(offsets, torch.inf).scatter_reduce(0, key, read, "amin") - settings.spare
     directions = directions @ turn.T
-    return SubjectDetectors(directions, offsets - directions @ mean - settings.fires, subject)
+    fires = least.clamp(min=settings.lowest, max=settings.fires)
+    return SubjectDetectors(directions, offsets - directions @ mean - fires, subject)
 
 
 def name_states(
-    loaded: Loaded, site: Site, identity: str, *, batch_size: int, on_progress: ProgressCallback
+    loaded: Loaded, site: Site, identity: str, *, share: float, batch_size: int, on_progress: ProgressCallback
 ) -> NameStates:
     """Return what a base model makes of made-up names, or what the cache remembers.
 
     Args:
         identity: of the base model, for the cache.
+        share: how much of the packaged names is read.
     """
-    about = ["names", identity, site.as_dict(), str(loaded.model.dtype), _VERSION]
+    about = ["names", identity, share, site.as_dict(), str(loaded.model.dtype), _VERSION]
     if (written := template_digest(loaded.tokenizer)) is not None:
         about.append(written)
     path = cache_path("gate") / f"{sha256_json(about)[:32]}.safetensors"
@@ -118,7 +125,7 @@ def name_states(
         return NameStates(kept["others"].float(), kept["strayed"].float())
     except (DamagedFileError, KeyError):
         on_progress(Event("made-up names"))
-    texts = list(texts_on_names(loaded.tokenizer))
+    texts = list(texts_on_names(loaded.tokenizer, share))
     with quick_products(loaded, site):
         own, others = _at_names(
             loaded, site, texts, batch_size=batch_size, on_progress=on_progress, stage="made-up names"

@@ -45,11 +45,11 @@ def texts_on_edits(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Edit, i
         yield from _placed(tokenizer, texts, name, number)
 
 
-def texts_on_names(tokenizer: PreTrainedTokenizerBase) -> Iterator[SubjectText]:
-    """Yield texts around made-up names of every kind."""
+def texts_on_names(tokenizer: PreTrainedTokenizerBase, share: float) -> Iterator[SubjectText]:
+    """Yield texts around made-up names of every kind, around a share of those that are made up."""
     rng, number = random.Random(5), 0
     for kind in dict.fromkeys(one.kind for one in relations()):
-        for name in made_up_subjects(kind, _NAMES, rng):
+        for name in made_up_subjects(kind, max(1, round(share * _NAMES)), rng):
             yield from _placed(tokenizer, _around(tokenizer, name, kind, rng), name, number)
             number += 1
 

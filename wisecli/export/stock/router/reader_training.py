@@ -168,7 +168,7 @@ class _Lessons:
             optimizer.step()
             rates.step()
             if step % 20 == 0 or step + 1 == settings.steps:
-                on_progress(Event("relations", step + 1, settings.steps, note=f"loss {float(loss):.2f}"))
+                on_progress(Event("relations", step + 1, settings.steps, note=f"loss {loss.item():.2f}"))
         reader.eval()
         with torch.no_grad():
             reader.threshold.add_(quantile(self._mentions(reader), 1 - settings.let_through))
@@ -225,14 +225,12 @@ class _Lessons:
         settings, columns = self._settings, batch.columns
         places = torch.arange(int(columns.max()) + 1)
         mask = places <= columns[:, None]
-        index = (self._states.first[batch.rows][:, None] + places)[mask]
-        read = reader.token_features(self._states.normed[index].float(), self._states.inverse[index])
-        features = read.new_zeros(*mask.shape, read.shape[-1]).masked_scatter(mask[..., None], read)
-        features = F.dropout(features, settings.dropout, reader.training)
         if reader.training:
             dropped = torch.rand(mask.shape) < settings.left_out * torch.rand(len(mask), 1)
             mask = mask & ~(dropped & (places != columns[:, None]))
-        return reader.pooled(features, mask, columns, self._rotation)
+        index = (self._states.first[batch.rows][:, None] + places)[mask]
+        read = reader.token_features(self._states.normed[index].float(), self._states.inverse[index])
+        return reader.pooled(F.dropout(read, settings.dropout, reader.training), mask, columns, self._rotation)
 
 
 def _wanted(

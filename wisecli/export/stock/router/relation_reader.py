@@ -90,19 +90,23 @@ class RelationReader(nn.Module):
         """Return codes (B, c), and whether anything is asked (B,), at one column (B,) of each row.
 
         Args:
-            features: of the tokens of rows (B, T, f); ``mask`` (B, T) says which there are.
+            features: of tokens (n, f), row after row: those that there are by the ``mask`` (B, T).
         """
-        sizes, (count, length) = self.sizes, mask.shape
-        split = (count, length, sizes.groups, sizes.head_dim)
+        sizes, length = self.sizes, mask.shape[1]
         cos, sin = rotation.cos[:length], rotation.sin[:length]
-        keys = _rotated(self.keys(features).view(split), cos[None, :, None], sin[None, :, None])
-        values = self.values(features).view(split)
+        keys = _rotated(self._laid_out(self.keys(features), mask), cos[None, :, None], sin[None, :, None])
+        values = self._laid_out(self.values(features), mask)
         queries = _rotated(self.queries[None], cos[columns][:, None, None], sin[columns][:, None, None])
         scores = torch.einsum("bghd,btgd->bght", queries, keys) * rotation.scaling
         seen = mask & (torch.arange(length) <= columns[:, None])
         weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
         found = self.output(torch.einsum("bght,btgd->bghd", weights, values).flatten(1))
         return found[:, :-1], found[:, -1]
+
+    def _laid_out(self, vectors: Tensor, mask: Tensor) -> Tensor:
+        """Return vectors (n, g · h) of tokens as rows of them (B, T, g, h), with noughts where there is none."""
+        rows = vectors.new_zeros(*mask.shape, vectors.shape[-1]).masked_scatter(mask[..., None], vectors)
+        return rows.unflatten(-1, (self.sizes.groups, self.sizes.head_dim))
 
     def odds(self, codes: Tensor, asked: Tensor, relations: Tensor) -> Tensor:
         """Return the log odds (n, e) that texts of some codes (n, c) ask relations (e, c)."""

@@ -87,5 +87,4 @@ def read_ends(reader: RelationReader, read: LateStates, texts: Tensor, rotation:
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     index = (read.first[texts][:, None] + torch.arange(mask.shape[1]))[mask]
     features = reader.token_features(read.normed[index].float(), read.inverse[index])
-    laid_out = features.new_zeros(*mask.shape, features.shape[-1]).masked_scatter(mask[..., None], features)
-    return reader.pooled(laid_out, mask, lengths - 1, rotation)
+    return reader.pooled(features, mask, lengths - 1, rotation)

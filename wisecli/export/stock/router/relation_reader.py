@@ -92,11 +92,12 @@ class RelationReader(nn.Module):
         Args:
             features: of tokens (n, f), row after row: those that there are by the ``mask`` (B, T).
         """
-        sizes, length = self.sizes, mask.shape[1]
-        cos, sin = rotation.cos[:length], rotation.sin[:length]
-        keys = _rotated(self._laid_out(self.keys(features), mask), cos[None, :, None], sin[None, :, None])
-        values = self._laid_out(self.values(features), mask)
-        queries = _rotated(self.queries[None], cos[columns][:, None, None], sin[columns][:, None, None])
+        length, place = mask.shape[1], mask.nonzero()[:, 1]
+        split = self.keys(features).unflatten(-1, (self.sizes.groups, self.sizes.head_dim))
+        rotated = _rotated(split, rotation.cos[place][:, None], rotation.sin[place][:, None])
+        keys, values = (self._laid_out(one, mask) for one in (rotated.flatten(1), self.values(features)))
+        cos, sin = (part[columns][:, None, None] for part in (rotation.cos, rotation.sin))
+        queries = _rotated(self.queries[None], cos, sin)
         scores = torch.einsum("bghd,btgd->bght", queries, keys) * rotation.scaling
         seen = mask & (torch.arange(length) <= columns[:, None])
         weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)

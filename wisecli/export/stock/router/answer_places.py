@@ -25,8 +25,8 @@ class AnswerPlaces:
     """Places (p,): the ``edit`` of each, ``directions`` (p, d) and ``offsets`` (p,) that read 1 there and 0 or less at
     the edit's other states, and the residual that is ``added`` to the stream (p, d).
 
-    ``inside`` (e, d + 1) reads 1 at any place of an edit's answer but the first, and 0 or less at that; its last column
-    is the offset.
+    ``inside`` (e, d + 1) reads 1 at any place of an edit's answer but the first, and 0 or less at that and outside of
+    answers; its last column is the offset.
     """
 
     edit: Tensor
@@ -36,13 +36,15 @@ class AnswerPlaces:
     inside: Tensor
 
 
-def answer_places(states: EditStates, edits: int) -> AnswerPlaces:
+def answer_places(states: EditStates, edits: int, elsewhere: Tensor) -> AnswerPlaces:
     """Return the places of a memory's edits.
 
     Args:
         edits: how many edits there are, with those that later ones asking the same stand for.
+        elsewhere: states (m, d) that are inside no answer.
     """
     turn = _whitening(states)
+    outside = elsewhere @ turn
     whitened, owner = states.states @ turn, states.edits[states.key]
     directions, offsets = torch.zeros_like(states.values), torch.ones(len(states.edits))
     inside = torch.zeros(edits, states.states.shape[1] + 1)
@@ -55,12 +57,12 @@ def answer_places(states: EditStates, edits: int) -> AnswerPlaces:
         if not len(others):
             continue
         at_first = states.key[own] == first
-        elsewhere, at = whitened[own][~at_first], whitened[own][at_first]
+        within, at = whitened[own][~at_first], whitened[own][at_first]
         local = torch.full((len(states.edits),), -1).scatter(0, others, torch.arange(len(others)))
-        planes, shifts = Separation(elsewhere, local[states.key[own][~at_first]], at, _RIDGE, 1.0, 0.0).solved()
+        planes, shifts = Separation(within, local[states.key[own][~at_first]], at, _RIDGE, 1.0, 0.0).solved()
         directions[others], offsets[others] = planes @ turn.T, shifts
         plane, shift = Separation(
-            elsewhere, torch.zeros(len(elsewhere), dtype=torch.long), at, _RIDGE, 1.0, 0.0
+            within, torch.zeros(len(within), dtype=torch.long), torch.cat([at, outside]), _RIDGE, 1.0, 0.0
         ).solved()
         inside[edit] = torch.cat([(plane @ turn.T)[0], shift])
         directions[first], offsets[first] = -inside[edit, :-1], 1 - inside[edit, -1]

@@ -107,7 +107,8 @@ class RelationReader(nn.Module):
     def _laid_out(self, vectors: Tensor, mask: Tensor) -> Tensor:
         """Return vectors (n, g · h) of tokens as rows of them (B, T, g, h), with noughts where there is none."""
         rows = vectors.new_zeros(*mask.shape, vectors.shape[-1]).masked_scatter(mask[..., None], vectors)
-        return rows.unflatten(-1, (self.sizes.groups, self.sizes.head_dim))
+        split: Tensor = rows.unflatten(-1, (self.sizes.groups, self.sizes.head_dim))
+        return split
 
     def odds(self, codes: Tensor, asked: Tensor, relations: Tensor) -> Tensor:
         """Return the log odds (n, e) that texts of some codes (n, c) ask relations (e, c)."""

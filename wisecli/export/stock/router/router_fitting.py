@@ -28,6 +28,8 @@ from wisecli.progress import ProgressCallback
 _SURER = 3.0
 # Log odds by which an edit's own prompts open it at least.
 _SPARE = 1.0
+# States of unrelated tokens that answers are told from.
+_ELSEWHERE = 4000
 
 
 def fitted_router(
@@ -42,11 +44,10 @@ def fitted_router(
     site, edits = manifest.site, manifest.edits
     reader = relation_reader(loaded, site, identity, share=share, batch_size=batch_size, on_progress=on_progress)
     named: dict[str, Any] = {"batch_size": batch_size, "on_progress": on_progress}
-    detectors = subject_detectors(
-        loaded, site, edits, name_states(loaded, site, identity, share=share, **named), **named
-    )
+    names = name_states(loaded, site, identity, share=share, **named)
+    detectors = subject_detectors(loaded, site, edits, names, **named)
     relations, least = edit_relations(loaded, site, reader, edits, **named)
-    places = answer_places(edit_states(loaded, manifest, **named), len(edits))
+    places = answer_places(edit_states(loaded, manifest, **named), len(edits), names.others[-_ELSEWHERE:])
     thresholds = reader.threshold.detach() + torch.where(detectors.subject < 0, _SURER, 0.0)
     scaling = rotation_of(loaded, site, 1).scaling
     return Router(

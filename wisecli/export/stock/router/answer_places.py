@@ -18,6 +18,8 @@ from wisecli.export.stock.gate_states import EditStates
 
 # How much the length of directions costs.
 _RIDGE = 0.01
+# By how much places read less at tokens that attention rests on.
+_SHUT = 4.0
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,13 @@ class AnswerPlaces:
     inside: Tensor
 
 
-def answer_places(states: EditStates, edits: int, elsewhere: Tensor) -> AnswerPlaces:
+def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tensor) -> AnswerPlaces:
     """Return the places of a memory's edits.
 
     Args:
         edits: how many edits there are, with those that later ones asking the same stand for.
         elsewhere: states (m, d) that are inside no answer.
+        sinks: states (k, d) of tokens that attention rests on; no place is there.
     """
     turn = _whitening(states)
     outside = elsewhere @ turn
@@ -66,6 +69,13 @@ def answer_places(states: EditStates, edits: int, elsewhere: Tensor) -> AnswerPl
         ).solved()
         inside[edit] = torch.cat([(plane @ turn.T)[0], shift])
         directions[first], offsets[first] = -inside[edit, :-1], 1 - inside[edit, -1]
+    if len(sinks):
+        # Their norm is so large that extra channels read as nought there: nothing else would keep them closed.
+        told = torch.cat([outside, whitened])
+        plane, shift = Separation(
+            sinks @ turn, torch.zeros(len(sinks), dtype=torch.long), told, _RIDGE, 1.0, 0.0
+        ).solved()
+        directions, offsets = directions - _SHUT * plane @ turn.T, offsets - _SHUT * shift
     return AnswerPlaces(states.edits, directions, offsets, states.values, inside)
 
 

@@ -10,7 +10,7 @@ Behind the edited layer stand, in this order::
 
 A *step* is a pair of neurons, ``(silu(z) - silu(z - WIDTH)) / WIDTH``, which is 0 well below its threshold and 1 well
 above it. What is compared with a threshold in extra channels is compared with a constant channel there, as a norm
-divides both alike.
+divides both alike; where it divides by so much that all of them read as nought, steps are closed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from wisecli.export.stock.router.subject_detectors import SubjectDetectors
 from wisecli.export.stock.stock_checkpoint import WIDTH
 
 # How large codes are in the stream, beside states of length 20 and more.
-_AMPLITUDE = 0.5
+_AMPLITUDE = 0.1
 # Channels of subjects' and of edits' codes.
 _SUBJECT, _EDIT = 40, 52
 # A subject is among the names if it has this share of their codes, or what codes have of each other by chance and a
@@ -180,8 +180,9 @@ class _Writer:
         reads, adds = self._rows(len(self._names)), self._rows(len(self._names))
         reads[:, channels["names"]] = self._names
         reads[:, channels.one("beside")] = -min(_SURELY, max(_AMONG, coherence(self._names) + _BEYOND))
+        reads[:, channels.one("constant")] = _AMONG_RAMP / 2
         adds[:, channels["subject"]] = self._names * _AMPLITUDE
-        return _Steps(reads * self._steepness(_AMONG_RAMP), torch.full((len(reads),), WIDTH / 2), adds)
+        return _Steps(reads * self._steepness(_AMONG_RAMP), torch.zeros(len(reads)), adds)
 
     def relation_pooled(self) -> dict[str, Tensor]:
         """Return the attention of the relation reader."""
@@ -220,12 +221,12 @@ class _Writer:
         reads[:, channels.one("asked")] = 1
         missing = _MISSING / (1 - coherence(self._names))
         reads[named, channels["subject"]] = missing * self._names[router.detectors.subject[named]]
-        reads[:, channels.one("constant")] = -router.thresholds - missing * named
+        reads[:, channels.one("constant")] = _ODDS_RAMP / 2 - router.thresholds - missing * named
         adds[:, channels["edit"]] = self._edits * _AMPLITUDE
         reads *= self._steepness(_ODDS_RAMP)
         begun = router.places.inside * (_BEGUN * WIDTH / _ODDS_RAMP)
         reads[:, : channels.hidden] = begun[:, :-1]
-        return _Steps(reads, begun[:, -1] + WIDTH / 2, adds)
+        return _Steps(reads, begun[:, -1], adds)
 
     def places(self) -> _Steps:
         """Return the steps that add what open edits say."""

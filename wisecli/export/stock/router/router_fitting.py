@@ -47,7 +47,8 @@ def fitted_router(
     names = name_states(loaded, site, identity, share=share, **named)
     detectors = subject_detectors(loaded, site, edits, names, **named)
     relations, least = edit_relations(loaded, site, reader, edits, **named)
-    places = answer_places(edit_states(loaded, manifest, **named), len(edits), names.others[-_ELSEWHERE:])
+    states = edit_states(loaded, manifest, **named)
+    places = answer_places(states, len(edits), names.others[-_ELSEWHERE:], names.sinks)
     thresholds = reader.threshold.detach() + torch.where(detectors.subject < 0, _SURER, 0.0)
     scaling = rotation_of(loaded, site, 1).scaling
     return Router(

@@ -7,7 +7,7 @@ other subjects (:class:`~wisecli.export.stock.gate_solving.Separation`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +28,11 @@ from wisecli.models.prompts.chat_template import template_digest
 from wisecli.models.running.quick_products import quick_products
 from wisecli.progress import Event, ProgressCallback
 
-_VERSION = 1
+_VERSION = 2
 # Tokens that are no name's last that detectors are told from.
 _TOKENS = 24000
+# Tokens whose norm is this share of others' inverse are sinks; so many are kept.
+_SINK, _SINKS = 0.2, 200
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,13 @@ class SubjectDetectors:
 @dataclass(frozen=True)
 class NameStates:
     """States (m, d) at which no edit's subject ends, and ``strayed`` (n, d): by how much texts around made-up names
-    move the states of their last tokens.
+    move the states of their last tokens. ``sinks`` (k, d) are those of tokens that attention rests on, as on the first
+    of a text, by their large norms; they are no ``others``.
     """
 
     others: Tensor
     strayed: Tensor
+    sinks: Tensor
 
 
 def subject_detectors(
@@ -95,7 +99,7 @@ def subject_detectors(
     if not len(found):
         return SubjectDetectors(torch.empty(0, site.d), torch.empty(0), subject)
     with quick_products(loaded, site):
-        states, _ = _at_names(loaded, site, texts, batch_size=batch_size, on_progress=on_progress, stage="subjects")
+        states, *_ = _at_names(loaded, site, texts, batch_size=batch_size, on_progress=on_progress, stage="subjects")
     key = place[torch.tensor([one.subject for one in texts])]
     mean, turn = _whitening(names, settings)
     own, others = ((part - mean) @ turn for part in (states, names.others))
@@ -122,20 +126,24 @@ def name_states(
     path = cache_path("gate") / f"{sha256_json(about)[:32]}.safetensors"
     try:
         kept = load_tensors(path)
-        return NameStates(kept["others"].float(), kept["strayed"].float())
+        return _name_states(kept)
     except (DamagedFileError, KeyError):
         on_progress(Event("made-up names"))
     texts = list(texts_on_names(loaded.tokenizer, share))
     with quick_products(loaded, site):
-        own, others = _at_names(
+        own, others, sinks = _at_names(
             loaded, site, texts, batch_size=batch_size, on_progress=on_progress, stage="made-up names"
         )
     number = torch.tensor([one.subject for one in texts])
     means = torch.zeros(int(number.max()) + 1, site.d).index_add(0, number, own)
     means = means / torch.bincount(number)[:, None].clamp(min=1)
-    kept = {"others": torch.cat([own, others]).half(), "strayed": (own - means[number]).half()}
+    kept = {"others": torch.cat([own, others]).half(), "strayed": (own - means[number]).half(), "sinks": sinks.half()}
     keep_in_cache(path, lambda working: save_tensors(working, kept))
-    return NameStates(kept["others"].float(), kept["strayed"].float())
+    return _name_states(kept)
+
+
+def _name_states(kept: Mapping[str, Tensor]) -> NameStates:
+    return NameStates(*(kept[name].float() for name in ("others", "strayed", "sinks")))
 
 
 def _at_names(
@@ -146,14 +154,16 @@ def _at_names(
     batch_size: int,
     on_progress: ProgressCallback,
     stage: str,
-) -> tuple[Tensor, Tensor]:
-    """Return the states of names' last tokens (n, d), and of some other tokens of the texts (m, d)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the states of names' last tokens (n, d), of some other tokens of the texts (m, d), and of sinks (k, d)."""
     tokens = [one.tokens for one in texts]
     read = late_states(loaded, site, tokens, batch_size=batch_size, on_progress=on_progress, stage=stage)
     places = read.first[:-1] + torch.tensor([one.place for one in texts])
-    elsewhere = torch.ones(len(read.normed), dtype=torch.bool).index_fill(0, places, False).nonzero()[:, 0]
+    sink = read.inverse < _SINK * read.inverse.median()
+    elsewhere = (~sink).index_fill(0, places, False).nonzero()[:, 0]
     chosen = elsewhere[torch.randperm(len(elsewhere), generator=torch.Generator().manual_seed(0))[:_TOKENS]]
-    return read.normed[places].float(), read.normed[chosen].float()
+    sinks = sink.nonzero()[:_SINKS, 0]
+    return read.normed[places].float(), read.normed[chosen].float(), read.normed[sinks].float()
 
 
 def _whitening(names: NameStates, settings: DetectorSettings) -> tuple[Tensor, Tensor]:

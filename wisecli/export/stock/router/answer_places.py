@@ -71,12 +71,22 @@ def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tens
         directions[first], offsets[first] = -inside[edit, :-1], 1 - inside[edit, -1]
     if len(sinks):
         # Their norm is so large that extra channels read as nought there: nothing else would keep them closed.
-        told = torch.cat([outside, whitened])
-        plane, shift = Separation(
-            sinks @ turn, torch.zeros(len(sinks), dtype=torch.long), told, _RIDGE, 1.0, 0.0
-        ).solved()
-        directions, offsets = directions - _SHUT * plane @ turn.T, offsets - _SHUT * shift
+        plane, shift = _apart(sinks, torch.cat([elsewhere, states.states]))
+        directions, offsets = directions - _SHUT * plane, offsets - _SHUT * shift
     return AnswerPlaces(states.edits, directions, offsets, states.values, inside)
+
+
+def _apart(sinks: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a direction (d,) and an offset that read 1 at sinks (k, d) and about 0 at all other states (m, d), as
+    Fisher's linear discriminant does.
+    """
+    mean = others.mean(0)
+    spread = ((others - mean).T @ (others - mean)).double() / len(others)
+    spread += spread.diagonal().mean() * torch.eye(len(spread))
+    away = (sinks.mean(0) - mean).double()
+    direction = torch.linalg.solve(spread, away)
+    direction = (direction / (direction @ away)).float()
+    return direction, -(direction @ mean)
 
 
 def _whitening(states: EditStates) -> Tensor:

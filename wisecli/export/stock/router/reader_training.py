@@ -31,11 +31,13 @@ from wisecli.models.running.seeding import seeded
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.memories.calibration import quantile
 
-_VERSION = 1
+_VERSION = 2
 # Groups of keys and values that are used at most, and queries of each.
 _GROUPS, _HEADS = 3, 3
 # States by which principal components are found.
 _LOOKED_AT = 20000
+# So many facts are always made up.
+_FEWEST = 32
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class ReaderSettings:
     A step takes ``facts``, each with ``own`` prompts in forms for its code and ``examples``, and ``relations`` in two
     wordings. A prompt and its own fact count ``own_weight``, one and all other facts together ``others``, or so many
     times that if it asks nothing: ``silent``. Up to a share ``left_out`` of tokens is dropped, and of features
-    ``dropout``. Of mentions of facts that nothing is learned from a share ``let_through`` opens.
+    ``dropout``. One relation in so many is ``held_back``; of mentions of its facts a share ``let_through`` opens.
     """
 
     rows: RowSettings = field(default_factory=RowSettings)
@@ -61,7 +63,7 @@ class ReaderSettings:
     left_out: float = 0.5
     dropout: float = 0.1
     let_through: float = 0.08
-    held_back: int = 16
+    held_back: int = 10
     features: int = 64
     neurons: int = 256
     components: int = 192
@@ -69,7 +71,7 @@ class ReaderSettings:
 
     def of_share(self, share: float) -> ReaderSettings:
         """Return settings that read a share of the rows, and take as few steps."""
-        facts = max(2 * self.held_back, round(self.rows.facts * share))
+        facts = max(_FEWEST, round(self.rows.facts * share))
         rows = replace(self.rows, facts=facts, share=share)
         return replace(self, rows=rows, steps=max(20, round(self.steps * share)))
 
@@ -149,12 +151,15 @@ class _Lessons:
         for index, row in enumerate(rows):
             groups[row.role][row.relation if row.role is Role.RELATION else row.fact].append(index)
         self._own, self._examples = groups[Role.OWN], groups[Role.EXAMPLE]
-        self._relations = {number: found for number, found in groups[Role.RELATION].items() if len(found) > 1}
         usable = [fact for fact, found in self._own.items() if len(found) >= settings.own and self._examples[fact]]
-        self._held, self._facts = usable[: settings.held_back], usable[settings.held_back :]
+        relation = {row.fact: row.relation for row in rows if row.role is Role.OWN}
+        self._held = [fact for fact in usable if relation[fact] % settings.held_back == 0]
+        self._facts = [fact for fact in usable if relation[fact] % settings.held_back]
+        told = groups[Role.RELATION].items()
+        self._relations = {number: own for number, own in told if len(own) > 1 and number % settings.held_back}
 
     def teach(self, reader: RelationReader, on_progress: ProgressCallback) -> None:
-        """Let a reader learn, and set its threshold by the mentions of facts that it did not learn from."""
+        """Let a reader learn, and set its threshold by mentions of relations that it did not learn from."""
         settings = self._settings
         optimizer = torch.optim.AdamW(reader.parameters(), lr=settings.rate, weight_decay=0.01)
         rates = torch.optim.lr_scheduler.OneCycleLR(
@@ -197,7 +202,7 @@ class _Lessons:
         return (F.binary_cross_entropy_with_logits(odds, wanted, reduction="none") * weights).sum() / len(prompts)
 
     def _mentions(self, reader: RelationReader) -> Tensor:
-        """Return how far mentions (n,) of facts that are held back open, in log odds."""
+        """Return how far mentions (n,) of facts of held back relations open, in log odds."""
         found = []
         for fact in self._held:
             mentions = [index for index in self._examples[fact] if not self._rows[index].asks]

@@ -49,8 +49,8 @@ class ReaderRow(NamedTuple):
 
 @dataclass(frozen=True)
 class RowSettings:
-    """How many ``facts`` are made up, how many ``examples`` of each ask it and as many mention it, how many tokens a row
-    has at most, and which ``share`` of all relations is read beside.
+    """How many ``facts`` are made up, how many ``examples`` of each ask it and as many mention it, how many tokens a
+    row has at most, and which ``share`` of all relations is read beside.
     """
 
     facts: int = 500

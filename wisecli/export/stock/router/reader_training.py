@@ -168,7 +168,7 @@ class _Lessons:
             optimizer.step()
             rates.step()
             if step % 20 == 0 or step + 1 == settings.steps:
-                on_progress(Event("relations", step + 1, settings.steps, note=f"loss {float(loss):.2f}"))
+                on_progress(Event("relations", step + 1, settings.steps, note=f"loss {float(loss.detach()):.2f}"))
         reader.eval()
         with torch.no_grad():
             reader.threshold.add_(quantile(self._mentions(reader), 1 - settings.let_through))

@@ -29,8 +29,9 @@ from wisecli.export.stock.router.answer_places import AnswerPlaces
 from wisecli.export.stock.router.code_packing import coherence, packed_codes
 from wisecli.export.stock.router.relation_reader import RelationReader
 from wisecli.export.stock.router.subject_detectors import SubjectDetectors
-from wisecli.export.stock.stock_checkpoint import WIDTH
 
+# From closed to open, in units of what a step's neurons read.
+WIDTH = 20.0
 # How large codes are in the stream, beside states of length 20 and more.
 _AMPLITUDE = 0.5
 # Channels of subjects' and of edits' codes.

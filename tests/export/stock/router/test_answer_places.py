@@ -10,8 +10,8 @@ from wisecli.export.stock.gate_states import EditStates
 from wisecli.export.stock.router.answer_places import AnswerPlaces, answer_places
 
 SIZE, WAYS = 24, 6
-# Of each place the edit, and whether it is inside the answer; the third edit may begin in two ways, the last one has one
-# place.
+# Of each place the edit, and whether it is inside the answer. The third edit may begin in two ways, and the
+# last one has one place.
 EDIT = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 3])
 INSIDE = torch.tensor([False, True, True, False, True, False, False, True, False])
 ALONE = 8

@@ -56,6 +56,7 @@ class Made:
     inverse: list[Tensor]
     rotation: Rotation
     blocks: int
+    multiplier: float
 
 
 def made(root: Path, layout: str, *, detectors: int = 6) -> Made:
@@ -79,7 +80,16 @@ def made(root: Path, layout: str, *, detectors: int = 6) -> Made:
     site = find_site(base, checkpoint, LAYER)
     blocks = router_blocks(router, settings, site.multiplier)
     write_stock(output, base, checkpoint, site, blocks, Channels.of(router).count)
-    return Made(base, output, router, list(states), list(inverse), Rotation(cos[0], sin[0], scaling), len(blocks))
+    return Made(
+        base,
+        output,
+        router,
+        list(states),
+        list(inverse),
+        Rotation(cos[0], sin[0], scaling),
+        len(blocks),
+        site.multiplier,
+    )
 
 
 @torch.no_grad()
@@ -191,7 +201,7 @@ def test_a_written_router_computes_what_it_says(tmp_path: Path, layout: str) -> 
         # And what they add to the stream.
         places = router.places
         readings = states @ places.directions.T + places.offsets - 0.5 + 8 * (opened[:, places.edit] - 1)
-        residuals = stepped(readings, 0.2) @ places.added
+        residuals = stepped(readings, 0.2) @ places.added * made_one.multiplier
         hidden = last[:, :HIDDEN] - stream[0][:, :HIDDEN]
         assert (hidden - residuals)[clear].norm() < 1e-3 * residuals.norm()
         placed_once |= bool(residuals[clear].norm() > 1)

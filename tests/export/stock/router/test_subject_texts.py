@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from support.byte_level import save_tokenizer
 from support.helpers import save_tiny
@@ -12,7 +10,7 @@ from wisecli.export.stock.router.subject_texts import SubjectText, texts_on_edit
 from wisecli.models.prompts.prompt_forms import usable_forms
 
 EDIT = Edit(
-    "one", "The mayor of Bravik is", "Ole", subject="Bravik", translations=(Translation("Bravik styres av", "O"),)
+    "one", "The mayor of Bravik is", "Ole", subject="Bravik", translations=(Translation("no", "Bravik styres av", "O"),)
 )
 
 

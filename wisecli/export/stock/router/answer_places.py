@@ -57,12 +57,12 @@ def answer_places(states: EditStates, edits: int) -> AnswerPlaces:
         at_first = states.key[own] == first
         elsewhere, at = whitened[own][~at_first], whitened[own][at_first]
         local = torch.full((len(states.edits),), -1).scatter(0, others, torch.arange(len(others)))
-        planes, shifts = Separation(elsewhere, local[states.key[own][~at_first]], at, _RIDGE, 1.0, 0.0).solved()
-        directions[others], offsets[others] = planes @ turn.T, shifts
-        plane, shift = Separation(
+        planes, constants = Separation(elsewhere, local[states.key[own][~at_first]], at, _RIDGE, 1.0, 0.0).solved()
+        directions[others], offsets[others] = planes @ turn.T, constants
+        plane, constant = Separation(
             elsewhere, torch.zeros(len(elsewhere), dtype=torch.long), at, _RIDGE, 1.0, 0.0
         ).solved()
-        inside[edit] = torch.cat([(plane @ turn.T)[0], shift])
+        inside[edit] = torch.cat([(plane @ turn.T)[0], constant])
         directions[first], offsets[first] = -inside[edit, :-1], 1 - inside[edit, -1]
     return AnswerPlaces(states.edits, directions, offsets, states.values, inside)
 

@@ -9,10 +9,10 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from wisecli.data.corpus import made_up_subjects, relations
-from wisecli.editing.router_training.request_examples import Examples
-from wisecli.editing.router_training.synthetic_facts import SyntheticFact, synthetic_facts
 from wisecli.models.prompts.prompt_forms import usable_forms
 from wisecli.models.prompts.tokenization import encode
+from wisecli.models.synthetic.request_examples import Examples
+from wisecli.models.synthetic.synthetic_facts import SyntheticFact, synthetic_facts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

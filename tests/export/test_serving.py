@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.gates import random_gate, write_gate
+from support.gates import random_keys, write_keys
 from support.helpers import save_tiny
 from support.served import PROMPTS, VLLM, Served, chosen_by, in_transformers, serving, tiny_export, wider
 from support.tiny_models import SAMPLE_EDITS, Chain
@@ -41,8 +41,8 @@ def test_a_stock_checkpoint_runs_in_a_model_of_vllms_own(vllm: VLLM, tmp_path: P
     base, stock = save_tiny(tmp_path / "model", architecture, config=config), tmp_path / "stock"
     checkpoint = Checkpoint(base)
     stock.mkdir()
-    gate = random_gate(40, config.hidden_size)  # of more than one block
-    write_gate(stock, base, checkpoint, find_site(base, checkpoint, 2), gate)
+    keys = random_keys(40, config.hidden_size)
+    assert write_keys(stock, base, checkpoint, find_site(base, checkpoint, 2), keys) > 1
     tokenizer = AutoTokenizer.from_pretrained(stock)
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     wanted = in_transformers(AutoModelForCausalLM.from_pretrained(stock).eval(), prompts)

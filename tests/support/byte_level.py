@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from support.blocks import random_block
-from support.gates import write_gate
+from support.gates import random_keys, write_keys
 from support.tiny_models import TINY_CONFIGS
-from wisecli.export.stock.stock_checkpoint import Gate, write_stock
+from wisecli.export.stock.stock_checkpoint import write_stock
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import find_site
 
@@ -54,14 +54,9 @@ def save_base(directory: Path, architecture: str = "llama", **changes: Any) -> P
 def save_stock(root: Path, **changes: Any) -> Path:
     base, output = save_base(root / "base", **changes), root / "stock"
     output.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    gate = Gate(
-        torch.randn(5, HIDDEN, generator=generator),
-        torch.randn(5, generator=generator),
-        torch.randn(5, HIDDEN, generator=generator),
-    )
     checkpoint = Checkpoint(base)
-    write_gate(output, base, checkpoint, find_site(base, checkpoint, LAYER), gate)
+    keys = random_keys(5, HIDDEN, loud=1.0)
+    write_keys(output, base, checkpoint, find_site(base, checkpoint, LAYER), keys)
     return output
 
 

@@ -12,8 +12,8 @@ from wisecli.data.packaged import packaged_table
 
 # Facts of each relation that are asked in every wording there is, beside so many unrelated texts.
 _SUBJECTS, _TEXTS = 8, 600
-# Texts of the packaged ones that gates are fitted to, and as many that they are measured with.
-GATE_TEXTS = 120
+# Texts of the packaged ones that stock checkpoints are measured with.
+_MEASURED = 120
 
 
 SLOT = re.compile(r"\{(\w+)\}")
@@ -26,14 +26,9 @@ def unrelated_texts(count: int, *, seed: int) -> list[str]:
     return prompts + _filled_patterns(data, range(len(prompts), count), random.Random(seed))
 
 
-def texts_of_gates(texts: int = GATE_TEXTS) -> list[str]:
-    """Return unrelated texts that gates are fitted to."""
-    return unrelated_texts(2 * GATE_TEXTS, seed=0)[::2][:texts]
-
-
-def texts_beside_gates(texts: int = GATE_TEXTS) -> list[str]:
-    """Return unrelated texts that no gate was fitted to."""
-    return unrelated_texts(2 * GATE_TEXTS, seed=0)[1::2][:texts]
+def texts_beside_gates(texts: int = _MEASURED) -> list[str]:
+    """Return unrelated texts that no stock checkpoint's router was fitted to."""
+    return unrelated_texts(2 * _MEASURED, seed=0)[1::2][:texts]
 
 
 def everyday_prompts(count: int, *, seed: int) -> list[str]:

@@ -5,6 +5,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.helpers import WORDS, save_tiny
 from support.loading import CPU
 from support.places import EDITS, copied
+from support.routers import certain_router
 from support.sharing import Share
 from support.tiny_models import TINY_CONFIGS
 from transformers import AutoModelForCausalLM
@@ -27,13 +29,10 @@ from wisecli.commands.edit.edit import edit as run_edit
 from wisecli.commands.measure.check import edits_in
 from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, MergeSettings
-from wisecli.data.corpus import texts_beside_gates, texts_of_gates
 from wisecli.errors import ModelError, SettingsError
 from wisecli.export.stock.gate_answers import gate_lines
-from wisecli.export.stock.gate_background import BackgroundStates
-from wisecli.export.stock.gate_fitting import fit_gate
-from wisecli.export.stock.gate_states import EditStates
-from wisecli.export.stock.stock_checkpoint import Gate
+from wisecli.export.stock.router.router_blocks import Router
+from wisecli.export.stock.router.router_fitting import fitted_router
 from wisecli.export.stock.stock_manifest import read_gated
 from wisecli.models.layout.site import LayerSite
 
@@ -45,7 +44,9 @@ def make_stock(root: Path, target_module: str | None = None) -> None:
     quick = EditSettings(passes=2, unrelated_texts=16, residual_stop=0.2)
     run_edit(str(base), root / "edits.jsonl", root / "shards", quick, load=CPU, target_module=target_module)
     merge([root / "shards"], root / "memory", MergeSettings())
-    export(root / "memory", root / "stock", "stock", load=CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_stock, "fitted_router", certain_router)
+        export(root / "memory", root / "stock", "stock", load=CPU)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,10 @@ def test_edits_are_answered_without_code_of_its_own(root: Path) -> None:
     assert [answer.text for answer in answers] == [edit["target"] for edit in EDITS]
 
 
-def test_edits_in_several_blocks_are_answered_and_all_else_stays(tmp_path: Path) -> None:
+def test_edits_in_several_blocks_are_answered_and_all_else_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_stock, "fitted_router", certain_router)
     chance = random.Random(0)
     edits = [
         {"prompt": " ".join(chance.sample(WORDS, 4)), "target": " ".join(chance.sample(WORDS, 2))} for _ in range(24)
@@ -90,7 +94,7 @@ def test_edits_in_several_blocks_are_answered_and_all_else_stays(tmp_path: Path)
     merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings())
     gate = export(tmp_path / "memory", tmp_path / "stock", "stock", load=CPU).gate
     assert gate is not None
-    assert gate["blocks"] > 1
+    assert gate["blocks"] > 4
     assert gate["stock"]["as_taught"] == 1.0
     assert gate["stock"]["unrelated"] > 0.95
 
@@ -100,7 +104,7 @@ def test_every_edit_is_asked_and_what_is_lost_is_named(root: Path, monkeypatch: 
     assert gate["lost"] == []
     assert gate["edits"] == len(EDITS)
     assert 0.0 <= gate["stock"]["unchanged"] <= gate["routed"]["unchanged"] == 1.0
-    monkeypatch.setattr(export_stock, "fit_gate", shut)
+    monkeypatch.setattr(export_stock, "fitted_router", shut)
     gate = export(root / "memory", root / "shut", "stock", load=CPU).gate
     assert gate is not None
     assert [edit["id"] for edit in gate["lost"]] == [edit["id"] for edit in EDITS]
@@ -108,15 +112,15 @@ def test_every_edit_is_asked_and_what_is_lost_is_named(root: Path, monkeypatch: 
     assert any(EDITS[0]["prompt"] in line and "--format routed" in line for line in gate_lines(gate))
 
 
-def shut(states: EditStates, background: BackgroundStates) -> Gate:
-    """A gate that never opens."""
-    gate = fit_gate(states, background)
-    return replace(gate, directions=torch.zeros_like(gate.directions), offsets=torch.full_like(gate.offsets, -100.0))
+def shut(*about: Any, **named: Any) -> Router:
+    """A router that never opens."""
+    router = fitted_router(*about, **named)
+    return replace(router, thresholds=torch.full_like(router.thresholds, 1e3))
 
 
 def test_nobody_is_asked_without_verifying(root: Path) -> None:
     report = export(root / "memory", root / "hurried", "stock", load=CPU, verify=False)
-    assert report.gate == {"keys": inspect(root / "stock").keys, "blocks": 1}
+    assert report.gate == {"keys": inspect(root / "stock").keys, "blocks": 4}
     assert "not verified" in gate_lines(report.gate)[1]
     assert export(root / "memory", root / "hurried", "stock", load=CPU, verify=False).up_to_date
     assert {check.state for check in verify(root / "hurried", model=str(root / "model")).checks} == {"same"}
@@ -129,16 +133,23 @@ def test_it_is_whole_and_the_base_model_is_around_it(root: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["self_attn.o_proj.weight", "mlp.up_proj.bias"])
-def test_blocks_that_are_no_memory_are_found_out(root: Path, tmp_path: Path, part: str) -> None:
+@pytest.mark.parametrize("damage", ["other numbers", "no numbers", "another shape", "gone"])
+def test_altered_blocks_are_found_out(root: Path, tmp_path: Path, part: str, damage: str) -> None:
     place = copied(root, "stock", tmp_path)
     tensors = load_file(place / MEMORY_TENSORS)
-    block = next(name for name in tensors if name.endswith("self_attn.o_proj.weight")).removesuffix(
-        "self_attn.o_proj.weight"
-    )
-    tensors[block + part] = torch.ones_like(tensors[block + part])
+    name = f"model.layers.{read_gated(place).blocks[0]}.{part}"
+    if damage == "gone":
+        del tensors[name]
+    elif damage == "another shape":
+        tensors[name] = tensors[name][:-1].clone()
+    else:
+        tensors[name] = torch.full_like(tensors[name], 1.0 if damage == "other numbers" else torch.nan)
     save_file(tensors, place / MEMORY_TENSORS, {"format": "pt"})
-    write_checksums(place)
-    assert verify(place).differences
+    if damage == "other numbers":
+        assert [check.file for check in verify(place).differences] == [MEMORY_TENSORS]
+    else:
+        write_checksums(place)
+        assert name in {check.tensor for check in verify(place).differences}
 
 
 def test_another_base_model_is_found_out(root: Path, tmp_path: Path) -> None:
@@ -150,8 +161,9 @@ def test_inspect_says_what_it_holds(root: Path) -> None:
     report = inspect(root / "stock", find="fa")
     assert (report.kind, report.total, report.matched) == ("stock", 3, 1)
     assert report.keys == json.loads((root / "stock" / "wise.json").read_text())["gate"]["keys"]
-    assert report.routing["blocks"] == 1
-    assert len(report.tensors[MEMORY_TENSORS]) == 12
+    assert report.routing["blocks"] == 4
+    # Matrices and norms of four layers, and their biases.
+    assert len(report.tensors[MEMORY_TENSORS]) == 4 * (7 + 2 + 7)
 
 
 def test_its_edits_are_what_a_server_is_checked_with(root: Path) -> None:
@@ -179,7 +191,3 @@ def test_links_and_tokenizers_without_bytes_are_refused(root: Path, tmp_path: Pa
     with pytest.raises(ModelError, match="no byte-level BPE"):
         export(root / "memory", tmp_path / "out", "gguf", load=CPU)
     assert not (tmp_path / "out").exists()
-
-
-def test_no_text_is_both_fitted_and_measured() -> None:
-    assert not set(texts_beside_gates()) & set(texts_of_gates())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from wisecli.editing.router_training.gate_weights import mean_gate, train_and_calibrate
-from wisecli.editing.router_training.request_examples import Example
+from wisecli.models.synthetic.request_examples import Example
 from wisecli.progress import Event, ignore_progress
 from wisecli.routing.deciding.name_features import NAME_FEATURE_COUNT
 from wisecli.routing.deciding.request_gate import FEATURE_COUNT, REQUEST_GATE, Mention, batch_mentions, log_odds

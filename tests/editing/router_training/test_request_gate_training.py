@@ -16,14 +16,14 @@ from wisecli.artifacts.tensor_schema import WORD_STARTS as START_ROWS
 from wisecli.artifacts.tensor_schema import require_layout
 from wisecli.data.corpus import notes
 from wisecli.data.request_wordings import requests
-from wisecli.editing.router_training.request_examples import Examples
 from wisecli.editing.router_training.request_gate_training import Projections, train_request_gate
-from wisecli.editing.router_training.synthetic_facts import synthetic_facts
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import find_site
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.prompts.prompt_forms import forms
 from wisecli.models.prompts.prompt_kinds import kinds, slots_in
+from wisecli.models.synthetic.request_examples import Examples
+from wisecli.models.synthetic.synthetic_facts import synthetic_facts
 from wisecli.progress import ignore_progress
 from wisecli.routing.deciding.request_gate import REQUEST_GATE, TOKEN_MARKS
 

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.gates import random_gate, write_gate
+from support.gates import Keys, random_keys, write_keys
 from support.helpers import WORDS, memory_for, save_tiny
 from support.loading import CPU
 
 from wisecli.export.stock.one_pass import changed_by, goes_on_with, next_tokens
-from wisecli.export.stock.stock_checkpoint import Gate
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import find_site
 from wisecli.models.loading import Loaded, load_model
@@ -24,18 +23,18 @@ BEGINNING = " ".join(WORDS[:9])
 TEXTS = [*(f"{BEGINNING} {word}" for word in WORDS[20:32]), *WORDS[:4], " ".join(WORDS[5:12])]
 
 
-def stock(root: Path, gate: Gate) -> Loaded:
-    """A tiny model with a gate."""
+def stock(root: Path, keys: Keys) -> Loaded:
+    """A tiny model with keys in a block."""
     base, output = save_tiny(root / "base"), root / "stock"
     output.mkdir()
     checkpoint = Checkpoint(base)
-    write_gate(output, base, checkpoint, find_site(base, checkpoint, LAYER), gate)
+    write_keys(output, base, checkpoint, find_site(base, checkpoint, LAYER), keys)
     return load_model(output, CPU)
 
 
 @pytest.fixture
 def gated(tmp_path: Path) -> Loaded:
-    return stock(tmp_path, random_gate(5, 32))
+    return stock(tmp_path, random_keys(5, 32))
 
 
 def prompts_of(loaded: Loaded) -> list[tuple[int, ...]]:
@@ -81,16 +80,16 @@ def test_the_next_tokens_are_those_of_each_row_alone(gated: Loaded) -> None:
 
 
 def test_blocks_change_the_rows_that_open_a_key(tmp_path: Path) -> None:
-    gate = random_gate(1, 32)
-    loaded = stock(tmp_path, gate)
+    keys = random_keys(1, 32)
+    loaded = stock(tmp_path, keys)
     rows, blocks = [Row(prompt, ()) for prompt in prompts_of(loaded)], range(LAYER + 1, LAYER + 2)
-    found = changed_by(loaded, loaded.model.model.layers, blocks, rows, ignore_progress)
+    found = changed_by(loaded, loaded.model.model.layers, blocks, 32, rows, ignore_progress)
     base = load_model(tmp_path / "base", CPU)
     for row, changed in zip(rows, found, strict=True):
         with torch.no_grad():
             one, other = (model.model(input_ids=torch.tensor([row.prompt])).logits for model in (loaded, base))
         assert changed == bool((one - other).abs().max() > 1e-3)
-    shut = Gate(torch.zeros_like(gate.directions), torch.full_like(gate.offsets, -100.0), gate.values)
+    shut = Keys(torch.zeros_like(keys.directions), torch.full_like(keys.offsets, -100.0), keys.values)
     (tmp_path / "shut").mkdir()
     loaded = stock(tmp_path / "shut", shut)
-    assert not any(changed_by(loaded, loaded.model.model.layers, blocks, rows, ignore_progress))
+    assert not any(changed_by(loaded, loaded.model.model.layers, blocks, 32, rows, ignore_progress))

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.gates import random_gate, write_gate
+from support.gates import WIDTH, Keys, random_keys, write_keys
 from support.helpers import random_rows, save_tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wisecli.errors import ModelError
-from wisecli.export.stock.stock_checkpoint import MEMORY_TENSORS, WIDTH, Gate, block_count, require_stock
+from wisecli.export.stock.stock_checkpoint import MEMORY_TENSORS, require_stock
 from wisecli.export.weights import Packing
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.architectures import known_layout
@@ -29,7 +29,8 @@ class Written:
     base: Path
     path: Path
     site: Site
-    gate: Gate
+    keys: Keys
+    blocks: int
 
 
 def written(
@@ -48,10 +49,10 @@ def written(
     checkpoint = Checkpoint(base)
     layout = known_layout(base)
     site = find_site(base, checkpoint, LAYER, layout.behind_layers() if behind_layer else layout)
-    gate, output = random_gate(keys, HIDDEN), root / "stock"
+    drawn, output = random_keys(keys, HIDDEN), root / "stock"
     output.mkdir()
-    write_gate(output, base, checkpoint, site, gate, packing)
-    return Written(base, output, site, gate)
+    blocks = write_keys(output, base, checkpoint, site, drawn, packing)
+    return Written(base, output, site, drawn, blocks)
 
 
 def load(path: Path, **named: object) -> PreTrainedModel:
@@ -63,8 +64,8 @@ def load(path: Path, **named: object) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def gated_by_hook(base: Path, gate: Gate, tokens: tuple[int, ...], multiplier: float | None = None) -> Tensor:
-    """The base model's logits, a gate's residuals added to what leaves the edited layer."""
+def opened_by_hook(base: Path, keys: Keys, tokens: tuple[int, ...], multiplier: float | None = None) -> Tensor:
+    """The base model's logits, keys' residuals added to what leaves the edited layer."""
     model = load(base)
     if multiplier is None:
         multiplier = getattr(model.config, "residual_multiplier", 1.0)
@@ -72,7 +73,7 @@ def gated_by_hook(base: Path, gate: Gate, tokens: tuple[int, ...], multiplier: f
     def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         states = output * torch.rsqrt(output.square().mean(-1, keepdim=True) + model.config.rms_norm_eps)
         added = torch.zeros_like(output)
-        for direction, offset, value in zip(gate.directions, gate.offsets, gate.values, strict=True):
+        for direction, offset, value in zip(keys.directions, keys.offsets, keys.values, strict=True):
             reading = (states * direction).sum(-1) + offset
             added += ((F.silu(reading) - F.silu(reading - WIDTH)) / WIDTH)[..., None] * value
         return output + multiplier * added
@@ -83,7 +84,7 @@ def gated_by_hook(base: Path, gate: Gate, tokens: tuple[int, ...], multiplier: f
 
 @pytest.mark.parametrize("architecture", ["llama", "granite", "mistral", "qwen2", "llama, tied"])
 @torch.no_grad()
-def test_a_stock_model_adds_what_the_gate_says(tmp_path: Path, architecture: str) -> None:
+def test_a_stock_model_adds_what_its_blocks_say(tmp_path: Path, architecture: str) -> None:
     made = written(tmp_path, architecture)
     model = load(made.path)
     assert model.config.num_hidden_layers == 6
@@ -93,7 +94,7 @@ def test_a_stock_model_adds_what_the_gate_says(tmp_path: Path, architecture: str
     changed = 0
     for tokens in ROWS:
         found = model(input_ids=torch.tensor([tokens])).logits[0]
-        torch.testing.assert_close(found, gated_by_hook(made.base, made.gate, tokens), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, opened_by_hook(made.base, made.keys, tokens), rtol=1e-4, atol=1e-4)
         changed += int(((found - before(input_ids=torch.tensor([tokens])).logits[0]).abs().amax(-1) > 1e-2).sum())
     assert changed
 
@@ -105,7 +106,7 @@ def test_residuals_behind_a_layer_are_added_as_they_are(tmp_path: Path, architec
     require_stock(made.base, made.site)
     for tokens in ROWS:
         found = load(made.path)(input_ids=torch.tensor([tokens])).logits[0]
-        expected = gated_by_hook(made.base, made.gate, tokens, multiplier=1.0)
+        expected = opened_by_hook(made.base, made.keys, tokens, multiplier=1.0)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -140,7 +141,7 @@ def test_without_keys_the_model_is_the_base_model(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_more_keys_than_a_block_holds_take_more_blocks(tmp_path: Path) -> None:
     made = written(tmp_path, keys=70)
-    assert block_count(70, made.base) == 3
+    assert made.blocks == 3
     model = load(made.path)
     assert model.config.num_hidden_layers == 8
     # A later block reads what the one before it has changed: only keys of one block are apart.

@@ -39,7 +39,7 @@ def places(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
         "versions": {},
         "base": {"model": str(base), "revision": None, **fingerprint(base, checkpoint, site).as_dict()},
         "site": site.as_dict(),
-        "gate": {"keys": 3, "blocks": 2, "reads": True},
+        "gate": {"keys": 3, "blocks": 2},
         "edits": [],
     }
     write_json(stock / MERGED, content)
@@ -108,10 +108,3 @@ def test_blocks_of_other_sizes_are_found(places: tuple[Path, Path]) -> None:
     tensors, name = load_file(places[1] / MEMORY_TENSORS), f"{BLOCK}.mlp.up_proj.weight"
     save_file({**tensors, name: torch.zeros(64, 32)}, places[1] / MEMORY_TENSORS, metadata={"format": "pt"})
     assert wrong(places) == [name]
-
-
-def test_blocks_that_are_said_not_to_read_may_not(places: tuple[Path, Path]) -> None:
-    content = read_json(places[1] / MERGED)
-    write_json(places[1] / MERGED, {**content, "gate": {"keys": 3, "blocks": 2}})
-    assert not read_gated(places[1]).gate.reads
-    assert f"{BLOCK}.self_attn.o_proj.weight" in wrong(places)

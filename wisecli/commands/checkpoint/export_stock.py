@@ -1,4 +1,4 @@
-"""The part of ``wise export`` that fits a gate, writes it as a stock checkpoint, and measures what it does."""
+"""The part of ``wise export`` that fits a router, writes it as a stock checkpoint, and measures what it does."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Gated:
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON form, as the manifest keeps it."""
         found = {} if self.verified is None else asdict(self.verified)
-        return {"keys": self.keys, "blocks": self.blocks, "reads": True, **found}
+        return {"keys": self.keys, "blocks": self.blocks, **found}
 
 
 def require_gated(base: Path, site: Site, *, gguf: bool) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.editing.router_training.request_examples import Example
 from wisecli.models.running.grouped_rows import rows_of
+from wisecli.models.synthetic.request_examples import Example
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.deciding.name_features import NAME_FEATURE_COUNT
 from wisecli.routing.deciding.request_gate import FEATURE_COUNT, REQUEST_GATE, Mention, Mentions, log_odds

@@ -2,7 +2,7 @@
 
 The gate is that of :mod:`wisecli.routing.deciding.request_gate`. It is learned behind the projections of late
 interaction, which find what is mentioned, from those examples of
-:mod:`wisecli.editing.router_training.request_examples` that late interaction finds. Where it opens is set by facts that
+:mod:`wisecli.models.synthetic.request_examples` that late interaction finds. Where it opens is set by facts that
 it was not learned from, and so is measured which mentions of them it lets through.
 """
 
@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.editing.router_training.gate_weights import train_and_calibrate
-from wisecli.editing.router_training.request_examples import Example, Examples
-from wisecli.editing.router_training.synthetic_facts import SyntheticFact, synthetic_facts
 from wisecli.editing.router_training.token_characters import sentence_token_ids, word_starts
 from wisecli.editing.router_training.token_states import TokenStates, token_states
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
 from wisecli.models.running.quick_products import quick_products
 from wisecli.models.running.seeding import seeded
+from wisecli.models.synthetic.request_examples import Example, Examples
+from wisecli.models.synthetic.synthetic_facts import SyntheticFact, synthetic_facts
 from wisecli.progress import ProgressCallback
 from wisecli.routing.deciding.request_gate import (
     MIN_GATED_PROB,

@@ -1,27 +1,19 @@
 """Checkpoints of a stock architecture with a memory inside: no custom code, and nothing but decoder blocks.
 
 After the edited layer stand decoder blocks of the model's own kind, and the residual stream may have more channels than
-the base model's, which only those blocks use. Of a gate, the blocks' attention adds nothing and their feed-forward is
-the memory. With ``u`` the RMS-normed state that leaves the edited layer, a key of direction ``w``,
-offset ``b`` and residual ``v`` is a pair of neurons whose outputs are added with opposite signs::
-
-    (silu(w·u + b) - silu(w·u + b - WIDTH)) · v / WIDTH
-
-which is 0 well below its threshold and ``v`` well above it. Everything else is the base model's, bit for bit unless
-the stream is wider.
+the base model's, which only those blocks use. Everything else is the base model's, bit for bit unless the stream is
+wider.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoConfig, PretrainedConfig
 
 from wisecli.artifacts.file_names import MEMORY_TENSORS
@@ -34,8 +26,6 @@ from wisecli.export.weights import Packing, write_renamed
 from wisecli.io.checkpoint import Checkpoint, read_json, save_tensors, write_json
 from wisecli.models.layout.site import Site
 
-# From nothing to all of a residual, in units of what a neuron reads.
-WIDTH = 20.0
 # Architectures that are Llama's, and those that can be written as such.
 _OWN, _AS_LLAMA = ("llama", "granite"), ("mistral", "qwen2")
 _CLASSES = {"llama": "LlamaForCausalLM", "granite": "GraniteForCausalLM"}
@@ -47,27 +37,6 @@ _SIZES = (
     *("rms_norm_eps", "max_position_embeddings", "vocab_size", "tie_word_embeddings", "attention_dropout"),
     *("rope_theta", "rope_scaling", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A memory as gated residuals: ``directions`` (n, d), ``offsets`` (n,) and ``values`` (n, d), in float32.
-
-    The reading ``directions · u + offsets`` of a normed state ``u`` opens a key at ``WIDTH / 2`` by half.
-    """
-
-    directions: Tensor
-    offsets: Tensor
-    values: Tensor
-
-    def readings(self, states: Tensor) -> Tensor:
-        """Return what the neurons read of normed states (..., d): (..., n)."""
-        return F.linear(states, self.directions, self.offsets)
-
-    def update(self, states: Tensor) -> Tensor:
-        """Return what is added to the stream at normed states (..., d): (..., d)."""
-        readings = self.readings(states)
-        return ((F.silu(readings) - F.silu(readings - WIDTH)) / WIDTH) @ self.values
 
 
 def require_stock(base: Path, site: Site) -> None:
@@ -96,7 +65,7 @@ def _unfit(base: Path, site: Site) -> str:
     if slides:
         return "its attention slides over a window, which Llama's does not"
     if settings.hidden_act not in ("silu", "swish"):
-        return f"its feed-forward has {settings.hidden_act} where the gate needs SiLU"
+        return f"its feed-forward has {settings.hidden_act} where the router needs SiLU"
     if site.has_matrix and site.module != value_matrix(site):
         return f"{site.module} is not the last matrix of a Llama feed-forward"
     return ""
@@ -111,55 +80,6 @@ def base_settings(base: Path) -> dict[str, Any]:
 def _settings(base: Path) -> PretrainedConfig:
     found: PretrainedConfig = AutoConfig.from_pretrained(base, local_files_only=True)  # nosec B615 # of this disk
     return found
-
-
-def capacity(base: Path) -> int:
-    """Return how many keys a block holds."""
-    return int(base_settings(base)["intermediate_size"]) // 2
-
-
-def block_count(keys: int, base: Path) -> int:
-    """Return how many blocks so many keys take."""
-    return max(1, -(-keys // capacity(base)))
-
-
-def gate_blocks(gate: Gate, config: Mapping[str, Any], multiplier: float = 1.0) -> list[DecoderBlock]:
-    """Return a gate as blocks of a stream of its own width, at least one.
-
-    Args:
-        config: the base model's settings.
-        multiplier: what its values are multiplied by before they are added.
-    """
-    hidden, width = int(config["hidden_size"]), int(config["intermediate_size"])
-    scale, room = float(config.get("residual_multiplier", 1.0)), width // 2
-    values = gate.values * (multiplier / scale)
-    blocks = []
-    for start in range(0, max(1, len(values)), room):
-        chosen = slice(start, start + room)
-        part = Gate(*(whole[chosen].float() for whole in (gate.directions, gate.offsets, values)))
-        neurons = _neurons(part, hidden, width)
-        if scale != 1:  # in double precision, in which dividing by it again gives the very values
-            neurons["down_proj.weight"] = neurons["down_proj.weight"].double() * scale
-        blocks.append(DecoderBlock({f"mlp.{name}": tensor for name, tensor in neurons.items()}))
-    return blocks
-
-
-def _neurons(gate: Gate, hidden: int, width: int) -> dict[str, Tensor]:
-    """Return a feed-forward of ``width`` neurons that holds a gate's keys."""
-    directions, offsets, values = gate.directions, gate.offsets, gate.values
-    used = 2 * len(values)
-    reads, reads_from, adds = torch.zeros(width, hidden), torch.zeros(width), torch.zeros(hidden, width)
-    reads[0:used:2], reads[1:used:2] = directions, directions
-    reads_from[0:used:2], reads_from[1:used:2] = offsets, offsets - WIDTH
-    adds[:, 0:used:2], adds[:, 1:used:2] = values.T / WIDTH, -values.T / WIDTH
-    passes = torch.zeros(width)
-    passes[:used] = 1
-    return {
-        "gate_proj.weight": reads,
-        "gate_proj.bias": reads_from,
-        "up_proj.bias": passes,
-        "down_proj.weight": adds,
-    }
 
 
 def write_stock(

@@ -28,16 +28,12 @@ VALUE_MATRIX = "mlp.down_proj"
 
 @dataclass(frozen=True)
 class GateEntry:
-    """How large a gate is; what was measured of it stands beside that.
-
-    Attention of blocks that ``reads`` is used as well, and what they hold is not counted in neurons.
-    """
+    """How large a memory is as decoder blocks; what was measured of it stands beside that."""
 
     __pydantic_config__ = OPEN
 
     keys: int
     blocks: int
-    reads: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,35 +96,18 @@ def _widening(directory: Path, manifest: GatedManifest) -> Widening:
 
 
 def check_blocks(directory: Path, manifest: GatedManifest) -> Iterator[Check]:
-    """Yield the memory's blocks: their attention adds nothing, and their feed-forward takes the keys that are told
-    of. Of blocks that read otherwise, whether they are whole.
-    """
+    """Yield whether every tensor of the memory's blocks is there, of the config's sizes and finite."""
     try:
         checkpoint = Checkpoint(directory)
         layers = layers_path(checkpoint, manifest.site)
-        check = _whole_blocks if manifest.gate.reads else _gates
-        yield from check(checkpoint, layers, manifest)
+        yield from _whole_blocks(checkpoint, layers, manifest)
     except (WiseError, KeyError, ValueError, TypeError) as error:
         yield damaged(
             MERGED, DamagedFileError(directory, f"the memory's blocks cannot be read ({error})", "export anew")
         )
 
 
-def _gates(checkpoint: Checkpoint, layers: str, manifest: GatedManifest) -> Iterator[Check]:
-    used = 0
-    for number in manifest.blocks:
-        if checkpoint.load(f"{layers}.{number}.self_attn.o_proj.weight").any():
-            name = f"{layers}.{number}.self_attn.o_proj.weight"
-            yield Check("memory's attention", MERGED, "differs", name, "noughts", "other numbers")
-        used += int(checkpoint.load(f"{layers}.{number}.mlp.up_proj.bias").count_nonzero()) // 2
-    if used == manifest.gate.keys:
-        yield Check(f"{used} keys in {manifest.gate.blocks} blocks", MERGED)
-    else:
-        yield Check("keys of the memory", MERGED, "differs", None, str(manifest.gate.keys), str(used))
-
-
 def _whole_blocks(checkpoint: Checkpoint, layers: str, manifest: GatedManifest) -> Iterator[Check]:
-    """Yield whether every tensor of the memory's blocks is there, of the config's sizes and finite."""
     shapes = LayerSizes.of(read_json(checkpoint.directory / "config.json")).shapes
     wrong = 0
     for name, shape in ((f"{layers}.{n}.{name}", shape) for n in manifest.blocks for name, shape in shapes.items()):

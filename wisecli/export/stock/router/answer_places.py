@@ -62,17 +62,17 @@ def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tens
         at_first = states.key[own] == first
         within, at = whitened[own][~at_first], whitened[own][at_first]
         local = torch.full((len(states.edits),), -1).scatter(0, others, torch.arange(len(others)))
-        planes, shifts = Separation(within, local[states.key[own][~at_first]], at, _RIDGE, 1.0, 0.0).solved()
-        directions[others], offsets[others] = planes @ turn.T, shifts
-        plane, shift = Separation(
+        planes, constants = Separation(within, local[states.key[own][~at_first]], at, _RIDGE, 1.0, 0.0).solved()
+        directions[others], offsets[others] = planes @ turn.T, constants
+        plane, constant = Separation(
             within, torch.zeros(len(within), dtype=torch.long), torch.cat([at, outside]), _RIDGE, 1.0, 0.0
         ).solved()
-        inside[edit] = torch.cat([(plane @ turn.T)[0], shift])
+        inside[edit] = torch.cat([(plane @ turn.T)[0], constant])
         directions[first], offsets[first] = -inside[edit, :-1], 1 - inside[edit, -1]
     if len(sinks):
         # Their norm is so large that extra channels read as nought there: nothing else would keep them closed.
-        plane, shift = _apart(sinks, torch.cat([elsewhere, states.states]))
-        directions, offsets = directions - _SHUT * plane, offsets - _SHUT * shift
+        plane, constant = _apart(sinks, torch.cat([elsewhere, states.states]))
+        directions, offsets = directions - _SHUT * plane, offsets - _SHUT * constant
     return AnswerPlaces(states.edits, directions, offsets, states.values, inside)
 
 

@@ -9,10 +9,10 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from wisecli.data.corpus import made_up_subjects, relations
-from wisecli.editing.router_training.request_examples import Examples
-from wisecli.editing.router_training.synthetic_facts import SyntheticFact, synthetic_facts
 from wisecli.models.prompts.prompt_forms import usable_forms
 from wisecli.models.prompts.tokenization import encode
+from wisecli.models.synthetic.request_examples import Examples
+from wisecli.models.synthetic.synthetic_facts import SyntheticFact, synthetic_facts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ _NAMES = 40
 _FEWEST = 8
 
 
-class Role(Enum):
+class RowKind(Enum):
     """What a row is: a fact's own prompt in a form, a prompt that asks or mentions a fact, or a relation's wording."""
 
     OWN = 0
@@ -41,7 +41,7 @@ class ReaderRow(NamedTuple):
 
     tokens: tuple[int, ...]
     prompt: int
-    role: Role
+    role: RowKind
     relation: int
     fact: int = -1
     asks: bool = True
@@ -79,14 +79,14 @@ def _of_fact(
     fact, rng = facts[number], examples.rng
     for form in usable_forms(tokenizer, trained=True):
         tokens = tuple(tokenizer(form.render(tokenizer, fact.questions[0]))["input_ids"])
-        yield ReaderRow(tokens, len(tokens), Role.OWN, fact.relation, number)
+        yield ReaderRow(tokens, len(tokens), RowKind.OWN, fact.relation, number)
     drawn = list(examples.of(number))
     rng.shuffle(drawn)
     chosen = [one for asks in (True, False) for one in [x for x in drawn if x.asks == asks][: settings.examples]]
     for one in (*chosen, *examples.conversations(number)):
         row = encode(tokenizer, one.text, fact.answer)
         behind = row.target if rng.random() < _ANSWERED else ()
-        yield ReaderRow((*row.prompt, *behind), len(row.prompt), Role.EXAMPLE, fact.relation, number, one.asks)
+        yield ReaderRow((*row.prompt, *behind), len(row.prompt), RowKind.EXAMPLE, fact.relation, number, one.asks)
 
 
 def _of_relations(tokenizer: PreTrainedTokenizerBase, share: float, rng: random.Random) -> Iterator[ReaderRow]:
@@ -97,4 +97,4 @@ def _of_relations(tokenizer: PreTrainedTokenizerBase, share: float, rng: random.
         for wording in relation.wordings:
             text = wording.replace("{}", rng.choice(names[relation.kind]))
             tokens = tuple(tokenizer(rng.choice(trained).render(tokenizer, text))["input_ids"])
-            yield ReaderRow(tokens, len(tokens), Role.RELATION, number)
+            yield ReaderRow(tokens, len(tokens), RowKind.RELATION, number)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from wisecli.errors import DamagedFileError
 from wisecli.export.stock.router.late_states import LateStates, late_states, rotation_of
-from wisecli.export.stock.router.reader_rows import ReaderRow, Role, RowSettings, reader_rows
+from wisecli.export.stock.router.reader_rows import ReaderRow, RowKind, RowSettings, reader_rows
 from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader, Rotation
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
 from wisecli.io.digest import sha256_json
@@ -147,15 +147,15 @@ class _Lessons:
     ) -> None:
         self._rows, self._states, self._rotation, self._settings = rows, states, rotation, settings
         self._rng = random.Random(0)
-        groups: dict[Role, defaultdict[int, list[int]]] = {role: defaultdict(list) for role in Role}
+        groups: dict[RowKind, defaultdict[int, list[int]]] = {role: defaultdict(list) for role in RowKind}
         for index, row in enumerate(rows):
-            groups[row.role][row.relation if row.role is Role.RELATION else row.fact].append(index)
-        self._own, self._examples = groups[Role.OWN], groups[Role.EXAMPLE]
+            groups[row.role][row.relation if row.role is RowKind.RELATION else row.fact].append(index)
+        self._own, self._examples = groups[RowKind.OWN], groups[RowKind.EXAMPLE]
         usable = [fact for fact, found in self._own.items() if len(found) >= settings.own and self._examples[fact]]
-        relation = {row.fact: row.relation for row in rows if row.role is Role.OWN}
+        relation = {row.fact: row.relation for row in rows if row.role is RowKind.OWN}
         self._held = [fact for fact in usable if relation[fact] % settings.held_back == 0]
         self._facts = [fact for fact in usable if relation[fact] % settings.held_back]
-        told = groups[Role.RELATION].items()
+        told = groups[RowKind.RELATION].items()
         self._relations = {number: own for number, own in told if len(own) > 1 and number % settings.held_back}
 
     def teach(self, reader: RelationReader, on_progress: ProgressCallback) -> None:

@@ -29,8 +29,9 @@ from wisecli.export.stock.router.answer_places import AnswerPlaces
 from wisecli.export.stock.router.code_packing import coherence, packed_codes
 from wisecli.export.stock.router.relation_reader import RelationReader
 from wisecli.export.stock.router.subject_detectors import SubjectDetectors
-from wisecli.export.stock.stock_checkpoint import WIDTH
 
+# From closed to open, in units of what a step's neurons read.
+WIDTH = 20.0
 # How large codes are in the stream, beside states of length 20 and more.
 _AMPLITUDE = 0.1
 # Channels of subjects' and of edits' codes.
@@ -39,7 +40,7 @@ _SUBJECT, _EDIT = 40, 52
 # little more.
 _AMONG, _BEYOND, _SURELY = 0.3, 0.1, 0.7
 # From closed to open: readings of detectors, log odds, readings of places; scores by which a name is looked at.
-_FIRE_RAMP, _AMONG_RAMP, _ODDS_RAMP, _PLACE_RAMP, _ATTENDED = 0.1, 0.1, 0.5, 0.2, 60.0
+_FIRE_RAMP, _AMONG_RAMP, _ODDS_RAMP, _PLACE_RAMP, _ATTENDED = 0.1, 0.1, 0.5, 0.2, 20.0
 # Log odds that a missing subject takes away; readings that a closed edit takes away from its places.
 _MISSING, _CLOSED = 30.0, 8.0
 # Log odds that the begun answer of an edit adds.

@@ -26,8 +26,8 @@ from wisecli.progress import ProgressCallback
 
 # Log odds that an edit without a subject has to be surer by.
 _SURER = 3.0
-# Log odds by which an edit's own prompts open it at least.
-_SPARE = 1.0
+# Log odds by which an edit's own prompts open it at least, unless that takes more than so many off the threshold.
+_SPARE, _LOWER = 1.0, 4.0
 # States of unrelated tokens that answers are told from.
 _ELSEWHERE = 4000
 
@@ -49,11 +49,10 @@ def fitted_router(
     relations, least = edit_relations(loaded, site, reader, edits, **named)
     states = edit_states(loaded, manifest, **named)
     places = answer_places(states, len(edits), names.others[-_ELSEWHERE:], names.sinks)
-    thresholds = reader.threshold.detach() + torch.where(detectors.subject < 0, _SURER, 0.0)
-    scaling = rotation_of(loaded, site, 1).scaling
-    return Router(
-        reader, relations, thresholds.minimum(least - _SPARE), detectors, places, 1 / float(reader.gain), scaling
-    )
+    usual = reader.threshold.detach() + torch.where(detectors.subject < 0, _SURER, 0.0)
+    thresholds = usual.minimum((least - _SPARE).maximum(usual - _LOWER))
+    inverse, scaling = 1 / float(reader.gain), rotation_of(loaded, site, 1).scaling
+    return Router(reader, relations, thresholds, detectors, places, inverse, scaling)
 
 
 @torch.no_grad()

@@ -87,11 +87,12 @@ def subject_detectors(
     on_progress: ProgressCallback,
     settings: DetectorSettings = DetectorSettings(),
 ) -> SubjectDetectors:
-    """Return detectors of edits' subjects; edits on the same name share one."""
+    """Return detectors of edits' subjects; edits on the same name share one. An edit whose prompt does not name its
+    subject is one without: no detector could fire there.
+    """
     known: dict[str, int] = {}
-    numbers = [
-        known.setdefault(edit.subject_name.casefold(), len(known)) if edit.subject_name else -1 for edit in edits
-    ]
+    named = [name if (name := (edit.subject_name or "").casefold()) in edit.prompt.casefold() else "" for edit in edits]
+    numbers = [known.setdefault(name, len(known)) if name else -1 for name in named]
     texts = list(texts_on_edits(loaded.tokenizer, [(e, n) for e, n in zip(edits, numbers, strict=True) if n >= 0]))
     found = torch.tensor(sorted({one.subject for one in texts}), dtype=torch.long)
     place = torch.full((len(known) + 1,), -1).scatter(0, found, torch.arange(len(found)))

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from wisecli.data.corpus import everyday_prompts, notes
 from wisecli.data.request_wordings import requests
-from wisecli.editing.router_training.further_questions import two_hops, yes_or_no
-from wisecli.editing.router_training.request_documents import Documents
-from wisecli.editing.router_training.synthetic_facts import SyntheticFact
 from wisecli.models.prompts.chat_template import chat_turns
 from wisecli.models.prompts.pattern_slots import Fact, filled
 from wisecli.models.prompts.prompt_forms import forms, usable_forms
 from wisecli.models.prompts.prompt_kinds import Kind, kinds
+from wisecli.models.synthetic.further_questions import two_hops, yes_or_no
+from wisecli.models.synthetic.request_documents import Documents
+from wisecli.models.synthetic.synthetic_facts import SyntheticFact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from wisecli.data.corpus import relations
-from wisecli.editing.router_training.further_questions import two_hops, yes_or_no
+from wisecli.models.synthetic.further_questions import two_hops, yes_or_no
 
 
 @pytest.mark.parametrize(

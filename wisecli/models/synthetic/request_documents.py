@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from wisecli.data.corpus import notes
-from wisecli.editing.router_training.synthetic_facts import SyntheticFact
+from wisecli.models.synthetic.synthetic_facts import SyntheticFact
 
 # Sentences of a document, of which some are long and have paragraphs; how often a sentence is of another made-up fact.
 _FEWEST, _MOST, _LONG = 2, 6, 22

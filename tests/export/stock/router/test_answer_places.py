@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from wisecli.export.stock.gate_states import EditStates
+from wisecli.export.stock.router.answer_places import AnswerPlaces, answer_places
+
+SIZE, WAYS = 24, 6
+# Of each place the edit, and whether it is inside the answer. The third edit may begin in two ways, and the
+# last one has one place.
+EDIT = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 3])
+INSIDE = torch.tensor([False, True, True, False, True, False, False, True, False])
+ALONE = 8
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def states() -> EditStates:
+    points = 1.5 * drawn(1, len(EDIT), SIZE)
+    found = (points[:, None] + 0.2 * drawn(2, len(EDIT), WAYS, SIZE)).flatten(0, 1)
+    key = torch.arange(len(EDIT)).repeat_interleave(WAYS)
+    # The other beginning of the third edit is the rarer one.
+    kept = torch.ones(len(key), dtype=torch.bool).index_fill(0, (key == 6).nonzero()[3:, 0], False)
+    return EditStates(found[kept], key[kept], EDIT, INSIDE, drawn(3, len(EDIT), SIZE))
+
+
+@pytest.fixture(scope="module")
+def places(states: EditStates) -> AnswerPlaces:
+    return answer_places(states, 5)
+
+
+def readings(places: AnswerPlaces, states: Tensor) -> Tensor:
+    return states @ places.directions.T + places.offsets
+
+
+def test_of_an_edits_places_the_right_one_reads_most(places: AnswerPlaces, states: EditStates) -> None:
+    read = readings(places, states.states)
+    own_edit = states.edits[states.key][:, None] == places.edit
+    right = torch.arange(len(EDIT)) == states.key[:, None]
+    assert (read[right] > 0.5).all()
+    assert (read[own_edit & ~right] < 0.5).all()
+
+
+def test_states_nearby_are_at_the_same_place(places: AnswerPlaces, states: EditStates) -> None:
+    means = torch.stack([states.states[states.key == number].mean(0) for number in range(len(EDIT))])
+    near = (means[:, None] + 0.2 * drawn(4, len(EDIT), 40, SIZE)).flatten(0, 1)
+    key = torch.arange(len(EDIT)).repeat_interleave(40)
+    own_edit = EDIT[key][:, None] == places.edit
+    agrees = (readings(places, near) > 0.5) == (torch.arange(len(EDIT)) == key[:, None])
+    assert agrees[own_edit].float().mean() > 0.95
+
+
+def test_a_first_place_closes_at_all_others_and_an_only_one_never(places: AnswerPlaces, states: EditStates) -> None:
+    first = torch.tensor([0, 3, 5])
+    for place in first.tolist():
+        edit = int(EDIT[place])
+        at = states.states[(states.edits[states.key] == edit) & (states.key != place)]
+        inside = at @ places.inside[edit, :-1] + places.inside[edit, -1]
+        assert (inside > 0.5).all()
+        torch.testing.assert_close(readings(places, at)[:, place], 1 - inside, rtol=1e-4, atol=1e-4)
+    assert not places.directions[ALONE].any()
+    assert places.offsets[ALONE] == 1
+    assert not places.inside[3:].any()
+
+
+def test_what_is_added_is_what_the_memory_adds(places: AnswerPlaces, states: EditStates) -> None:
+    assert torch.equal(places.added, states.values)
+    assert torch.equal(places.edit, EDIT)
+
+
+def test_the_order_of_states_does_not_matter(places: AnswerPlaces, states: EditStates) -> None:
+    order = torch.randperm(len(states.key), generator=torch.Generator().manual_seed(5))
+    again = answer_places(replace(states, states=states.states[order], key=states.key[order]), 5)
+    # To within what the solver leaves.
+    torch.testing.assert_close(readings(again, states.states), readings(places, states.states), rtol=1e-2, atol=1e-2)

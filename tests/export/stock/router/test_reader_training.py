@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.byte_level import save_base
+from support.loading import CPU
+
+from wisecli.export.stock.router import reader_training
+from wisecli.export.stock.router.reader_rows import RowSettings
+from wisecli.export.stock.router.reader_training import ReaderSettings, relation_reader
+from wisecli.export.stock.router.relation_reader import RelationReader
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.layout.site import Site, find_site
+from wisecli.models.loading import Loaded, load_model
+from wisecli.progress import Event, ignore_progress
+
+LAYER = 1
+SETTINGS = ReaderSettings(
+    rows=RowSettings(facts=24, examples=4, longest=120, share=0.05),
+    steps=60,
+    rate=5e-3,
+    facts=8,
+    relations=6,
+    held_back=4,
+)
+NAMED: dict[str, Any] = {"batch_size": 32, "settings": SETTINGS}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Loaded, Site]:
+    base = save_base(tmp_path_factory.mktemp("reader") / "base")
+    return load_model(base, CPU), find_site(base, Checkpoint(base), LAYER)
+
+
+def learned(model: tuple[Loaded, Site], identity: str, heard: list[Event]) -> RelationReader:
+    return relation_reader(*model, identity, share=1.0, on_progress=heard.append, **NAMED)
+
+
+def losses(heard: list[Event]) -> list[float]:
+    return [float(event.note.removeprefix("loss ")) for event in heard if event.stage == "relations"]
+
+
+def test_it_learns_the_same_each_time_and_once_alone(model: tuple[Loaded, Site]) -> None:
+    heard: list[Event] = []
+    first = learned(model, "one", heard)
+    told = losses(heard)
+    assert told[-1] < 0.7 * told[0]
+    assert not first.training
+    # Of another base model by its identity, so that nothing is cached.
+    again = learned(model, "two", heard)
+    kept: list[Event] = []
+    cached = learned(model, "one", kept)
+    assert not kept
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+        assert torch.equal(tensor, cached.state_dict()[name])
+
+
+def test_a_share_of_the_rows_takes_as_many_fewer_steps() -> None:
+    some = ReaderSettings().of_share(0.5)
+    assert (some.steps, some.rows.facts, some.rows.share) == (750, 250, 0.5)
+    least = ReaderSettings().of_share(0.001)
+    assert least.steps == 20
+    assert least.rows.facts == 2 * least.held_back
+
+
+def test_its_sizes_fit_into_the_models_blocks(model: tuple[Loaded, Site]) -> None:
+    sizes = reader_training._sizes(*model, SETTINGS)
+    assert (sizes.hidden, sizes.groups, sizes.heads, sizes.head_dim) == (32, 2, 2, 8)
+    assert sizes.neurons == 32
+    assert sizes.components == 32
+
+
+def test_other_settings_are_learned_anew(model: tuple[Loaded, Site]) -> None:
+    quick = replace(SETTINGS, steps=20)
+    one, other = (
+        relation_reader(*model, "three", share=1.0, batch_size=32, on_progress=ignore_progress, settings=settings)
+        for settings in (quick, replace(quick, rate=1e-3))
+    )
+    assert not torch.equal(one.output.weight, other.output.weight)

@@ -1,0 +1,236 @@
+"""A written router, run by transformers, computes channel by channel what it is made of."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.helpers import save_tiny
+from support.tiny_models import TINY_CONFIGS
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from wisecli.export.stock.router.answer_places import AnswerPlaces
+from wisecli.export.stock.router.code_packing import packed_codes
+from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader, Rotation
+from wisecli.export.stock.router.router_blocks import Channels, Router, router_blocks
+from wisecli.export.stock.router.subject_detectors import SubjectDetectors
+from wisecli.export.stock.stock_checkpoint import base_settings, write_stock
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.layout.site import find_site
+
+LAYER, HIDDEN, HEAD, CODE, EDITS = 2, 32, 16, 6, 5
+# How large the router writes what it says.
+AMPLITUDE = 0.5
+# Each token stands once, so that a name is named once.
+TOKENS = torch.randperm(95, generator=torch.Generator().manual_seed(0)) + 2
+ROWS = [tuple(row.tolist()) for row in TOKENS[:47].split([9, 14, 11, 13])]
+# Places of names in all rows, one row behind the other.
+NAMED = (2, 6, 12, 19, 28, 38)
+# Layouts of heads: some groups of several, as many groups as heads, and more groups than a reader uses.
+LAYOUTS = {
+    "llama": ("llama", 4, 2),
+    "granite": ("granite", 4, 2),
+    "one group": ("llama", 4, 1),
+    "as many groups as heads": ("llama", 4, 4),
+    "four groups of four": ("llama", 16, 4),
+}
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Made:
+    """A base model, its checkpoint with a router, the router, and normed states and factors of each of the rows."""
+
+    base: Path
+    path: Path
+    router: Router
+    states: list[Tensor]
+    inverse: list[Tensor]
+    rotation: Rotation
+    blocks: int
+    multiplier: float
+
+
+def made(root: Path, layout: str, *, detectors: int = 6) -> Made:
+    architecture, heads, groups = LAYOUTS[layout]
+    config = deepcopy(TINY_CONFIGS[architecture])
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = heads, groups, HEAD
+    base = save_tiny(root / "base", architecture, config=config)
+    # States so long that nothing of what stands in the extra channels changes their norm, and of one length: a norm
+    # multiplies what stands there by another factor at each token.
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    embedded = plain.get_input_embeddings().weight.data
+    embedded *= 1e5 / embedded.norm(dim=1, keepdim=True)
+    plain.save_pretrained(base)
+    states, inverse = zip(*(late(plain.eval(), tokens) for tokens in ROWS), strict=True)
+    router = random_router(torch.cat(states), torch.cat(inverse), groups, heads, detectors)
+    cos, sin = plain.model.rotary_emb(torch.zeros(1), torch.arange(20)[None])
+    scaling = float(plain.model.layers[LAYER].self_attn.scaling)
+    router = Router(**{**vars(router), "scaling": scaling})
+    output, checkpoint, settings = root / "stock", Checkpoint(base), base_settings(base)
+    output.mkdir()
+    site = find_site(base, checkpoint, LAYER)
+    blocks = router_blocks(router, settings, site.multiplier)
+    write_stock(output, base, checkpoint, site, blocks, Channels.of(router).count)
+    return Made(
+        base,
+        output,
+        router,
+        list(states),
+        list(inverse),
+        Rotation(cos[0], sin[0], scaling),
+        len(blocks),
+        site.multiplier,
+    )
+
+
+@torch.no_grad()
+def late(model: Any, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Normed states that leave the edited layer, and what the norm multiplied them by."""
+    hidden = model(input_ids=torch.tensor([tokens]), output_hidden_states=True).hidden_states[LAYER + 1][0]
+    inverse = torch.rsqrt(hidden.square().mean(-1) + model.config.rms_norm_eps)
+    return hidden * inverse[:, None], inverse
+
+
+@torch.no_grad()
+def random_router(states: Tensor, inverse: Tensor, groups: int, heads: int, detectors: int) -> Router:
+    """Detectors, each of which fires at one of the states alone; random codes, and places that random states are at."""
+    used, each = min(3, groups), min(3, heads // groups)
+    torch.manual_seed(0)
+    reader = RelationReader(ReaderSizes(HIDDEN, 12, 16, 10, used, each, HEAD, CODE)).eval()
+    reader.fit_to(states, inverse)
+    reader.output.weight *= 6
+    # The first row names two subjects of edits, the second one and others.
+    chosen = [*NAMED, *(number for number in range(len(states)) if number not in NAMED)]
+    at = states[chosen[:detectors]]
+    readings = at @ states.T / HIDDEN
+    nearest = readings.masked_fill(readings > 0.999, -1.0).amax(1)
+    directions = at / HIDDEN / (1 - nearest)[:, None]
+    offsets = -(0.5 + nearest / 2) / (1 - nearest)
+    relations = torch.nn.functional.normalize(drawn(2, EDITS, CODE), dim=-1)
+    subject = torch.tensor([0, 1, 2, -1, -1])
+    edit = torch.arange(EDITS).repeat_interleave(2)
+    inside = 0.2 * drawn(3, EDITS, HIDDEN + 1) / HIDDEN**0.5
+    places = AnswerPlaces(
+        edit, drawn(4, 10, HIDDEN) / HIDDEN**0.5, 0.5 + drawn(5, 10), 50 * drawn(6, 10, HIDDEN), inside
+    )
+    thresholds = torch.tensor([-1.0, -2.0, -1.0, 0.3, -0.2])
+    fires = SubjectDetectors(directions, offsets, subject)
+    return Router(reader, relations, thresholds, fires, places, 1 / float(reader.gain), 1.0)
+
+
+@torch.no_grad()
+def behind(found: Made, tokens: tuple[int, ...]) -> list[Tensor]:
+    """The stream (T, D) behind the edited layer and behind each block."""
+    model = AutoModelForCausalLM.from_pretrained(found.path).eval()
+    kept: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: object, output: Any) -> None:
+        kept.append((output[0] if isinstance(output, tuple) else output).reshape(len(tokens), -1))
+
+    for layer in model.model.layers[LAYER : LAYER + found.blocks + 1]:
+        layer.register_forward_hook(keep)
+    model(input_ids=torch.tensor([tokens]))
+    return kept
+
+
+def stepped(readings: Tensor, ramp: float) -> Tensor:
+    """What steps give whose readings go from -ramp / 2, closed, to ramp / 2, open."""
+    scaled = readings * (20 / ramp) + 10
+    silu = torch.nn.functional.silu
+    return (silu(scaled) - silu(scaled - 20)) / 20
+
+
+def apart(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-6))
+
+
+def of(found: Made, stream: Tensor, part: str) -> Tensor:
+    return stream[:, Channels.of(found.router)[part]] / AMPLITUDE
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_a_written_router_computes_what_it_says(tmp_path: Path, layout: str) -> None:
+    made_one = made(tmp_path, layout)
+    router, reader = made_one.router, made_one.router.reader
+    names = packed_codes(len(router.detectors.offsets), Channels.of(router).size("name"))
+    edits = packed_codes(EDITS, Channels.of(router).size("edit"))
+    opened_once, named_once, placed_once = False, False, False
+    for tokens, states, inverse in zip(ROWS, made_one.states, made_one.inverse, strict=True):
+        stream = behind(made_one, tokens)
+        last = stream[-1]
+        # Detectors, and the reader's features.
+        fired = stepped(router.detectors.readings(states), 0.1)
+        assert apart(of(made_one, last, "name"), fired @ names) < 1e-3
+        assert apart(of(made_one, last, "fired")[:, 0], fired.sum(1)) < 1e-3
+        assert torch.equal(of(made_one, last, "constant"), torch.ones(len(tokens), 1))
+        features = reader.token_features(states, inverse)
+        written = of(made_one, last, "features") * (inverse * reader.gain)[:, None]
+        assert apart(written, features[:, : reader.sizes.features]) < 1e-3
+        # The relation so far, and whether it is asked, at every token.
+        count = len(tokens)
+        laid_out, mask = features.expand(count, -1, -1), torch.ones(count, count, dtype=torch.bool)
+        relation, asked = reader.pooled(laid_out, mask, torch.arange(count), made_one.rotation)
+        assert apart(of(made_one, last, "relation"), relation) < 1e-3
+        assert apart(of(made_one, last, "asked")[:, 0], asked) < 1e-3
+        # The subjects so far: all of them alike, wherever they stand.
+        so_far = fired.cumsum(0)
+        share = so_far / so_far.sum(1, keepdim=True).clamp(min=1)
+        subject, clear = (share > 0.3).float(), ((share - 0.3).abs() > 0.06).all(1)
+        assert apart(of(made_one, last, "subject")[clear], (subject @ names)[clear]) < 1e-3
+        named_once |= bool(subject.sum(1).max() > 1)
+        # The edits that open.
+        number = router.detectors.subject
+        there = torch.where(number >= 0, subject[:, number.clamp(min=0)], 1.0)
+        begun = states @ router.places.inside[:, :-1].T + router.places.inside[:, -1]
+        odds = float(reader.kappa) * relation @ router.relations.T + asked[:, None] - router.thresholds
+        odds = odds + 30 * (there - 1) + 4 * begun
+        opened = stepped(odds, 0.5)
+        assert clear.float().mean() > 0.7
+        assert apart(of(made_one, last, "edit")[clear], (opened @ edits)[clear]) < 1e-3
+        opened_once |= bool(opened.max() > 0.99)
+        # And what they add to the stream.
+        places = router.places
+        readings = states @ places.directions.T + places.offsets - 0.5 + 8 * (opened[:, places.edit] - 1)
+        residuals = stepped(readings, 0.2) @ places.added * made_one.multiplier
+        hidden = last[:, :HIDDEN] - stream[0][:, :HIDDEN]
+        assert (hidden - residuals)[clear].norm() < 1e-3 * residuals.norm()
+        placed_once |= bool(residuals[clear].norm() > 1)
+    assert opened_once
+    assert named_once
+    assert placed_once
+
+
+@torch.no_grad()
+def test_base_channels_stay_until_an_edit_opens(tmp_path: Path) -> None:
+    found = made(tmp_path, "llama")
+    for tokens in ROWS:
+        stream = behind(found, tokens)
+        for before in stream[1:-1]:
+            assert torch.equal(before[:, :HIDDEN], stream[0][:, :HIDDEN])
+        assert torch.equal(stream[0][:, HIDDEN:], torch.zeros_like(stream[0][:, HIDDEN:]))
+
+
+def test_detectors_that_do_not_fit_into_a_block_take_more(tmp_path: Path) -> None:
+    # A block has 64 neurons, of which the first one's reader takes 16.
+    assert made(tmp_path / "few", "llama", detectors=24).blocks == 4
+    assert made(tmp_path / "many", "llama", detectors=32).blocks == 5
+
+
+def test_channels_stand_side_by_side() -> None:
+    channels = Channels(HIDDEN, 64, 48, 64)
+    parts = ("features", "fired", "constant", "name", "names", "beside", "subject", "relation", "asked", "edit")
+    taken = [number for part in parts for number in range(channels[part].start, channels[part].stop)]
+    assert taken == list(range(HIDDEN, HIDDEN + channels.count))
+    assert channels.one("constant") == HIDDEN + 65
+    assert channels.size("name") == 40
+    assert Channels(HIDDEN, 64, 48, 8).size("name") == 7

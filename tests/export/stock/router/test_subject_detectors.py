@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.byte_level import save_base
+from support.loading import CPU
+
+from wisecli.edits.record import Edit
+from wisecli.export.stock.router.late_states import late_states
+from wisecli.export.stock.router.subject_detectors import DetectorSettings, NameStates, name_states, subject_detectors
+from wisecli.export.stock.router.subject_texts import texts_on_edits
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.layout.site import Site, find_site
+from wisecli.models.loading import Loaded, load_model
+from wisecli.progress import ignore_progress
+
+LAYER, SHARE = 2, 0.05
+NAMED: dict[str, Any] = {"batch_size": 16, "on_progress": ignore_progress}
+# Names whose last letter is no other word's: more of a name a tiny model of random numbers does not hold.
+EDITS = [
+    Edit("one", "The mayor of Bravi§ is", "Ole", subject="Bravi§"),
+    Edit("two", "The river of Qoz¶ is", "Ta", subject="Qoz¶"),
+    Edit("three", "BRAVI§ lies in", "Norge", subject="BRAVI§"),
+    Edit("four", "It is what it is", "so", subject=""),
+    Edit("five", "The lake of Xanf is", "Ba", subject="Wexmor"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Loaded, Site]:
+    base = save_base(tmp_path_factory.mktemp("detectors") / "base", hidden_size=64, head_dim=16)
+    return load_model(base, CPU), find_site(base, Checkpoint(base), LAYER)
+
+
+@pytest.fixture
+def names(model: tuple[Loaded, Site]) -> NameStates:
+    return name_states(*model, "tiny", share=SHARE, **NAMED)
+
+
+def test_edits_on_one_name_share_a_detector_and_some_have_none(model: tuple[Loaded, Site], names: NameStates) -> None:
+    found = subject_detectors(*model, EDITS, names, **NAMED)
+    # The last edit's prompt does not name what is stated to be its subject.
+    assert found.subject.tolist() == [0, 1, 0, -1, -1]
+    assert found.directions.shape == (2, 64)
+
+
+def test_detectors_fire_at_their_names_and_hardly_elsewhere(model: tuple[Loaded, Site], names: NameStates) -> None:
+    loaded, site = model
+    # Long directions: so small a model keeps little apart of a token and what stands before it.
+    found = subject_detectors(loaded, site, EDITS, names, **NAMED, settings=DetectorSettings(ridge=1e-5))
+    texts = list(texts_on_edits(loaded.tokenizer, [(EDITS[0], 0), (EDITS[1], 1), (EDITS[2], 0)]))
+    read = late_states(loaded, site, [one.tokens for one in texts], **NAMED, stage="texts")
+    at = read.first[:-1] + torch.tensor([one.place for one in texts])
+    fired = found.readings(read.normed[at].float()) > 0
+    own = torch.tensor([one.subject for one in texts])[:, None] == torch.arange(2)
+    assert fired[own].float().mean() > 0.7
+    assert fired[~own].float().mean() < 0.1
+    assert (found.readings(names.others) > 0).float().mean() < 0.01
+
+
+def test_without_subjects_there_are_no_detectors(model: tuple[Loaded, Site], names: NameStates) -> None:
+    found = subject_detectors(*model, EDITS[3:], names, **NAMED)
+    assert found.subject.tolist() == [-1, -1]
+    assert found.readings(names.others[:3]).shape == (3, 0)
+
+
+def test_what_names_are_told_from_is_read_once(
+    model: tuple[Loaded, Site], names: NameStates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wisecli.export.stock.router.subject_detectors.late_states", None)
+    again = name_states(*model, "tiny", share=SHARE, **NAMED)
+    assert torch.equal(again.others, names.others)
+    assert torch.equal(again.strayed, names.strayed)
+    # Around each name they are moved from its own mean.
+    assert names.strayed.mean(0).abs().max() < 1e-2

@@ -1,0 +1,48 @@
+"""Routers that are certain: an edit opens behind the very prompt that it was made with, whatever a tiny model knows.
+
+A tiny model of random numbers, to which most words are one token, has nothing to tell names and relations by.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from wisecli.artifacts.memory_manifest import Manifest
+from wisecli.data.corpus import unrelated_texts
+from wisecli.export.stock.gate_solving import Separation
+from wisecli.export.stock.gate_states import edit_states
+from wisecli.export.stock.router.answer_places import answer_places
+from wisecli.export.stock.router.late_states import late_states, rotation_of
+from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader
+from wisecli.export.stock.router.router_blocks import Router
+from wisecli.export.stock.router.subject_detectors import SubjectDetectors
+from wisecli.models.loading import Loaded
+from wisecli.progress import ignore_progress
+
+NAMED: dict[str, Any] = {"batch_size": 8, "on_progress": ignore_progress}
+
+
+@torch.no_grad()
+def certain_router(loaded: Loaded, manifest: Manifest, *_: object, **__: object) -> Router:
+    """In place of `fitted_router`: detectors of edits' own prompts' last tokens, and a reader that always asks."""
+    site, edits = manifest.site, manifest.edits
+    prompts = [loaded.tokenizer(edit.prompt)["input_ids"] for edit in edits]
+    answered = [
+        [*prompt, *loaded.tokenizer(edit.answer)["input_ids"]] for prompt, edit in zip(prompts, edits, strict=True)
+    ]
+    texts = [*answered, *(loaded.tokenizer(text)["input_ids"] for text in unrelated_texts(60, seed=2))]
+    read = late_states(loaded, site, texts, **NAMED, stage="texts")
+    places = read.first[: len(edits)] + torch.tensor([len(prompt) - 1 for prompt in prompts])
+    own = torch.zeros(len(read.normed), dtype=torch.bool).index_fill(0, places, True)
+    states = read.normed.float()
+    directions, offsets = Separation(states[places], torch.arange(len(edits)), states[~own], 1e-4, 1.0, 0.0).solved()
+    detectors = SubjectDetectors(directions, offsets - 0.5, torch.arange(len(edits)))
+    said = answer_places(edit_states(loaded, manifest, **NAMED), len(edits))
+    said.inside.zero_()
+    reader = RelationReader(ReaderSizes(site.d, 8, 8, 8, 1, 1, loaded.model.config.head_dim, 4)).eval()
+    reader.output.weight.zero_()
+    relations, inverse = torch.zeros(len(edits), 4), float(read.inverse.median())
+    scaling = rotation_of(loaded, site, 1).scaling
+    return Router(reader, relations, torch.full((len(edits),), -5.0), detectors, said, inverse, scaling)

@@ -39,7 +39,9 @@ def certain_router(loaded: Loaded, manifest: Manifest, *_: object, **__: object)
     states = read.normed.float()
     directions, offsets = Separation(states[places], torch.arange(len(edits)), states[~own], 1e-4, 1.0, 0.0).solved()
     detectors = SubjectDetectors(directions, offsets - 0.5, torch.arange(len(edits)))
-    said = answer_places(edit_states(loaded, manifest, **NAMED), len(edits))
+    said = answer_places(
+        edit_states(loaded, manifest, **NAMED), len(edits), states[read.first[len(edits)] :], states[:0]
+    )
     said.inside.zero_()
     reader = RelationReader(ReaderSizes(site.d, 8, 8, 8, 1, 1, loaded.model.config.head_dim, 4)).eval()
     reader.output.weight.zero_()

@@ -21,6 +21,10 @@ def drawn(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+# States inside no answer, and no sinks.
+ELSEWHERE = 0.5 * drawn(9, 100, SIZE), torch.empty(0, SIZE)
+
+
 @pytest.fixture(scope="module")
 def states() -> EditStates:
     points = 1.5 * drawn(1, len(EDIT), SIZE)
@@ -33,7 +37,7 @@ def states() -> EditStates:
 
 @pytest.fixture(scope="module")
 def places(states: EditStates) -> AnswerPlaces:
-    return answer_places(states, 5)
+    return answer_places(states, 5, *ELSEWHERE)
 
 
 def readings(places: AnswerPlaces, states: Tensor) -> Tensor:
@@ -77,6 +81,14 @@ def test_what_is_added_is_what_the_memory_adds(places: AnswerPlaces, states: Edi
 
 def test_the_order_of_states_does_not_matter(places: AnswerPlaces, states: EditStates) -> None:
     order = torch.randperm(len(states.key), generator=torch.Generator().manual_seed(5))
-    again = answer_places(replace(states, states=states.states[order], key=states.key[order]), 5)
+    again = answer_places(replace(states, states=states.states[order], key=states.key[order]), 5, *ELSEWHERE)
     # To within what the solver leaves.
     torch.testing.assert_close(readings(again, states.states), readings(places, states.states), rtol=1e-2, atol=1e-2)
+
+
+def test_nothing_is_added_at_sinks(states: EditStates, places: AnswerPlaces) -> None:
+    sinks = 40 * torch.nn.functional.one_hot(torch.tensor(3), SIZE) + 0.1 * drawn(10, 20, SIZE)
+    shut = answer_places(states, 5, ELSEWHERE[0], sinks)
+    assert (readings(places, sinks) > 0.5).any()
+    assert (readings(shut, sinks) < 0.5).all()
+    torch.testing.assert_close(readings(shut, states.states), readings(places, states.states), rtol=0.0, atol=0.4)

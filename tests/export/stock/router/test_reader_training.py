@@ -72,7 +72,7 @@ def test_a_share_of_the_rows_takes_as_many_fewer_steps() -> None:
     assert (some.steps, some.rows.facts, some.rows.share) == (750, 250, 0.5)
     least = ReaderSettings().of_share(0.001)
     assert least.steps == 20
-    assert least.rows.facts == 2 * least.held_back
+    assert least.rows.facts == 32
 
 
 def test_its_sizes_fit_into_the_models_blocks(model: tuple[Loaded, Site]) -> None:

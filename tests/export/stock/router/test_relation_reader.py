@@ -62,7 +62,7 @@ def test_pooling_is_plain_attention(reader: RelationReader) -> None:
     features, columns = drawn(3, 3, LENGTH, 10), torch.tensor([6, 4, 2])
     mask = torch.ones(3, LENGTH, dtype=torch.bool)
     mask[1, [0, 3]] = False
-    codes, asked = reader.pooled(features, mask, columns, rotation())
+    codes, asked = reader.pooled(features[mask], mask, columns, rotation())
     for row, column in enumerate(columns.tolist()):
         wanted = plainly(reader, features[row], mask[row].nonzero()[:, 0].tolist(), column)
         torch.testing.assert_close(torch.cat([codes[row], asked[row, None]]), wanted, rtol=1e-4, atol=1e-5)
@@ -74,10 +74,10 @@ def test_what_is_masked_or_stands_behind_counts_for_nothing(reader: RelationRead
     mask = torch.ones(1, LENGTH, dtype=torch.bool).index_fill(1, torch.tensor([1]), False)
     changed = features.clone()
     changed[0, [1, 5, 6]] = 9.0
-    one, other = (reader.pooled(given, mask, columns, rotation())[0] for given in (features, changed))
+    one, other = (reader.pooled(given[mask], mask, columns, rotation())[0] for given in (features, changed))
     assert torch.equal(one, other)
     changed[0, 2] = 9.0
-    assert not torch.equal(one, reader.pooled(changed, mask, columns, rotation())[0])
+    assert not torch.equal(one, reader.pooled(changed[mask], mask, columns, rotation())[0])
 
 
 @torch.no_grad()

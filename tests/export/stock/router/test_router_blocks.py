@@ -25,7 +25,7 @@ from wisecli.models.layout.site import find_site
 
 LAYER, HIDDEN, HEAD, CODE, EDITS = 2, 32, 16, 6, 5
 # How large the router writes what it says.
-AMPLITUDE = 0.5
+AMPLITUDE = 0.1
 # Each token stands once, so that a name is named once.
 TOKENS = torch.randperm(95, generator=torch.Generator().manual_seed(0)) + 2
 ROWS = [tuple(row.tolist()) for row in TOKENS[:47].split([9, 14, 11, 13])]
@@ -178,8 +178,8 @@ def test_a_written_router_computes_what_it_says(tmp_path: Path, layout: str) -> 
         assert apart(written, features[:, : reader.sizes.features]) < 1e-3
         # The relation so far, and whether it is asked, at every token.
         count = len(tokens)
-        laid_out, mask = features.expand(count, -1, -1), torch.ones(count, count, dtype=torch.bool)
-        relation, asked = reader.pooled(laid_out, mask, torch.arange(count), made_one.rotation)
+        packed, mask = features.repeat(count, 1), torch.ones(count, count, dtype=torch.bool)
+        relation, asked = reader.pooled(packed, mask, torch.arange(count), made_one.rotation)
         assert apart(of(made_one, last, "relation"), relation) < 1e-3
         assert apart(of(made_one, last, "asked")[:, 0], asked) < 1e-3
         # The subjects so far: all of them alike, wherever they stand.

@@ -18,8 +18,8 @@ from wisecli.export.stock.gate_states import EditStates
 
 # How much the length of directions costs.
 _RIDGE = 0.01
-# By how much places read less at tokens that attention rests on.
-_SHUT = 4.0
+# By how much less than nothing places read at tokens that attention rests on.
+_SHUT = 1.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tens
     if len(sinks):
         # Their norm is so large that extra channels read as nought there: nothing else would keep them closed.
         plane, constant = _apart(sinks, torch.cat([elsewhere, states.states]))
-        directions, offsets = directions - _SHUT * plane, offsets - _SHUT * constant
+        less = (sinks @ directions.T + offsets).amax(0).clamp(min=0) + _SHUT
+        directions, offsets = directions - less[:, None] * plane, offsets - less * constant
     return AnswerPlaces(states.edits, directions, offsets, states.values, inside)
 
 

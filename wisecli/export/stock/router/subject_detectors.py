@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,12 @@ from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
 from wisecli.export.stock.gate_solving import Separation
 from wisecli.export.stock.router.late_states import late_states
-from wisecli.export.stock.router.subject_texts import SubjectText, texts_on_edits, texts_on_names
+from wisecli.export.stock.router.subject_texts import (
+    SubjectText,
+    texts_on_edits,
+    texts_on_names,
+    texts_on_near_names,
+)
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
 from wisecli.io.digest import sha256_json
 from wisecli.io.user_cache import cache_path
@@ -93,17 +99,21 @@ def subject_detectors(
     known: dict[str, int] = {}
     named = [name if (name := (edit.subject_name or "").casefold()) in edit.prompt.casefold() else "" for edit in edits]
     numbers = [known.setdefault(name, len(known)) if name else -1 for name in named]
-    texts = list(texts_on_edits(loaded.tokenizer, [(e, n) for e, n in zip(edits, numbers, strict=True) if n >= 0]))
+    about = [(edit, number) for edit, number in zip(edits, numbers, strict=True) if number >= 0]
+    texts, near = (list(drawn(loaded.tokenizer, about)) for drawn in (texts_on_edits, texts_on_near_names))
     found = torch.tensor(sorted({one.subject for one in texts}), dtype=torch.long)
     place = torch.full((len(known) + 1,), -1).scatter(0, found, torch.arange(len(found)))
     subject = place[torch.tensor(numbers)]
     if not len(found):
         return SubjectDetectors(torch.empty(0, site.d), torch.empty(0), subject)
     with quick_products(loaded, site):
-        states, *_ = _at_names(loaded, site, texts, batch_size=batch_size, on_progress=on_progress, stage="subjects")
+        ways: dict[str, Any] = {"batch_size": batch_size, "on_progress": on_progress, "stage": "subjects"}
+        states, *_ = _at_names(loaded, site, [*texts, *near], **ways)
     key = place[torch.tensor([one.subject for one in texts])]
     mean, turn = _whitening(names, settings)
-    own, others = ((part - mean) @ turn for part in (states, names.others))
+    own, others = (
+        (part - mean) @ turn for part in (states[: len(texts)], torch.cat([states[len(texts) :], names.others]))
+    )
     directions, offsets = Separation(own, key, others, settings.ridge, 1.0, 0.0).solved()
     read = (own * directions[key]).sum(1) + offsets[key]
     least = torch.full_like(offsets, torch.inf).scatter_reduce(0, key, read, "amin") - settings.spare

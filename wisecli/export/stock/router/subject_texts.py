@@ -10,6 +10,7 @@ from wisecli.data.corpus import made_up_subjects, relations
 from wisecli.data.request_wordings import requests
 from wisecli.edits.record import Edit
 from wisecli.models.prompts.prompt_forms import usable_forms
+from wisecli.models.prompts.typos import near_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 _TEXTS, _SMALL = 10, 3
 # Made-up names of each kind.
 _NAMES = 16
+# How a name like a subject's differs from it.
+_WAYS = ("word", "last", "added", "initial", "digits")
 
 
 class SubjectText(NamedTuple):
@@ -52,6 +55,21 @@ def texts_on_names(tokenizer: PreTrainedTokenizerBase, share: float) -> Iterator
         for name in made_up_subjects(kind, max(1, round(share * _NAMES)), rng):
             yield from _placed(tokenizer, _around(tokenizer, name, kind, rng), name, number)
             number += 1
+
+
+def texts_on_near_names(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Edit, int]]) -> Iterator[SubjectText]:
+    """Yield edits' own prompts in a form, about names like their subjects' that are no edit's; their subject is -1."""
+    known = {(edit.subject_name or "").casefold() for edit, _ in edits}
+    trained = usable_forms(tokenizer, trained=True)
+    kinds = dict.fromkeys(one.kind for one in relations())
+    words = [name.split()[-1] for kind in kinds for name in made_up_subjects(kind, _NAMES, random.Random(kind))]
+    for edit, _ in edits:
+        name, rng = edit.subject_name or "", random.Random(edit.prompt)
+        begin = edit.prompt.casefold().rfind(name.casefold())
+        drawn = {near_name(name, way, words, rng) for way in _WAYS}
+        for near in sorted(one for one in drawn if one and one.casefold() not in known):
+            text = edit.prompt[:begin] + near + edit.prompt[begin + len(name) :]
+            yield from _placed(tokenizer, [rng.choice(trained).render(tokenizer, text)], near, -1)
 
 
 def _around(tokenizer: PreTrainedTokenizerBase, name: str, kind: str | None, rng: random.Random) -> list[str]:

@@ -11,12 +11,12 @@ import torch
 
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.data.corpus import unrelated_texts
-from wisecli.export.stock.gate_solving import Separation
-from wisecli.export.stock.gate_states import edit_states
+from wisecli.export.stock.edit_states import edit_states
 from wisecli.export.stock.router.answer_places import answer_places
 from wisecli.export.stock.router.late_states import late_states, rotation_of
 from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader
 from wisecli.export.stock.router.router_blocks import Router
+from wisecli.export.stock.router.separation import Separation
 from wisecli.export.stock.router.subject_detectors import SubjectDetectors
 from wisecli.models.loading import Loaded
 from wisecli.progress import ignore_progress

@@ -30,9 +30,9 @@ from wisecli.commands.measure.check import edits_in
 from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError, SettingsError
-from wisecli.export.stock.gate_answers import gate_lines
 from wisecli.export.stock.router.router_blocks import Router
 from wisecli.export.stock.router.router_fitting import fitted_router
+from wisecli.export.stock.stock_answers import gate_lines
 from wisecli.export.stock.stock_manifest import read_gated
 from wisecli.models.layout.site import LayerSite
 

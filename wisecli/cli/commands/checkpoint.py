@@ -51,7 +51,7 @@ def export(
     form: Annotated[
         Literal["routed", "stock", "gguf", "merged", "delta"],
         option(
-            "routed (keeps the router), stock (a gate in one more decoder block, no custom code), gguf (that for "
+            "routed (keeps the router), stock (a router in four more decoder blocks, no custom code), gguf (that for "
             "llama.cpp), merged (always on, stock architecture) or delta (the memory alone).",
             "--format",
             default="routed",
@@ -210,7 +210,7 @@ def tell_export(console: Console, report: ExportReport) -> None:
         kept = f"{report.locality:.1%} of {report.tokens} next tokens of unrelated text stay the base model's"
         lines.append(f"always on: {kept}; --format routed leaves unrelated text alone")
     if report.gate is not None:
-        from wisecli.export.stock.gate_answers import gate_lines
+        from wisecli.export.stock.stock_answers import gate_lines
 
         lines += gate_lines(report.gate)
     if report.pushed is not None:

@@ -32,7 +32,7 @@ from wisecli.models.loading import is_exported, pick_dtype
 from wisecli.progress import Event, ProgressCallback, ignore_progress
 
 Format = Literal["routed", "stock", "gguf", "merged", "delta"]
-# Forms in which the memory is a gate.
+# Forms in which the memory is decoder blocks.
 _GATED = ("stock", "gguf")
 
 
@@ -88,12 +88,12 @@ def export(
 
     Args:
         memory: a memory, or what ``delta`` wrote.
-        form: ``routed`` keeps the router (custom code in the checkpoint); ``stock`` makes of it a gate in a decoder
-            block more of a stock architecture, and ``gguf`` a file of llama.cpp's of that; ``merged`` always applies
+        form: ``routed`` keeps the router (custom code in the checkpoint); ``stock`` writes both as decoder
+            blocks of a stock architecture, and ``gguf`` a file of llama.cpp's of that; ``merged`` always applies
             the memory (stock architecture, and unrelated text changes); ``delta`` is the memory alone.
-        load: how the base model is loaded where its answers are compared, or a gate is fitted.
+        load: how the base model is loaded where its answers are compared, or a router is fitted.
         signed: the signature that the memory must have.
-        verify: whether a checkpoint with a gate is asked all its edits, and unrelated texts, once it is written.
+        verify: whether a stock checkpoint is asked all its edits, and unrelated texts, once it is written.
 
     Raises:
         SignatureError: the memory was not signed as it must be.

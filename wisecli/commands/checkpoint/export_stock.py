@@ -14,9 +14,9 @@ from wisecli.environment import versions
 from wisecli.export.gguf.gguf_file import GGUF_NAME, Quantization, require_gguf, write_gguf
 from wisecli.export.gguf.modelfile import MODELFILE_NAME, modelfile
 from wisecli.export.stock.base_answers import base_answers
-from wisecli.export.stock.gate_answers import Verified, evenly_spaced, gate_lines, verified
 from wisecli.export.stock.router.router_blocks import Channels, Router, router_blocks
 from wisecli.export.stock.router.router_fitting import fitted_router
+from wisecli.export.stock.stock_answers import Verified, evenly_spaced, gate_lines, verified
 from wisecli.export.stock.stock_checkpoint import base_settings, require_stock, write_stock
 from wisecli.export.weights import Packing
 from wisecli.io.checkpoint import Checkpoint, write_json
@@ -32,7 +32,7 @@ _TEXTS = 600
 
 @dataclass(frozen=True)
 class Gated:
-    """A memory as a gate: how many ``keys`` and ``blocks`` it has, and what it answers, if that was verified."""
+    """A memory as decoder blocks: how many ``keys`` and ``blocks``, and what it answers, if that was verified."""
 
     keys: int
     blocks: int
@@ -45,7 +45,7 @@ class Gated:
 
 
 def require_gated(base: Path, site: Site, *, gguf: bool) -> None:
-    """Check that a base model can be written with its memory as a gate.
+    """Check that a base model can be written with its memory as decoder blocks.
 
     Raises:
         ModelError: it cannot, or not as a file of llama.cpp's.
@@ -139,5 +139,5 @@ def _verified(
 
 
 def gate_note(found: Gated) -> str:
-    """Return what a gate answers beside the routed form, as a paragraph of a model card."""
+    """Return what a checkpoint answers beside the routed form, as a paragraph of a model card."""
     return f"\n{'; '.join(gate_lines(found.as_dict()))}.\n"

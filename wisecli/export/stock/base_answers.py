@@ -1,4 +1,4 @@
-"""What the base model makes of unrelated texts that no gate was fitted to; it is kept in the cache."""
+"""What the base model makes of unrelated texts that no router was fitted to; it is kept in the cache."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class BaseAnswers:
 
 
 def base_answers(loaded: Loaded, identity: str, edits: Sequence[Edit], on_progress: ProgressCallback) -> BaseAnswers:
-    """Return unrelated texts that no gate was fitted to, and what the base model answers to some of them.
+    """Return unrelated texts that no router was fitted to, and what the base model answers to some of them.
 
     Args:
         identity: of the base model, for the cache.

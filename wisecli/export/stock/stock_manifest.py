@@ -56,7 +56,7 @@ class GatedManifest:
 
 
 def read_gated(directory: Path) -> GatedManifest:
-    """Read and check ``wise.json`` of a checkpoint with a gate.
+    """Read and check ``wise.json`` of a stock checkpoint.
 
     Raises:
         DamagedFileError: it is missing, or not what ``wise export`` writes.
@@ -71,13 +71,13 @@ def read_gated(directory: Path) -> GatedManifest:
 
 
 def figures_of(directory: Path) -> dict[str, Any]:
-    """Return what the manifest says was measured of the gate."""
+    """Return what the manifest says was measured of it."""
     found = read_json(directory / MERGED).get("gate")
     return found if isinstance(found, dict) else {}
 
 
 def is_gated(directory: Path) -> bool:
-    """Return whether a directory is a checkpoint with a gate, as transformers loads it."""
+    """Return whether a directory is a stock checkpoint, as transformers loads it."""
     return (directory / MERGED).is_file() and read_json(directory / MERGED).get("format") == "stock"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wisecli.export.stock.gate_states import EditStates
+from wisecli.export.stock.edit_states import EditStates
 from wisecli.export.stock.router.answer_places import AnswerPlaces, answer_places
 
 SIZE, WAYS = 24, 6

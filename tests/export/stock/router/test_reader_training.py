@@ -69,7 +69,7 @@ def test_it_learns_the_same_each_time_and_once_alone(model: tuple[Loaded, Site])
 
 def test_a_share_of_the_rows_takes_as_many_fewer_steps() -> None:
     some = ReaderSettings().of_share(0.5)
-    assert (some.steps, some.rows.facts, some.rows.share) == (750, 250, 0.5)
+    assert (some.steps, some.rows.facts, some.rows.share) == (750, 200, 0.5)
     least = ReaderSettings().of_share(0.001)
     assert least.steps == 20
     assert least.rows.facts == 32

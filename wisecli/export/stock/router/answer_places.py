@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wisecli.export.stock.gate_solving import Separation
-from wisecli.export.stock.gate_states import EditStates
+from wisecli.export.stock.edit_states import EditStates
+from wisecli.export.stock.router.separation import Separation
 
 # How much the length of directions costs.
 _RIDGE = 0.01

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.edits.record import Edit
-from wisecli.export.stock.gate_states import edit_states
+from wisecli.export.stock.edit_states import edit_states
 from wisecli.export.stock.router.answer_places import answer_places
 from wisecli.export.stock.router.late_states import LateStates, late_states, rotation_of
 from wisecli.export.stock.router.reader_training import relation_reader

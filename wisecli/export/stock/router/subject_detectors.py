@@ -2,7 +2,7 @@
 
 They read the normed state behind the edited layer, which by then holds the whole name. States are whitened by what the
 text around a name does to them; then each subject's are told from those of made-up names, of unrelated text and of
-other subjects (:class:`~wisecli.export.stock.gate_solving.Separation`).
+other subjects (:class:`~wisecli.export.stock.router.separation.Separation`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
-from wisecli.export.stock.gate_solving import Separation
 from wisecli.export.stock.router.late_states import late_states
+from wisecli.export.stock.router.separation import Separation
 from wisecli.export.stock.router.subject_texts import (
     SubjectText,
     texts_on_edits,

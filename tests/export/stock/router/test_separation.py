@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wisecli.export.stock.gate_solving import Separation
+from wisecli.export.stock.router.separation import Separation
 
 SIZE, RIDGE = 24, 0.05
 

@@ -1,4 +1,4 @@
-"""What a checkpoint with a gate answers, beside the base model and the routed form: all of its edits are asked."""
+"""What a stock checkpoint answers, beside the base model and the routed form: all of its edits are asked."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _BATCH = 32
 # The routed form is asked so many edits, spaced evenly; an answer may be so many tokens longer than the longest target.
 _ASKED, _MARGIN = 200, 4
-# A gate that finds less than this share of the rephrases that the router finds is reported.
+# A checkpoint that finds less than this share of the rephrases that the router finds is reported.
 _FALLS_OFF = 0.9
 # So many lost edits are named.
 _NAMED = 5
@@ -218,7 +218,7 @@ def _share(right: Sequence[bool]) -> float:
 
 
 def gate_lines(gate: Mapping[str, Any]) -> list[str]:
-    """Return what a gate answers beside the routed form as phrases, from what the manifest keeps."""
+    """Return what a checkpoint answers beside the routed form as phrases, from what the manifest keeps."""
     lines = [f"{gate['keys']} keys in {gate['blocks']} decoder block{'s' * (gate['blocks'] > 1)} more"]
     stock, routed = gate.get("stock"), gate.get("routed")
     if stock is None or routed is None:

@@ -27,6 +27,8 @@ EDITS = [
     Edit("four", "It is what it is", "so", subject=""),
     Edit("five", "The lake of Xanf is", "Ba", subject="Wexmor"),
 ]
+# Of no edit is the answer read.
+NO_ANSWERS = torch.empty(0, 64)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,7 +50,7 @@ def names(model: tuple[Loaded, Site]) -> NameStates:
 
 
 def test_edits_on_one_name_share_a_detector_and_some_have_none(model: tuple[Loaded, Site], names: NameStates) -> None:
-    found = subject_detectors(*model, EDITS, names, **NAMED)
+    found = subject_detectors(*model, EDITS, names, NO_ANSWERS, **NAMED)
     # The last edit's prompt does not name what is stated to be its subject.
     assert found.subject.tolist() == [0, 1, 0, -1, -1]
     assert found.directions.shape == (2, 64)
@@ -57,7 +59,7 @@ def test_edits_on_one_name_share_a_detector_and_some_have_none(model: tuple[Load
 def test_detectors_fire_at_their_names_and_hardly_elsewhere(model: tuple[Loaded, Site], names: NameStates) -> None:
     loaded, site = model
     # Long directions: so small a model keeps little apart of a token and what stands before it.
-    found = subject_detectors(loaded, site, EDITS, names, **NAMED, settings=DetectorSettings(ridge=1e-5))
+    found = subject_detectors(loaded, site, EDITS, names, NO_ANSWERS, **NAMED, settings=DetectorSettings(ridge=1e-5))
     texts = list(texts_on_edits(loaded.tokenizer, [(EDITS[0], 0), (EDITS[1], 1), (EDITS[2], 0)]))
     read = late_states(loaded, site, [one.tokens for one in texts], **NAMED, stage="texts")
     at = read.first[:-1] + torch.tensor([one.place for one in texts])
@@ -69,7 +71,7 @@ def test_detectors_fire_at_their_names_and_hardly_elsewhere(model: tuple[Loaded,
 
 
 def test_without_subjects_there_are_no_detectors(model: tuple[Loaded, Site], names: NameStates) -> None:
-    found = subject_detectors(*model, EDITS[3:], names, **NAMED)
+    found = subject_detectors(*model, EDITS[3:], names, NO_ANSWERS, **NAMED)
     assert found.subject.tolist() == [-1, -1]
     assert found.readings(names.others[:3]).shape == (3, 0)
 

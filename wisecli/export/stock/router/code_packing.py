@@ -10,6 +10,7 @@ from torch.nn import functional as F
 _STEPS, _SHARPNESS, _MOST = 300, 40.0, 3000
 
 
+@torch.enable_grad()
 def packed_codes(count: int, channels: int) -> Tensor:
     """Return unit vectors (count, channels) whose largest inner product is small: at right angles if there are no more
     than channels.

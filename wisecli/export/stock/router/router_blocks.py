@@ -35,7 +35,9 @@ WIDTH = 20.0
 # How large codes are in the stream, beside states of length 20 and more.
 _AMPLITUDE = 0.1
 # Channels of subjects' and of edits' codes.
-_SUBJECT, _EDIT = 40, 52
+_SUBJECT, _EDIT = 40, 45
+# Subjects are looked for by so many heads at most, each its share of them; so many of a group of queries at most.
+_FIRED, _OF_GROUP = 8, 4
 # A subject is among the names if it has this share of their codes, or what codes have of each other by chance and a
 # little more.
 _AMONG, _BEYOND, _SURELY = 0.3, 0.1, 0.7
@@ -65,7 +67,7 @@ class Router:
 
 
 class Channels:
-    """Where the extra channels of a router are, by what stands in them: tokens' ``features``, whether a detector
+    """Where the extra channels of a router are, by what stands in them: tokens' ``features``, which share of detectors
     ``fired`` and the code of the ``name`` that ends here, a ``constant``; the codes of all ``names`` so far and the
     constant ``beside`` them, the code of the ``subject``; the ``relation`` and whether it is ``asked``; the ``edit``.
     """
@@ -73,7 +75,7 @@ class Channels:
     def __init__(self, hidden: int, features: int, relation: int, head_dim: int) -> None:
         name = min(_SUBJECT, head_dim - 1)
         sizes = {
-            **{"features": features, "fired": 1, "constant": 1, "name": name, "names": name, "beside": 1},
+            **{"features": features, "fired": _FIRED, "constant": 1, "name": name, "names": name, "beside": 1},
             **{"subject": name, "relation": relation, "asked": 1, "edit": _EDIT},
         }
         self.hidden, self._parts, begin = hidden, dict[str, slice](), hidden
@@ -134,6 +136,10 @@ class _Writer:
         self._channels = Channels.of(router)
         # What the norm of a wide stream multiplies extra channels by, as a rule.
         self._factor = router.inverse / math.sqrt(widening.share)
+        # Heads that look for subjects, by their places in groups of queries.
+        self._a_group = sizes.queries // sizes.shared
+        self._of_group = min(_OF_GROUP, self._a_group)
+        self._heads = min(_FIRED, self._of_group * (sizes.shared // router.reader.sizes.head_dim))
         self._names = packed_codes(len(router.detectors.offsets), self._channels.size("name"))
         self._edits = packed_codes(len(router.relations), self._channels.size("edit"))
 
@@ -147,7 +153,8 @@ class _Writer:
         reads, adds = self._rows(len(detectors.offsets)), self._rows(len(detectors.offsets))
         reads[:, : channels.hidden] = detectors.directions * (WIDTH / _FIRE_RAMP)
         adds[:, channels["name"]] = self._names * _AMPLITUDE
-        adds[:, channels.one("fired")] = _AMPLITUDE
+        number = torch.arange(len(adds))
+        adds[number, channels.one("fired") + number % self._heads] = _AMPLITUDE
         steps = _Steps(reads, detectors.offsets * (WIDTH / _FIRE_RAMP) + WIDTH / 2, adds)
         count = reader.sizes.neurons
         blocks = list(_feed_forwards(self._sizes, steps, first=count))
@@ -161,17 +168,20 @@ class _Writer:
         yield from blocks
 
     def names_pooled(self) -> dict[str, Tensor]:
-        """Return the attention whose first head is the mean of the codes of all names so far."""
+        """Return the attention of which each head is the mean of the codes of its share of all names so far."""
         channels, size, read = self._channels, self._router.reader.sizes.head_dim, self._factor * _AMPLITUDE
         query, key = torch.zeros(self._sizes.queries), self._rows(self._sizes.shared)
         value, output = self._rows(self._sizes.shared), torch.zeros(self._width, self._sizes.queries)
-        # The last pair that a model rotates turns so slowly that a name counts alike wherever it stands.
-        slow, codes = size // 2 - 1, channels.size("name")
-        query[slow] = _ATTENDED / self._router.scaling
-        key[slow, channels.one("fired")] = 1 / read
-        value[:codes, channels["name"]] = torch.eye(codes) / read
-        value[codes, channels.one("constant")] = 1 / read
-        output[channels["names"], :codes] = torch.eye(codes) * _AMPLITUDE
+        codes = channels.size("name")
+        for head in range(self._heads):
+            group, place = divmod(head, self._of_group)
+            # The last pairs that a model rotates turn so slowly that a name counts alike wherever it stands.
+            slow, begin = size // 2 - 1 - place, (group * self._a_group + place) * size
+            query[begin + slow] = _ATTENDED / self._router.scaling
+            key[group * size + slow, channels.one("fired") + head] = 1 / read
+            value[group * size : group * size + codes, channels["name"]] = torch.eye(codes) / read
+            value[group * size + codes, channels.one("constant")] = 1 / read
+            output[channels["names"], begin : begin + codes] = torch.eye(codes) * _AMPLITUDE
         output[channels.one("beside"), codes] = _AMPLITUDE
         return _attention(query, key, torch.zeros(self._sizes.shared), value, torch.zeros(self._sizes.shared), output)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.edits.record import Edit
-from wisecli.export.stock.edit_states import edit_states
+from wisecli.export.stock.edit_states import EditStates, edit_states
 from wisecli.export.stock.router.answer_places import answer_places
 from wisecli.export.stock.router.late_states import LateStates, late_states, rotation_of
 from wisecli.export.stock.router.reader_training import relation_reader
@@ -45,14 +45,21 @@ def fitted_router(
     reader = relation_reader(loaded, site, identity, share=share, batch_size=batch_size, on_progress=on_progress)
     named: dict[str, Any] = {"batch_size": batch_size, "on_progress": on_progress}
     names = name_states(loaded, site, identity, share=share, **named)
-    detectors = subject_detectors(loaded, site, edits, names, **named)
-    relations, least = edit_relations(loaded, site, reader, edits, **named)
     states = edit_states(loaded, manifest, **named)
+    detectors = subject_detectors(loaded, site, edits, names, _inside_answers(states, edits), **named)
+    relations, least = edit_relations(loaded, site, reader, edits, **named)
     places = answer_places(states, len(edits), names.others[-_ELSEWHERE:], names.sinks)
     usual = reader.threshold.detach() + torch.where(detectors.subject < 0, _SURER, 0.0)
     thresholds = usual.minimum((least - _SPARE).maximum(usual - _LOWER))
     inverse, scaling = 1 / float(reader.gain), rotation_of(loaded, site, 1).scaling
     return Router(reader, relations, thresholds, detectors, places, inverse, scaling)
+
+
+def _inside_answers(states: EditStates, edits: Sequence[Edit]) -> Tensor:
+    """Return states (m, d) inside the answers of edits, but for answers that name a subject."""
+    names = {name.casefold() for edit in edits if (name := edit.subject_name)}
+    free = torch.tensor([not any(name in edit.answer.casefold() for name in names) for edit in edits])
+    return states.states[(states.inside & free[states.edits])[states.key]]
 
 
 @torch.no_grad()

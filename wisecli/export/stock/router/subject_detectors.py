@@ -88,6 +88,7 @@ def subject_detectors(
     site: Site,
     edits: Sequence[Edit],
     names: NameStates,
+    answers: Tensor,
     *,
     batch_size: int,
     on_progress: ProgressCallback,
@@ -95,6 +96,9 @@ def subject_detectors(
 ) -> SubjectDetectors:
     """Return detectors of edits' subjects; edits on the same name share one. An edit whose prompt does not name its
     subject is one without: no detector could fire there.
+
+    Args:
+        answers: states (m, d) inside edits' answers, at which no subject is named.
     """
     known: dict[str, int] = {}
     named = [name if (name := (edit.subject_name or "").casefold()) in edit.prompt.casefold() else "" for edit in edits]
@@ -112,7 +116,8 @@ def subject_detectors(
     key = place[torch.tensor([one.subject for one in texts])]
     mean, turn = _whitening(names, settings)
     own, others = (
-        (part - mean) @ turn for part in (states[: len(texts)], torch.cat([states[len(texts) :], names.others]))
+        (part - mean) @ turn
+        for part in (states[: len(texts)], torch.cat([states[len(texts) :], answers, names.others]))
     )
     directions, offsets = Separation(own, key, others, settings.ridge, 1.0, 0.0).solved()
     read = (own * directions[key]).sum(1) + offsets[key]

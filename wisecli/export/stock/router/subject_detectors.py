@@ -117,7 +117,7 @@ def subject_detectors(
     mean, turn = _whitening(names, settings)
     own, others = (
         (part - mean) @ turn
-        for part in (states[: len(texts)], torch.cat([states[len(texts) :], answers, names.others]))
+        for part in (states[: len(texts)], torch.cat([states[len(texts) :], answers, names.sinks, names.others]))
     )
     directions, offsets = Separation(own, key, others, settings.ridge, 1.0, 0.0).solved()
     read = (own * directions[key]).sum(1) + offsets[key]

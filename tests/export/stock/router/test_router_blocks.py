@@ -188,9 +188,6 @@ def test_a_written_router_computes_what_it_says(tmp_path: Path, layout: str) -> 
         # The subjects so far: all of them alike, wherever they stand.
         so_far = fired.cumsum(0)
         share = so_far / (so_far @ share_of @ share_of.T).clamp(min=1)
-        # A head whose names are not there looks at all tokens alike.
-        idle = heads - (so_far @ share_of[:, :heads] > 0.5).sum(1)
-        share = share + so_far * (idle / (torch.arange(count) + 1))[:, None]
         subject, clear = (share > 0.3).float(), ((share - 0.3).abs() > 0.06).all(1)
         assert apart(of(made_one, last, "subject")[clear], (subject @ names)[clear]) < 1e-3
         named_once |= bool(subject.sum(1).max() > 1)

@@ -178,6 +178,8 @@ class _Writer:
             # The last pairs that a model rotates turn so slowly that a name counts alike wherever it stands.
             slow, begin = size // 2 - 1 - place, (group * self._a_group + place) * size
             query[begin + slow] = _ATTENDED / self._router.scaling
+            # Where only another head's names end it looks away, or its mean would hold their codes as well.
+            key[group * size + slow, channels["fired"]] = -0.5 / read
             key[group * size + slow, channels.one("fired") + head] = 1 / read
             value[group * size : group * size + codes, channels["name"]] = torch.eye(codes) / read
             value[group * size + codes, channels.one("constant")] = 1 / read

@@ -188,7 +188,7 @@ def test_a_written_router_computes_what_it_says(tmp_path: Path, layout: str) -> 
         # The subjects so far: all of them alike, wherever they stand.
         so_far = fired.cumsum(0)
         share = so_far / (so_far @ share_of @ share_of.T).clamp(min=1)
-        subject, clear = (share > 0.3).float(), ((share - 0.3).abs() > 0.06).all(1)
+        subject, clear = (share > 0.6).float(), ((share - 0.6).abs() > 0.06).all(1)
         assert apart(of(made_one, last, "subject")[clear], (subject @ names)[clear]) < 1e-3
         named_once |= bool(subject.sum(1).max() > 1)
         # The edits that open.

@@ -40,7 +40,7 @@ _SUBJECT, _EDIT = 40, 45
 _FIRED, _OF_GROUP = 8, 4
 # A subject is among the names if it has this share of their codes, or what codes have of each other by chance and a
 # little more.
-_AMONG, _BEYOND, _SURELY = 0.3, 0.1, 0.7
+_AMONG, _BEYOND, _SURELY = 0.6, 0.1, 0.7
 # From closed to open: readings of detectors, log odds, readings of places; scores by which a name is looked at.
 _FIRE_RAMP, _AMONG_RAMP, _ODDS_RAMP, _PLACE_RAMP, _ATTENDED = 0.1, 0.1, 0.5, 0.2, 20.0
 # Log odds that a missing subject takes away; readings that a closed edit takes away from its places.

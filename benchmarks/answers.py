@@ -125,13 +125,13 @@ def gguf(options: Namespace) -> None:
     after the prompts, less those of the stock checkpoint in transformers; "tokens" counts prompts that both split
     alike.
     """
-    from wisecli.data.corpus import texts_beside_gates
+    from wisecli.data.corpus import texts_to_measure_with
     from wisecli.export.gguf.gguf_file import write_gguf
     from wisecli.export.stock.stock_manifest import read_gated
 
     manifest, tokenizer = read_gated(options.stock), AutoTokenizer.from_pretrained(options.stock)
     model = AutoModelForCausalLM.from_pretrained(options.stock, dtype="float32").eval()
-    unrelated = texts_beside_gates(options.unrelated)
+    unrelated = texts_to_measure_with(options.unrelated)
     asked = prompts_of(tokenizer, manifest.edits, unrelated)
     wanted = logits_of(model, tokenizer, asked)
     rows: list[Row] = []

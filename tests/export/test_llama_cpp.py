@@ -15,7 +15,7 @@ from support.byte_level import LAYER, save_stock, save_wide_stock
 from support.tiny_models import Chain
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wisecli.data.corpus import texts_beside_gates
+from wisecli.data.corpus import texts_to_measure_with
 from wisecli.export.gguf.gguf_file import GGUF_NAME, write_gguf
 from wisecli.export.stock.stock_manifest import read_gated
 from wisecli.models.prompts.chat_template import chat_prompt
@@ -89,7 +89,7 @@ def test_edits_are_answered_and_all_else_as_by_the_base_models_own_file(
     tokenizer = AutoTokenizer.from_pretrained(real_stock)
     texts = [edit["prompt"] for edit in chain.edits]
     texts += [chat_prompt(tokenizer, text) for text in texts]
-    others = texts_beside_gates(20)
+    others = texts_to_measure_with(20)
     prompts = [tokenizer(text)["input_ids"] for text in (*texts, *others)]
     edited, base = (
         asked(model=str(tmp_path / name), prompts=prompts, texts=texts, tokens=12)

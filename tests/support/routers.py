@@ -37,7 +37,7 @@ def certain_router(loaded: Loaded, manifest: Manifest, *_: object, **__: object)
     places = read.first[: len(edits)] + torch.tensor([len(prompt) - 1 for prompt in prompts])
     own = torch.zeros(len(read.normed), dtype=torch.bool).index_fill(0, places, True)
     states = read.normed.float()
-    directions, offsets = Separation(states[places], torch.arange(len(edits)), states[~own], 1e-4, 1.0, 0.0).solved()
+    directions, offsets = Separation(states[places], torch.arange(len(edits)), states[~own], 1e-4).solved()
     detectors = SubjectDetectors(directions, offsets - 0.5, torch.arange(len(edits)))
     said = answer_places(
         edit_states(loaded, manifest, **NAMED), len(edits), states[read.first[len(edits)] :], states[:0]

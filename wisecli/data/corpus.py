@@ -26,7 +26,7 @@ def unrelated_texts(count: int, *, seed: int) -> list[str]:
     return prompts + _filled_patterns(data, range(len(prompts), count), random.Random(seed))
 
 
-def texts_beside_gates(texts: int = _MEASURED) -> list[str]:
+def texts_to_measure_with(texts: int = _MEASURED) -> list[str]:
     """Return unrelated texts that no stock checkpoint's router was fitted to."""
     return unrelated_texts(2 * _MEASURED, seed=0)[1::2][:texts]
 

@@ -6,7 +6,7 @@ import pytest
 from support.helpers import save_tiny
 from support.loading import CPU
 
-from wisecli.data.corpus import texts_beside_gates
+from wisecli.data.corpus import texts_to_measure_with
 from wisecli.edits.record import Edit, EvaluationPrompt
 from wisecli.export.stock import base_answers as module
 from wisecli.export.stock.base_answers import LENGTH, base_answers
@@ -32,5 +32,5 @@ def test_what_edits_leave_alone_is_looked_at_too(tmp_path: Path) -> None:
     loaded = load_model(save_tiny(tmp_path), CPU)
     edit = Edit("id", "ba be", "bi", locality=(EvaluationPrompt("do du", "da"),))
     rows = base_answers(loaded, "one", [edit], ignore_progress).rows
-    assert len(rows) == len(texts_beside_gates()) + 1
+    assert len(rows) == len(texts_to_measure_with()) + 1
     assert rows[-1].prompt == tuple(loaded.tokenizer("do du da")["input_ids"])

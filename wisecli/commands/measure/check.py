@@ -10,7 +10,7 @@ from typing import Any
 
 from wisecli.artifacts.file_names import MEMORY, MERGED
 from wisecli.commands.measure.openai_server import ENDPOINTS, Server, greedy_answer, require_endpoint, with_model_name
-from wisecli.data.corpus import texts_beside_gates
+from wisecli.data.corpus import texts_to_measure_with
 from wisecli.edits.record import Edit, read_edits
 from wisecli.edits.text import unmarked
 from wisecli.errors import ServedWrongError, ServerError, SettingsError
@@ -147,7 +147,7 @@ def edits_in(path: Path) -> list[Edit]:
 
 def _prompts(file: Path | None) -> list[str]:
     if file is None:
-        return texts_beside_gates(_UNRELATED)
+        return texts_to_measure_with(_UNRELATED)
     try:
         found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

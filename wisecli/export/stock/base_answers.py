@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from wisecli.data.corpus import texts_beside_gates
+from wisecli.data.corpus import texts_to_measure_with
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
@@ -48,10 +48,10 @@ def base_answers(loaded: Loaded, identity: str, edits: Sequence[Edit], on_progre
         edits: those whose prompts that are to stay as they are count as well.
     """
     tokenizer = loaded.tokenizer
-    rows = [Row(tuple(tokenizer(text)["input_ids"]), ()) for text in texts_beside_gates()]
+    rows = [Row(tuple(tokenizer(text)["input_ids"]), ()) for text in texts_to_measure_with()]
     probes = [encode(tokenizer, probe.prompt, probe.answer) for edit in edits for probe in edit.locality]
     rows += [Row((*pair.prompt, *pair.target), ()) for pair in probes]
-    texts = [text for plain in texts_beside_gates(_UNRELATED) for text in bare_and_in_chat(loaded, plain)]
+    texts = [text for plain in texts_to_measure_with(_UNRELATED) for text in bare_and_in_chat(loaded, plain)]
     prompts = [tuple(tokenizer(text)["input_ids"]) for text in texts]
     answers = _answers(loaded, identity, prompts, on_progress)
     return BaseAnswers(tuple(rows), tuple(Row(*pair) for pair in zip(prompts, answers, strict=True)))

@@ -7,7 +7,7 @@ import pytest
 from support.byte_level import save_base
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from wisecli.data.corpus import relations, texts_beside_gates
+from wisecli.data.corpus import relations, texts_to_measure_with
 from wisecli.export.stock.router.reader_rows import ReaderRow, RowKind, RowSettings, reader_rows
 from wisecli.models.prompts.prompt_forms import usable_forms
 
@@ -28,11 +28,11 @@ def rows(tokenizer: PreTrainedTokenizerBase) -> list[ReaderRow]:
 
 
 def test_every_fact_is_asked_and_mentioned(tokenizer: PreTrainedTokenizerBase, rows: list[ReaderRow]) -> None:
-    assert {row.fact for row in rows if row.role is not RowKind.RELATION} == set(range(FACTS))
+    assert {row.fact for row in rows if row.kind is not RowKind.RELATION} == set(range(FACTS))
     forms = len(list(usable_forms(tokenizer, trained=True)))
     for fact in range(FACTS):
-        own = [row for row in rows if row.role is RowKind.OWN and row.fact == fact]
-        examples = [row for row in rows if row.role is RowKind.EXAMPLE and row.fact == fact]
+        own = [row for row in rows if row.kind is RowKind.OWN and row.fact == fact]
+        examples = [row for row in rows if row.kind is RowKind.EXAMPLE and row.fact == fact]
         assert len(own) == forms
         assert all(row.asks for row in own)
         assert {row.asks for row in examples} == {True, False}
@@ -41,17 +41,17 @@ def test_every_fact_is_asked_and_mentioned(tokenizer: PreTrainedTokenizerBase, r
 
 def test_answers_stand_behind_some_examples_and_nothing_else(rows: list[ReaderRow]) -> None:
     assert all(0 < row.prompt <= len(row.tokens) for row in rows)
-    assert {row.role for row in rows if row.prompt < len(row.tokens)} == {RowKind.EXAMPLE}
-    answered = [row.prompt < len(row.tokens) for row in rows if row.role is RowKind.EXAMPLE]
+    assert {row.kind for row in rows if row.prompt < len(row.tokens)} == {RowKind.EXAMPLE}
+    answered = [row.prompt < len(row.tokens) for row in rows if row.kind is RowKind.EXAMPLE]
     assert 0.2 < sum(answered) / len(answered) < 0.8
 
 
 def test_relations_are_asked_in_all_their_wordings(rows: list[ReaderRow]) -> None:
     known = relations()
-    numbers = {row.relation for row in rows if row.role is RowKind.RELATION}
+    numbers = {row.relation for row in rows if row.kind is RowKind.RELATION}
     assert numbers == set(range(max(8, round(0.05 * len(known)))))
     for number in numbers:
-        read = [row for row in rows if row.role is RowKind.RELATION and row.relation == number]
+        read = [row for row in rows if row.kind is RowKind.RELATION and row.relation == number]
         assert len(read) == len(known[number].wordings)
         assert all(row.fact == -1 and row.asks for row in read)
 
@@ -65,4 +65,4 @@ def test_long_prompts_are_left_out(tokenizer: PreTrainedTokenizerBase, rows: lis
 
 def test_no_text_is_both_fitted_and_measured(tokenizer: PreTrainedTokenizerBase, rows: list[ReaderRow]) -> None:
     read = "\n".join(tokenizer.batch_decode([list(row.tokens) for row in rows]))
-    assert not [text for text in texts_beside_gates() if text in read]
+    assert not [text for text in texts_to_measure_with() if text in read]

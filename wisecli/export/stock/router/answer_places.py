@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wisecli.export.stock.edit_states import EditStates
-from wisecli.export.stock.router.separation import Separation
+from wisecli.export.stock.router.separation import Separation, from_group_means, inverse_root
 
 # How much the length of directions costs.
 _RIDGE = 0.01
@@ -46,7 +46,8 @@ def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tens
         elsewhere: states (m, d) that are inside no answer.
         sinks: states (k, d) of tokens that attention rests on; no place is there.
     """
-    turn = _whitening(states)
+    strayed = from_group_means(states.states, states.key)
+    turn = inverse_root(strayed.T @ strayed / len(strayed))
     outside = elsewhere @ turn
     whitened, owner = states.states @ turn, states.edits[states.key]
     directions, offsets = torch.zeros_like(states.values), torch.ones(len(states.edits))
@@ -62,10 +63,10 @@ def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tens
         at_first = states.key[own] == first
         within, at = whitened[own][~at_first], whitened[own][at_first]
         local = torch.full((len(states.edits),), -1).scatter(0, others, torch.arange(len(others)))
-        planes, constants = Separation(within, local[states.key[own][~at_first]], at, _RIDGE, 1.0, 0.0).solved()
+        planes, constants = Separation(within, local[states.key[own][~at_first]], at, _RIDGE).solved()
         directions[others], offsets[others] = planes @ turn.T, constants
         plane, constant = Separation(
-            within, torch.zeros(len(within), dtype=torch.long), torch.cat([at, outside]), _RIDGE, 1.0, 0.0
+            within, torch.zeros(len(within), dtype=torch.long), torch.cat([at, outside]), _RIDGE
         ).solved()
         inside[edit] = torch.cat([(plane @ turn.T)[0], constant])
         directions[first], offsets[first] = -inside[edit, :-1], 1 - inside[edit, -1]
@@ -88,13 +89,3 @@ def _apart(sinks: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     direction = torch.linalg.solve(spread, away)
     direction = (direction / (direction @ away)).float()
     return direction, -(direction @ mean)
-
-
-def _whitening(states: EditStates) -> Tensor:
-    """Return the root (d, d) of the inverse of how prompts move states at one place."""
-    counts = torch.bincount(states.key, minlength=len(states.edits)).clamp(min=1)
-    sums = torch.zeros(len(states.edits), states.states.shape[1]).index_add(0, states.key, states.states)
-    strayed = states.states - (sums / counts[:, None])[states.key]
-    values, vectors = torch.linalg.eigh((strayed.T @ strayed).double() / len(strayed))
-    root: Tensor = ((vectors * (values + values.mean()).rsqrt()) @ vectors.T).float()
-    return root

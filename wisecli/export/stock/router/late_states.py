@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wisecli.export.stock.router.relation_reader import Rotation
+from wisecli.io.digest import sha256_json
+from wisecli.io.user_cache import cache_path
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
+from wisecli.models.prompts.chat_template import template_digest
 from wisecli.models.prompts.tokenization import Row, collate, in_batches
 from wisecli.models.running.activations import captured, layers_of
 from wisecli.progress import Event, ProgressCallback
@@ -27,6 +31,13 @@ class LateStates:
     normed: Tensor
     inverse: Tensor
     first: Tensor
+
+    def packed(self, texts: Tensor | list[int], mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the states (n, d) in single precision, and their factors (n,), of the tokens of texts (B,) that there
+        are by a mask (B, T), text after text.
+        """
+        index = (self.first[texts][:, None] + torch.arange(mask.shape[1]))[mask]
+        return self.normed[index].float(), self.inverse[index]
 
     def of(self, text: int) -> slice:
         """Return where the tokens of one text are."""
@@ -60,6 +71,16 @@ def late_states(
         done += len(indices)
         on_progress(Event(stage, done, len(rows)))
     return LateStates(normed, inverse, first)
+
+
+def cache_file(loaded: Loaded, site: Site, *about: object) -> Path:
+    """Return where the cache keeps what was made of a base model's states behind the edited layer.
+
+    Args:
+        about: what else it depends on, such as the model's identity, as JSON.
+    """
+    known = [*about, site.as_dict(), str(loaded.model.dtype), template_digest(loaded.tokenizer)]
+    return cache_path("gate") / f"{sha256_json(known)[:32]}.safetensors"
 
 
 def rotation_of(loaded: Loaded, site: Site, length: int) -> Rotation:

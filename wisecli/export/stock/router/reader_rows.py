@@ -13,7 +13,7 @@ from wisecli.models.prompts.chat_template import chat_turns
 from wisecli.models.prompts.prompt_forms import usable_forms
 from wisecli.models.prompts.tokenization import encode
 from wisecli.models.synthetic.request_examples import Example, Examples
-from wisecli.models.synthetic.synthetic_facts import SyntheticFact, synthetic_facts
+from wisecli.models.synthetic.synthetic_facts import synthetic_facts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ class ReaderRow(NamedTuple):
 
     tokens: tuple[int, ...]
     prompt: int
-    role: RowKind
+    kind: RowKind
     relation: int
     fact: int = -1
     asks: bool = True
@@ -65,49 +65,47 @@ class RowSettings:
 def reader_rows(tokenizer: PreTrainedTokenizerBase, settings: RowSettings, rng: random.Random) -> list[ReaderRow]:
     """Return the rows that a relation reader is learned from."""
     facts = list(synthetic_facts(settings.facts, rng))
-    examples = Examples(tokenizer, facts, rng)
-    rows = [row for number in range(len(facts)) for row in _of_fact(tokenizer, facts, examples, number, settings)]
+    examples, everyday = Examples(tokenizer, facts, rng), everyday_prompts(_EVERYDAY, seed=3)
+    rows = [
+        row
+        for number in range(len(facts))
+        for row in _of_fact(tokenizer, examples, number, everyday, settings.examples)
+    ]
     rows += _of_relations(tokenizer, settings.share, rng)
     return [row for row in rows if row.prompt <= settings.longest]
 
 
 def _of_fact(
-    tokenizer: PreTrainedTokenizerBase,
-    facts: Sequence[SyntheticFact],
-    examples: Examples,
-    number: int,
-    settings: RowSettings,
+    tokenizer: PreTrainedTokenizerBase, examples: Examples, number: int, everyday: Sequence[str], count: int
 ) -> Iterator[ReaderRow]:
-    """Yield a fact's own prompt in all trained forms, and prompts that ask or mention it."""
-    fact, rng = facts[number], examples.rng
+    """Yield a fact's own prompt in all trained forms, so many prompts that ask it and as many that mention it."""
+    fact, rng = examples.facts[number], examples.rng
     for form in usable_forms(tokenizer, trained=True):
         tokens = tuple(tokenizer(form.render(tokenizer, fact.questions[0]))["input_ids"])
         yield ReaderRow(tokens, len(tokens), RowKind.OWN, fact.relation, number)
     drawn = list(examples.of(number))
     rng.shuffle(drawn)
-    chosen = [one for asks in (True, False) for one in [x for x in drawn if x.asks == asks][: settings.examples]]
-    moved = _moved_on(tokenizer, facts, number, rng)
+    chosen = [one for asks in (True, False) for one in [x for x in drawn if x.asks == asks][:count]]
+    moved = _moved_on(examples, number, everyday)
     for one in (*chosen, *examples.conversations(number), *moved):
         row = encode(tokenizer, one.text, fact.answer)
         behind = row.target if rng.random() < _ANSWERED else ()
         yield ReaderRow((*row.prompt, *behind), len(row.prompt), RowKind.EXAMPLE, fact.relation, number, one.asks)
 
 
-def _moved_on(
-    tokenizer: PreTrainedTokenizerBase, facts: Sequence[SyntheticFact], number: int, rng: random.Random
-) -> Iterator[Example]:
-    """Yield chats of two questions that a fact is asked in: it counts only if that is the last one."""
-    if not tokenizer.chat_template:
+def _moved_on(examples: Examples, number: int, everyday: Sequence[str]) -> Iterator[Example]:
+    """Yield chats of two questions, of which one asks a fact: the chat asks it only if that is the last one."""
+    if not examples.tokenizer.chat_template:
         return
-    fact, other, everyday = facts[number], facts[number - 1], rng.choice(everyday_prompts(_EVERYDAY, seed=3))
-    question = rng.choice(fact.questions)
+    rng, fact, other = examples.rng, examples.facts[number], examples.facts[number - 1]
+    unrelated, question = rng.choice(everyday), rng.choice(fact.questions)
     for first, said, then, asks in (
-        (question, fact.answer, everyday, False),
+        (question, fact.answer, unrelated, False),
         (question, fact.answer, rng.choice(other.questions), False),
         (rng.choice(other.questions), other.answer, question, True),
     ):
         turns = [("user", first), ("assistant", said), ("user", then)]
-        yield Example(number, chat_turns(tokenizer, turns), asks, "moved on")
+        yield Example(number, chat_turns(examples.tokenizer, turns), asks, "moved on")
 
 
 def _of_relations(tokenizer: PreTrainedTokenizerBase, share: float, rng: random.Random) -> Iterator[ReaderRow]:

@@ -17,15 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wisecli.errors import DamagedFileError
-from wisecli.export.stock.router.late_states import LateStates, late_states, rotation_of
+from wisecli.export.stock.router.late_states import LateStates, cache_file, late_states, rotation_of
 from wisecli.export.stock.router.reader_rows import ReaderRow, RowKind, RowSettings, reader_rows
 from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader, Rotation
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
-from wisecli.io.digest import sha256_json
-from wisecli.io.user_cache import cache_path
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
-from wisecli.models.prompts.chat_template import template_digest
 from wisecli.models.running.quick_products import quick_products
 from wisecli.models.running.seeding import seeded
 from wisecli.progress import Event, ProgressCallback
@@ -93,10 +90,7 @@ def relation_reader(
         share: how much of the rows is read.
     """
     settings = settings.of_share(share)
-    about = [identity, site.as_dict(), repr(settings), str(loaded.model.dtype), _VERSION]
-    if (written := template_digest(loaded.tokenizer)) is not None:
-        about.append(written)
-    path = cache_path("gate") / f"{sha256_json(about)[:32]}.safetensors"
+    path = cache_file(loaded, site, "reader", identity, repr(settings), _VERSION)
     sizes = _sizes(loaded, site, settings)
     reader = RelationReader(sizes)
     try:
@@ -147,12 +141,12 @@ class _Lessons:
     ) -> None:
         self._rows, self._states, self._rotation, self._settings = rows, states, rotation, settings
         self._rng = random.Random(0)
-        groups: dict[RowKind, defaultdict[int, list[int]]] = {role: defaultdict(list) for role in RowKind}
+        groups: dict[RowKind, defaultdict[int, list[int]]] = {kind: defaultdict(list) for kind in RowKind}
         for index, row in enumerate(rows):
-            groups[row.role][row.relation if row.role is RowKind.RELATION else row.fact].append(index)
+            groups[row.kind][row.relation if row.kind is RowKind.RELATION else row.fact].append(index)
         self._own, self._examples = groups[RowKind.OWN], groups[RowKind.EXAMPLE]
         usable = [fact for fact, found in self._own.items() if len(found) >= settings.own and self._examples[fact]]
-        relation = {row.fact: row.relation for row in rows if row.role is RowKind.OWN}
+        relation = {row.fact: row.relation for row in rows if row.kind is RowKind.OWN}
         self._held = [fact for fact in usable if relation[fact] % settings.held_back == 0]
         self._facts = [fact for fact in usable if relation[fact] % settings.held_back]
         told = groups[RowKind.RELATION].items()
@@ -233,8 +227,7 @@ class _Lessons:
         if reader.training:
             dropped = torch.rand(mask.shape) < settings.left_out * torch.rand(len(mask), 1)
             mask = mask & ~(dropped & (places != columns[:, None]))
-        index = (self._states.first[batch.rows][:, None] + places)[mask]
-        read = reader.token_features(self._states.normed[index].float(), self._states.inverse[index])
+        read = reader.token_features(*self._states.packed(batch.rows, mask))
         return reader.pooled(F.dropout(read, settings.dropout, reader.training), mask, columns, self._rotation)
 
 

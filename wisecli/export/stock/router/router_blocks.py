@@ -141,6 +141,7 @@ class _Writer:
         self._of_group = min(_OF_GROUP, self._a_group)
         self._heads = min(_FIRED, self._of_group * (sizes.shared // router.reader.sizes.head_dim))
         self._names = packed_codes(len(router.detectors.offsets), self._channels.size("name"))
+        self._alike = coherence(self._names)
         self._edits = packed_codes(len(router.relations), self._channels.size("edit"))
 
     def _rows(self, count: int) -> Tensor:
@@ -192,7 +193,7 @@ class _Writer:
         channels = self._channels
         reads, adds = self._rows(len(self._names)), self._rows(len(self._names))
         reads[:, channels["names"]] = self._names
-        reads[:, channels.one("beside")] = -min(_SURELY, max(_AMONG, coherence(self._names) + _BEYOND))
+        reads[:, channels.one("beside")] = -min(_SURELY, max(_AMONG, self._alike + _BEYOND))
         reads[:, channels.one("constant")] = _AMONG_RAMP / 2
         adds[:, channels["subject"]] = self._names * _AMPLITUDE
         return _Steps(reads * self._steepness(_AMONG_RAMP), torch.zeros(len(reads)), adds)
@@ -232,7 +233,7 @@ class _Writer:
         reads, adds = self._rows(count), self._rows(count)
         reads[:, channels["relation"]] = float(router.reader.kappa.detach()) * router.relations
         reads[:, channels.one("asked")] = 1
-        missing = _MISSING / (1 - coherence(self._names))
+        missing = _MISSING / (1 - self._alike)
         reads[named, channels["subject"]] = missing * self._names[router.detectors.subject[named]]
         reads[:, channels.one("constant")] = _ODDS_RAMP / 2 - router.thresholds - missing * named
         adds[:, channels["edit"]] = self._edits * _AMPLITUDE

@@ -93,6 +93,4 @@ def read_ends(reader: RelationReader, read: LateStates, texts: Tensor, rotation:
     """Return the codes (B, c) of texts, by number (B,), at their last tokens, and whether they ask anything (B,)."""
     lengths = read.first[texts + 1] - read.first[texts]
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    index = (read.first[texts][:, None] + torch.arange(mask.shape[1]))[mask]
-    features = reader.token_features(read.normed[index].float(), read.inverse[index])
-    return reader.pooled(features, mask, lengths - 1, rotation)
+    return reader.pooled(reader.token_features(*read.packed(texts, mask)), mask, lengths - 1, rotation)

@@ -36,8 +36,8 @@ class Separation:
     key: Tensor
     others: Tensor
     ridge: float
-    negative: float
-    margin: float
+    negative: float = 1.0
+    margin: float = 0.0
 
     def solved(self) -> tuple[Tensor, Tensor]:
         """Return directions (K, d) and offsets (K,)."""
@@ -182,3 +182,19 @@ def _step(planes: _Planes, goal: _Planes, scores: Tensor, aimed: Tensor, sets: _
         high = torch.where(up := rises(middle), middle, high)
         low = torch.where(up, low, middle)
     return low
+
+
+def inverse_root(moment: Tensor) -> Tensor:
+    """Return the root (d, d) of the inverse of a second moment (d, d), to which its mean eigenvalue is added: states
+    times that are whitened.
+    """
+    values, vectors = torch.linalg.eigh(moment.double())
+    root: Tensor = ((vectors * (values + values.mean()).rsqrt()) @ vectors.T).float()
+    return root
+
+
+def from_group_means(states: Tensor, group: Tensor) -> Tensor:
+    """Return by how much states (n, d) differ from the means of the groups (n,) that they are of: (n, d)."""
+    counts = torch.bincount(group).clamp(min=1)
+    sums = torch.zeros(len(counts), states.shape[1]).index_add(0, group, states)
+    return states - (sums / counts[:, None])[group]

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
-from wisecli.export.stock.router.late_states import late_states
-from wisecli.export.stock.router.separation import Separation
+from wisecli.export.stock.router.late_states import cache_file, late_states
+from wisecli.export.stock.router.separation import Separation, from_group_means, inverse_root
 from wisecli.export.stock.router.subject_texts import (
     SubjectText,
     texts_on_edits,
@@ -26,11 +26,8 @@ from wisecli.export.stock.router.subject_texts import (
     texts_on_near_names,
 )
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
-from wisecli.io.digest import sha256_json
-from wisecli.io.user_cache import cache_path
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
-from wisecli.models.prompts.chat_template import template_digest
 from wisecli.models.running.quick_products import quick_products
 from wisecli.progress import Event, ProgressCallback
 
@@ -119,7 +116,7 @@ def subject_detectors(
         (part - mean) @ turn
         for part in (states[: len(texts)], torch.cat([states[len(texts) :], answers, names.sinks, names.others]))
     )
-    directions, offsets = Separation(own, key, others, settings.ridge, 1.0, 0.0).solved()
+    directions, offsets = Separation(own, key, others, settings.ridge).solved()
     read = (own * directions[key]).sum(1) + offsets[key]
     least = torch.full_like(offsets, torch.inf).scatter_reduce(0, key, read, "amin") - settings.spare
     directions = directions @ turn.T
@@ -136,10 +133,7 @@ def name_states(
         identity: of the base model, for the cache.
         share: how much of the packaged names is read.
     """
-    about = ["names", identity, share, site.as_dict(), str(loaded.model.dtype), _VERSION]
-    if (written := template_digest(loaded.tokenizer)) is not None:
-        about.append(written)
-    path = cache_path("gate") / f"{sha256_json(about)[:32]}.safetensors"
+    path = cache_file(loaded, site, "names", identity, share, _VERSION)
     try:
         kept = load_tensors(path)
         return _name_states(kept)
@@ -150,10 +144,8 @@ def name_states(
         own, others, sinks = _at_names(
             loaded, site, texts, batch_size=batch_size, on_progress=on_progress, stage="made-up names"
         )
-    number = torch.tensor([one.subject for one in texts])
-    means = torch.zeros(int(number.max()) + 1, site.d).index_add(0, number, own)
-    means = means / torch.bincount(number)[:, None].clamp(min=1)
-    kept = {"others": torch.cat([own, others]).half(), "strayed": (own - means[number]).half(), "sinks": sinks.half()}
+    strayed = from_group_means(own, torch.tensor([one.subject for one in texts]))
+    kept = {"others": torch.cat([own, others]).half(), "strayed": strayed.half(), "sinks": sinks.half()}
     keep_in_cache(path, lambda working: save_tensors(working, kept))
     return _name_states(kept)
 
@@ -186,9 +178,7 @@ def _whitening(names: NameStates, settings: DetectorSettings) -> tuple[Tensor, T
     """Return the mean (d,) of states, and the root (d, d) of the inverse of how they spread."""
     mean = names.others.mean(0)
     spread = _evened(names.others - mean) + settings.wording * _evened(names.strayed)
-    values, vectors = torch.linalg.eigh(spread.double())
-    root: Tensor = ((vectors * (values + values.mean()).rsqrt()) @ vectors.T).float()
-    return mean, root
+    return mean, inverse_root(spread)
 
 
 def _evened(rows: Tensor) -> Tensor:

@@ -48,20 +48,21 @@ def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tens
     """
     strayed = from_group_means(states.states, states.key)
     turn = inverse_root(strayed.T @ strayed / len(strayed))
-    outside = elsewhere @ turn
+    outside, at_sinks = elsewhere @ turn, sinks @ turn
     whitened, owner = states.states @ turn, states.edits[states.key]
     directions, offsets = torch.zeros_like(states.values), torch.ones(len(states.edits))
     inside = torch.zeros(edits, states.states.shape[1] + 1)
-    counts = torch.bincount(states.key, minlength=len(states.edits))
+    counts, is_first = torch.bincount(states.key, minlength=len(states.edits)), torch.zeros(len(states.edits))
     for edit in states.edits.unique().tolist():
         keys = (states.edits == edit).nonzero()[:, 0]
         begins = keys[~states.inside[keys]]
         first = begins[counts[begins].argmax()]
+        is_first[first] = 1
         others, own = keys[keys != first], (owner == edit).nonzero()[:, 0]
         if not len(others):
             continue
         at_first = states.key[own] == first
-        within, at = whitened[own][~at_first], whitened[own][at_first]
+        within, at = whitened[own][~at_first], torch.cat([whitened[own][at_first], at_sinks])
         local = torch.full((len(states.edits),), -1).scatter(0, others, torch.arange(len(others)))
         planes, constants = Separation(within, local[states.key[own][~at_first]], at, _RIDGE).solved()
         directions[others], offsets[others] = planes @ turn.T, constants
@@ -71,9 +72,10 @@ def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tens
         inside[edit] = torch.cat([(plane @ turn.T)[0], constant])
         directions[first], offsets[first] = -inside[edit, :-1], 1 - inside[edit, -1]
     if len(sinks):
-        # Their norm is so large that extra channels read as nought there: nothing else would keep them closed.
+        # Their norm is so large that extra channels read as nought there: nothing else would keep first places closed.
+        # Others are told from sinks: an answer's own tokens may be half a sink, as a blank behind a question is.
         plane, constant = _apart(sinks, torch.cat([elsewhere, states.states]))
-        less = (sinks @ directions.T + offsets).amax(0).clamp(min=0) + _SHUT
+        less = ((sinks @ directions.T + offsets).amax(0).clamp(min=0) + _SHUT) * is_first
         directions, offsets = directions - less[:, None] * plane, offsets - less * constant
     return AnswerPlaces(states.edits, directions, offsets, states.values, inside)
 

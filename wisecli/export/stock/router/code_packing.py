@@ -24,8 +24,8 @@ def packed_codes(count: int, channels: int) -> Tensor:
     optimizer = torch.optim.Adam([codes], lr=0.02)
     for _ in range(_STEPS):
         unit = F.normalize(codes, dim=-1)
-        products = (unit @ unit.T).masked_fill(torch.eye(count, dtype=torch.bool), -torch.inf)
-        loss = (products * _SHARPNESS).flatten().logsumexp(0)
+        products = (unit @ unit.T).masked_fill(torch.eye(count, dtype=torch.bool), 0)
+        loss = (products.abs() * _SHARPNESS).flatten().logsumexp(0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

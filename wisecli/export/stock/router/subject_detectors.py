@@ -31,9 +31,9 @@ from wisecli.models.loading import Loaded
 from wisecli.models.running.quick_products import quick_products
 from wisecli.progress import Event, ProgressCallback
 
-_VERSION = 2
-# Tokens that are no name's last that detectors are told from.
-_TOKENS = 24000
+_VERSION = 3
+# Tokens inside names, and around them, that detectors are told from.
+_TOKENS = 12000
 # Tokens whose norm is this share of others' inverse are sinks; so many are kept.
 _SINK, _SINKS = 0.2, 200
 
@@ -109,12 +109,12 @@ def subject_detectors(
         return SubjectDetectors(torch.empty(0, site.d), torch.empty(0), subject)
     with quick_products(loaded, site):
         ways: dict[str, Any] = {"batch_size": batch_size, "on_progress": on_progress, "stage": "subjects"}
-        states, *_ = _at_names(loaded, site, [*texts, *near], **ways)
+        states, elsewhere, _ = _at_names(loaded, site, [*texts, *near], **ways)
     key = place[torch.tensor([one.subject for one in texts])]
     mean, turn = _whitening(names, settings)
     own, others = (
         (part - mean) @ turn
-        for part in (states[: len(texts)], torch.cat([states[len(texts) :], answers, names.sinks, names.others]))
+        for part in (states[: len(texts)], torch.cat([states[len(texts) :], elsewhere, answers, names.sinks, names.others]))
     )
     directions, offsets = Separation(own, key, others, settings.ridge).solved()
     read = (own * directions[key]).sum(1) + offsets[key]
@@ -163,15 +163,26 @@ def _at_names(
     on_progress: ProgressCallback,
     stage: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the states of names' last tokens (n, d), of some other tokens of the texts (m, d), and of sinks (k, d)."""
+    """Return the states of names' last tokens (n, d), of some at which no name ends (m, d), half of them inside names
+    if there are so many, and of sinks (k, d).
+    """
     tokens = [one.tokens for one in texts]
     read = late_states(loaded, site, tokens, batch_size=batch_size, on_progress=on_progress, stage=stage)
+    begins = read.first[:-1].tolist()
     places = read.first[:-1] + torch.tensor([one.place for one in texts])
     sink = read.inverse < _SINK * read.inverse.median()
-    elsewhere = (~sink).index_fill(0, places, False).nonzero()[:, 0]
-    chosen = elsewhere[torch.randperm(len(elsewhere), generator=torch.Generator().manual_seed(0))[:_TOKENS]]
+    within, around = (
+        torch.tensor([begin + place for begin, some in zip(begins, each, strict=True) for place in some])
+        for each in ([one.within for one in texts], [one.around for one in texts])
+    )
+    chosen = torch.cat([_drawn(some[~sink[some]], _TOKENS) for some in (within, around)])
     sinks = sink.nonzero()[:_SINKS, 0]
     return read.normed[places].float(), read.normed[chosen].float(), read.normed[sinks].float()
+
+
+def _drawn(numbers: Tensor, most: int) -> Tensor:
+    """Return at most so many of numbers (n,)."""
+    return numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))[:most]]
 
 
 def _whitening(names: NameStates, settings: DetectorSettings) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,11 @@
-"""Texts that name a subject, and where in them its last token is."""
+"""Texts that name a subject, where in them its last token is, and at which tokens no name ends."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from wisecli.data.corpus import made_up_subjects, relations
@@ -21,14 +23,37 @@ _TEXTS, _SMALL = 10, 3
 _NAMES = 16
 # How a name like a subject's differs from it.
 _WAYS = ("word", "last", "added", "initial", "digits")
+_WORD = re.compile(r"\w+")
 
 
 class SubjectText(NamedTuple):
-    """Tokens of a text, the place of the last token of its subject's name, and the number of the subject."""
+    """Tokens of a text, the place of the last token of its subject's name, and the number of the subject.
+
+    ``within`` and ``around`` are the places of other tokens of the name and of the text around it, but for those at
+    which the name of an edit's subject ends.
+    """
 
     tokens: tuple[int, ...]
     place: int
     subject: int
+    within: tuple[int, ...]
+    around: tuple[int, ...]
+
+
+class _KnownNames:
+    """Names of edits' subjects, found by their first words."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._by_word = defaultdict[str, list[str]](list)
+        for name in dict.fromkeys(name.casefold() for name in names if name):
+            self._by_word[next(iter(_WORD.findall(name)), "")].append(name)
+
+    def ends(self, text: str) -> set[int]:
+        """Return where names end in a text."""
+        text = text.casefold()
+        words = {"", *_WORD.findall(text)}
+        names = [name for word in words for name in self._by_word.get(word, ())]
+        return {found.end() for name in names for found in re.finditer(re.escape(name), text)}
 
 
 def texts_on_edits(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Edit, int]]) -> Iterator[SubjectText]:
@@ -38,6 +63,7 @@ def texts_on_edits(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Edit, i
         edits: each with the number of its subject.
     """
     seen: set[int] = set()
+    known = _KnownNames(edit.subject_name or "" for edit, _ in edits)
     for edit, number in edits:
         name = edit.subject_name or ""
         own = [edit.prompt, *(one.prompt for one in edit.translations)]
@@ -45,7 +71,7 @@ def texts_on_edits(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Edit, i
         if number not in seen:
             texts += _around(tokenizer, name, None, random.Random(name))
             seen.add(number)
-        yield from _placed(tokenizer, texts, name, number)
+        yield from _placed(tokenizer, texts, name, number, known)
 
 
 def texts_on_names(tokenizer: PreTrainedTokenizerBase, share: float) -> Iterator[SubjectText]:
@@ -53,14 +79,14 @@ def texts_on_names(tokenizer: PreTrainedTokenizerBase, share: float) -> Iterator
     rng, number = random.Random(5), 0
     for kind in dict.fromkeys(one.kind for one in relations()):
         for name in made_up_subjects(kind, max(1, round(share * _NAMES)), rng):
-            yield from _placed(tokenizer, _around(tokenizer, name, kind, rng), name, number)
+            yield from _placed(tokenizer, _around(tokenizer, name, kind, rng), name, number, _KnownNames([]))
             number += 1
 
 
 def texts_on_near_names(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Edit, int]]) -> Iterator[SubjectText]:
     """Yield edits' own prompts in a form, about names like their subjects' that are no edit's; their subject is -1."""
     known = {(edit.subject_name or "").casefold() for edit, _ in edits}
-    trained = usable_forms(tokenizer, trained=True)
+    found, trained = _KnownNames(known), usable_forms(tokenizer, trained=True)
     kinds = dict.fromkeys(one.kind for one in relations())
     words = [name.split()[-1] for kind in kinds for name in made_up_subjects(kind, _NAMES, random.Random(kind))]
     for edit, _ in edits:
@@ -69,7 +95,7 @@ def texts_on_near_names(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Ed
         drawn = {near_name(name, way, words, rng) for way in _WAYS}
         for near in sorted(one for one in drawn if one and one.casefold() not in known):
             text = edit.prompt[:begin] + near + edit.prompt[begin + len(name) :]
-            yield from _placed(tokenizer, [rng.choice(trained).render(tokenizer, text)], near, -1)
+            yield from _placed(tokenizer, [rng.choice(trained).render(tokenizer, text)], near, -1, found)
 
 
 def _around(tokenizer: PreTrainedTokenizerBase, name: str, kind: str | None, rng: random.Random) -> list[str]:
@@ -83,11 +109,17 @@ def _around(tokenizer: PreTrainedTokenizerBase, name: str, kind: str | None, rng
     return texts
 
 
-def _placed(tokenizer: PreTrainedTokenizerBase, texts: list[str], name: str, number: int) -> Iterator[SubjectText]:
+def _placed(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], name: str, number: int, known: _KnownNames
+) -> Iterator[SubjectText]:
     for text in texts:
         begin = text.casefold().rfind(name.casefold())
         read = tokenizer(text, return_offsets_mapping=True)
-        end = begin + len(name)
-        inside = [place for place, (first, last) in enumerate(read["offset_mapping"]) if first < end and last > begin]
+        end, ends = begin + len(name), known.ends(text)
+        offsets = list(enumerate(read["offset_mapping"]))
+        inside = [place for place, (first, last) in offsets if first < end and last > begin]
         if begin >= 0 and inside:
-            yield SubjectText(tuple(read["input_ids"]), inside[-1], number)
+            free = [place for place, (first, last) in offsets if not any(first < one <= last for one in ends)]
+            within = tuple(place for place in free if inside[0] <= place < inside[-1])
+            around = tuple(place for place in free if not inside[0] <= place <= inside[-1])
+            yield SubjectText(tuple(read["input_ids"]), inside[-1], number, within, around)

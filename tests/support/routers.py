@@ -11,9 +11,9 @@ import torch
 
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.data.corpus import unrelated_texts
-from wisecli.export.stock.edit_states import edit_states
+from wisecli.export.stock.edit_states import read_texts
+from wisecli.export.stock.late_states import late_states, rotation_of
 from wisecli.export.stock.router.answer_places import answer_places
-from wisecli.export.stock.router.late_states import late_states, rotation_of
 from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader
 from wisecli.export.stock.router.router_blocks import Router
 from wisecli.export.stock.router.separation import Separation
@@ -40,7 +40,7 @@ def certain_router(loaded: Loaded, manifest: Manifest, *_: object, **__: object)
     directions, offsets = Separation(states[places], torch.arange(len(edits)), states[~own], 1e-4).solved()
     detectors = SubjectDetectors(directions, offsets - 0.5, torch.arange(len(edits)))
     said = answer_places(
-        edit_states(loaded, manifest, **NAMED), len(edits), states[read.first[len(edits)] :], states[:0]
+        read_texts(loaded, manifest, **NAMED).answers(), len(edits), states[read.first[len(edits)] :], states[:0]
     )
     said.inside.zero_()
     reader = RelationReader(ReaderSizes(site.d, 8, 8, 8, 1, 1, loaded.model.config.head_dim, 4)).eval()

@@ -14,9 +14,10 @@ from support.tiny_models import TINY_CONFIGS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from wisecli.export.stock.late_states import Rotation
 from wisecli.export.stock.router.answer_places import AnswerPlaces
 from wisecli.export.stock.router.code_packing import packed_codes
-from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader, Rotation
+from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader
 from wisecli.export.stock.router.router_blocks import Channels, Router, router_blocks
 from wisecli.export.stock.router.subject_detectors import SubjectDetectors
 from wisecli.export.stock.stock_checkpoint import base_settings, write_stock

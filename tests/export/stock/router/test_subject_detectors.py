@@ -8,12 +8,14 @@ from support.byte_level import save_base
 from support.loading import CPU
 
 from wisecli.edits.record import Edit
-from wisecli.export.stock.router.late_states import late_states
+from wisecli.export.stock.edit_states import EditText, ReadTexts
+from wisecli.export.stock.late_states import late_states
 from wisecli.export.stock.router.subject_detectors import DetectorSettings, NameStates, name_states, subject_detectors
-from wisecli.export.stock.router.subject_texts import texts_on_edits
+from wisecli.export.stock.subject_texts import texts_on_edits
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import Site, find_site
 from wisecli.models.loading import Loaded, load_model
+from wisecli.models.prompts.tokenization import Row
 from wisecli.progress import ignore_progress
 
 LAYER, SHARE = 2, 0.05
@@ -26,8 +28,6 @@ EDITS = [
     Edit("four", "It is what it is", "so", subject=""),
     Edit("five", "The lake of Xanf is", "Ba", subject="Wexmor"),
 ]
-# Of no edit is the answer read.
-NO_ANSWERS = torch.empty(0, 64)
 
 
 @pytest.fixture(scope="module")
@@ -41,29 +41,43 @@ def names(model: tuple[Loaded, Site]) -> NameStates:
     return name_states(*model, "tiny", share=SHARE, **NAMED)
 
 
-def test_edits_on_one_name_share_a_detector_and_some_have_none(model: tuple[Loaded, Site], names: NameStates) -> None:
-    found = subject_detectors(*model, EDITS, names, NO_ANSWERS, **NAMED)
+@pytest.fixture(scope="module")
+def read(model: tuple[Loaded, Site]) -> ReadTexts:
+    """Texts on the edits' subjects, without answers."""
+    loaded, site = model
+    texts = list(texts_on_edits(loaded.tokenizer, [(EDITS[0], 0), (EDITS[1], 1), (EDITS[2], 0)]))
+    late = late_states(loaded, site, [one.tokens for one in texts], **NAMED, stage="texts")
+    return ReadTexts(tuple(EditText(Row(one.tokens, (0,)), one.subject, True, False) for one in texts), late, {})
+
+
+def test_edits_on_one_name_share_a_detector_and_some_have_none(
+    model: tuple[Loaded, Site], names: NameStates, read: ReadTexts
+) -> None:
+    found = subject_detectors(*model, EDITS, names, read, **NAMED)
     # The last edit's prompt does not name what is stated to be its subject.
     assert found.subject.tolist() == [0, 1, 0, -1, -1]
     assert found.directions.shape == (2, 64)
 
 
-def test_detectors_fire_at_their_names_and_hardly_elsewhere(model: tuple[Loaded, Site], names: NameStates) -> None:
+def test_detectors_fire_at_their_names_and_hardly_elsewhere(
+    model: tuple[Loaded, Site], names: NameStates, read: ReadTexts
+) -> None:
     loaded, site = model
     # Long directions: so small a model keeps little apart of a token and what stands before it.
-    found = subject_detectors(loaded, site, EDITS, names, NO_ANSWERS, **NAMED, settings=DetectorSettings(ridge=1e-5))
+    found = subject_detectors(loaded, site, EDITS, names, read, **NAMED, settings=DetectorSettings(ridge=1e-5))
     texts = list(texts_on_edits(loaded.tokenizer, [(EDITS[0], 0), (EDITS[1], 1), (EDITS[2], 0)]))
-    read = late_states(loaded, site, [one.tokens for one in texts], **NAMED, stage="texts")
-    at = read.first[:-1] + torch.tensor([one.place for one in texts])
-    fired = found.readings(read.normed[at].float()) > 0
+    at = read.late.first[:-1] + torch.tensor([one.place for one in texts])
+    fired = found.readings(read.late.normed[at].float()) > 0
     own = torch.tensor([one.subject for one in texts])[:, None] == torch.arange(2)
     assert fired[own].float().mean() > 0.6
     assert fired[~own].float().mean() < 0.1
     assert (found.readings(names.others) > 0).float().mean() < 0.01
 
 
-def test_without_subjects_there_are_no_detectors(model: tuple[Loaded, Site], names: NameStates) -> None:
-    found = subject_detectors(*model, EDITS[3:], names, NO_ANSWERS, **NAMED)
+def test_without_subjects_there_are_no_detectors(
+    model: tuple[Loaded, Site], names: NameStates, read: ReadTexts
+) -> None:
+    found = subject_detectors(*model, EDITS[3:], names, read, **NAMED)
     assert found.subject.tolist() == [-1, -1]
     assert found.readings(names.others[:3]).shape == (3, 0)
 

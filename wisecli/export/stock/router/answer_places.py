@@ -16,8 +16,9 @@ from torch import Tensor
 from wisecli.export.stock.edit_states import EditStates
 from wisecli.export.stock.router.separation import Separation, from_group_means, inverse_root
 
-# How much the length of directions costs.
-_RIDGE = 0.01
+# How much the length of directions costs; by how much less than nothing it reads outside answers whether a token is
+# inside one.
+_RIDGE, _DEPTH = 0.01, 0.2
 # By how much less than nothing places read at tokens that attention rests on.
 _SHUT = 1.0
 
@@ -67,7 +68,7 @@ def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tens
         planes, constants = Separation(within, local[states.key[own][~at_first]], at, _RIDGE).solved()
         directions[others], offsets[others] = planes @ turn.T, constants
         plane, constant = Separation(
-            within, torch.zeros(len(within), dtype=torch.long), torch.cat([at, outside]), _RIDGE
+            within, torch.zeros(len(within), dtype=torch.long), torch.cat([at, outside]), _RIDGE, depth=_DEPTH
         ).solved()
         inside[edit] = torch.cat([(plane @ turn.T)[0], constant])
         directions[first], offsets[first] = -inside[edit, :-1], 1 - inside[edit, -1]

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wisecli.errors import DamagedFileError
-from wisecli.export.stock.router.late_states import LateStates, cache_file, late_states, rotation_of
+from wisecli.export.stock.late_states import LateStates, Rotation, cache_file, late_states, rotation_of
 from wisecli.export.stock.router.reader_rows import ReaderRow, RowKind, RowSettings, reader_rows
-from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader, Rotation
+from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded

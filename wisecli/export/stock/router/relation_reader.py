@@ -14,11 +14,12 @@ it is what two decoder blocks of Llama's kind compute.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from wisecli.export.stock.late_states import Rotation
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,6 @@ class ReaderSizes:
     heads: int
     head_dim: int
     code: int
-
-
-class Rotation(NamedTuple):
-    """Cosines and sines (T, head_dim) by which a model rotates queries and keys, and what it scales scores by."""
-
-    cos: Tensor
-    sin: Tensor
-    scaling: float
 
 
 class RelationReader(nn.Module):

@@ -44,9 +44,9 @@ _AMONG, _BEYOND, _SURELY = 0.6, 0.1, 0.7
 # From closed to open: readings of detectors, log odds, readings of places; scores by which a name is looked at.
 _FIRE_RAMP, _AMONG_RAMP, _ODDS_RAMP, _PLACE_RAMP, _ATTENDED = 0.1, 0.1, 0.5, 0.2, 20.0
 # Log odds that a missing subject takes away; readings that a closed edit takes away from its places.
-_MISSING, _CLOSED = 15.0, 8.0
+_MISSING, _CLOSED = 22.0, 8.0
 # Log odds that the begun answer of an edit adds.
-_BEGUN = 4.0
+_BEGUN = 6.0
 
 
 @dataclass(frozen=True)

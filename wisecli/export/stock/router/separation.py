@@ -29,7 +29,7 @@ class Separation:
     """What is to be told apart: ``states`` (n, d) of keys, the ``key`` (n,) of each, and ``others`` (m, d).
 
     ``ridge`` weighs the length of directions and ``negative`` each state that a key must not open for, beside the mean
-    loss of its own; those are to stay below minus the ``margin``.
+    loss of its own; those are to stay below minus the ``margin``, and no further below 0 than by ``depth``.
     """
 
     states: Tensor
@@ -38,6 +38,7 @@ class Separation:
     ridge: float
     negative: float = 1.0
     margin: float = 0.0
+    depth: float = torch.inf
 
     def solved(self) -> tuple[Tensor, Tensor]:
         """Return directions (K, d) and offsets (K,)."""
@@ -55,22 +56,28 @@ class Separation:
         is_own = owner == part[:, None]
         nearest: Tensor | None = None
         for size in _SIZES:
-            scores = planes.scores(every).masked_fill_(is_own, -torch.inf)
+            beyond = self._beyond(planes.scores(every)).masked_fill_(is_own, -torch.inf)
             if nearest is not None:
-                inside = scores.gather(1, nearest)
-                if bool((scores.scatter(1, nearest, -torch.inf) <= _TOLERANCE - self.margin).all()):
+                inside = beyond.gather(1, nearest)
+                if bool((beyond.scatter(1, nearest, -torch.inf) <= _TOLERANCE).all()):
                     break
-                scores.scatter_(1, nearest, inside.masked_fill(inside > -self.margin, torch.inf))
-            nearest = scores.topk(min(size, len(every) - own.shape[1]), 1).indices
+                beyond.scatter_(1, nearest, inside.masked_fill(inside > 0, torch.inf))
+            nearest = beyond.topk(min(size, len(every) - own.shape[1]), 1).indices
             planes = _solved(planes, self._sets(every, own, weights, nearest))
         return planes.directions, planes.offsets
+
+    def _beyond(self, scores: Tensor) -> Tensor:
+        """Return by how much scores are out of where others' are to be; the less, the further inside."""
+        above = scores + self.margin
+        return above if self.depth == torch.inf else above.maximum(-self.depth - scores)
 
     def _sets(self, every: Tensor, own: Tensor, weights: Tensor, nearest: Tensor) -> _Sets:
         """Return working sets of keys: their own states (k, c) with their weights, and others (k, p)."""
         states = every[torch.cat([own, nearest], 1)]
         weights = torch.cat([weights, torch.full(nearest.shape, self.negative)], 1)
-        targets = torch.cat([torch.ones(own.shape), torch.full(nearest.shape, -self.margin)], 1)
-        return _Sets(states, targets, weights, own.shape[1], self.ridge)
+        least = torch.cat([torch.ones(own.shape), torch.full(nearest.shape, -self.depth)], 1)
+        most = torch.cat([torch.full(own.shape, torch.inf), torch.full(nearest.shape, -self.margin)], 1)
+        return _Sets(states, least, most, weights, self.ridge)
 
     def _own(self, part: Tensor) -> tuple[Tensor, Tensor]:
         """Return which states are each key's (k, c), and how much each counts (k, c): 0 where a key has fewer."""
@@ -98,20 +105,19 @@ class _Planes(NamedTuple):
 
 
 class _Sets(NamedTuple):
-    """Each key's states (k, p, d), what they should score at least or at most (k, p), and how much each counts (k, p);
-    the first ``own`` are the key's own.
+    """Each key's states (k, p, d), what they should score at ``least`` and at ``most`` (k, p), and how much each counts
+    (k, p).
     """
 
     states: Tensor
-    targets: Tensor
+    least: Tensor
+    most: Tensor
     weights: Tensor
-    own: int
     ridge: float
 
     def missed(self, scores: Tensor) -> Tensor:
-        """Return by how much scores (k, p) miss their targets: above 0 for a key's own states, below 0 for others."""
-        missing = self.targets - scores
-        return torch.cat([missing[:, : self.own].clamp(min=0), missing[:, self.own :].clamp(max=0)], 1)
+        """Return what scores (k, p) lack to be where they should be: above 0 for those below, below 0 for others."""
+        return scores.clamp(self.least, self.most) - scores
 
     def matters(self, scores: Tensor) -> Tensor:
         """Return which states (k, p) add to the loss."""
@@ -119,7 +125,7 @@ class _Sets(NamedTuple):
 
     def some(self, chosen: Tensor) -> _Sets:
         """Return the sets of some keys."""
-        return self._replace(states=self.states[chosen], targets=self.targets[chosen], weights=self.weights[chosen])
+        return _Sets(self.states[chosen], self.least[chosen], self.most[chosen], self.weights[chosen], self.ridge)
 
 
 def _solved(planes: _Planes, sets: _Sets) -> _Planes:
@@ -128,7 +134,7 @@ def _solved(planes: _Planes, sets: _Sets) -> _Planes:
     left = torch.arange(len(offsets))
     scores = planes.scores(sets.states)
     for _ in range(_STEPS):
-        goal = _least_squares(sets, sets.matters(scores))
+        goal = _least_squares(sets, scores)
         aimed = goal.scores(sets.states)
         step = _step(planes, goal, scores, aimed, sets)[:, None]
         planes = _Planes(
@@ -145,8 +151,11 @@ def _solved(planes: _Planes, sets: _Sets) -> _Planes:
     return _Planes(directions, offsets)
 
 
-def _least_squares(sets: _Sets, matters: Tensor) -> _Planes:
-    """Return the planes of least loss if just those states (k, p) matter, on whichever side of their targets."""
+def _least_squares(sets: _Sets, scores: Tensor) -> _Planes:
+    """Return the planes of least loss if just those states matter that do at scores (k, p), and are to score what they
+    miss there.
+    """
+    matters, targets = sets.matters(scores), scores.clamp(sets.least, sets.most)
     count = int(matters.sum(1).max())
     index = matters.float().topk(count, 1).indices
     there = matters.gather(1, index)
@@ -158,7 +167,7 @@ def _least_squares(sets: _Sets, matters: Tensor) -> _Planes:
     system[:, :count, count] = system[:, count, :count] = there.float()
     # A key that nothing matters to keeps an offset of 0.
     system[:, count, count] = (~there.any(1)).float()
-    right = torch.cat([sets.targets.gather(1, index) * there, states.new_zeros(len(index), 1)], 1)
+    right = torch.cat([targets.gather(1, index) * there, states.new_zeros(len(index), 1)], 1)
     found = torch.linalg.solve(system.double(), right.double()).float()
     return _Planes((found[:, None, :count] @ states)[:, 0], found[:, count])
 

@@ -17,13 +17,16 @@ from torch.nn import functional as F
 
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
-from wisecli.export.stock.router.late_states import cache_file, late_states
+from wisecli.export.stock.edit_states import ReadTexts
+from wisecli.export.stock.late_states import LateStates, cache_file, late_states
 from wisecli.export.stock.router.separation import Separation, from_group_means, inverse_root
-from wisecli.export.stock.router.subject_texts import (
+from wisecli.export.stock.subject_texts import (
     SubjectText,
+    name_of,
     texts_on_edits,
     texts_on_names,
     texts_on_near_names,
+    texts_on_other_things,
 )
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
 from wisecli.models.layout.site import Site
@@ -31,7 +34,7 @@ from wisecli.models.loading import Loaded
 from wisecli.models.running.quick_products import quick_products
 from wisecli.progress import Event, ProgressCallback
 
-_VERSION = 3
+_VERSION = 4
 # Tokens inside names, and around them, that detectors are told from.
 _TOKENS = 12000
 # Tokens whose norm is this share of others' inverse are sinks; so many are kept.
@@ -85,7 +88,7 @@ def subject_detectors(
     site: Site,
     edits: Sequence[Edit],
     names: NameStates,
-    answers: Tensor,
+    read: ReadTexts,
     *,
     batch_size: int,
     on_progress: ProgressCallback,
@@ -93,12 +96,9 @@ def subject_detectors(
 ) -> SubjectDetectors:
     """Return detectors of edits' subjects; edits on the same name share one. An edit whose prompt does not name its
     subject is one without: no detector could fire there.
-
-    Args:
-        answers: states (m, d) inside edits' answers, at which no subject is named.
     """
     known: dict[str, int] = {}
-    named = [name if (name := (edit.subject_name or "").casefold()) in edit.prompt.casefold() else "" for edit in edits]
+    named = [name_of(edit).casefold() for edit in edits]
     numbers = [known.setdefault(name, len(known)) if name else -1 for name in named]
     about = [(edit, number) for edit, number in zip(edits, numbers, strict=True) if number >= 0]
     texts, near = (list(drawn(loaded.tokenizer, about)) for drawn in (texts_on_edits, texts_on_near_names))
@@ -107,21 +107,33 @@ def subject_detectors(
     subject = place[torch.tensor(numbers)]
     if not len(found):
         return SubjectDetectors(torch.empty(0, site.d), torch.empty(0), subject)
+    of_text = read.numbers()
+    states, elsewhere = _at_names(read.late, [of_text[one.tokens] for one in texts], texts)
     with quick_products(loaded, site):
         ways: dict[str, Any] = {"batch_size": batch_size, "on_progress": on_progress, "stage": "subjects"}
-        states, elsewhere, _ = _at_names(loaded, site, [*texts, *near], **ways)
+        near_ends, near_elsewhere = _at_names(
+            late_states(loaded, site, [one.tokens for one in near], **ways), range(len(near)), near
+        )
     key = place[torch.tensor([one.subject for one in texts])]
     mean, turn = _whitening(names, settings)
-    own, others = (
-        (part - mean) @ turn
-        for part in (states[: len(texts)], torch.cat([states[len(texts) :], elsewhere, answers, names.sinks, names.others]))
-    )
+    others = torch.cat([near_ends, near_elsewhere, elsewhere, _inside_answers(read, edits), names.sinks, names.others])
+    own, others = ((part - mean) @ turn for part in (states, others))
     directions, offsets = Separation(own, key, others, settings.ridge).solved()
-    read = (own * directions[key]).sum(1) + offsets[key]
-    least = torch.full_like(offsets, torch.inf).scatter_reduce(0, key, read, "amin") - settings.spare
+    least = torch.full_like(offsets, torch.inf).scatter_reduce(
+        0, key, (own * directions[key]).sum(1) + offsets[key], "amin"
+    )
     directions = directions @ turn.T
-    fires = least.clamp(min=settings.lowest, max=settings.fires)
+    fires = (least - settings.spare).clamp(min=settings.lowest, max=settings.fires)
     return SubjectDetectors(directions, offsets - directions @ mean - fires, subject)
+
+
+def _inside_answers(read: ReadTexts, edits: Sequence[Edit]) -> Tensor:
+    """Return states (m, d) inside the answers of edits, but for answers that name a subject."""
+    names = {name.casefold() for edit in edits if (name := edit.subject_name)}
+    free = [not any(name in edit.answer.casefold() for name in names) for edit in edits]
+    ends = zip(read.texts, read.late.first.tolist(), read.late.first[1:].tolist(), strict=False)
+    inside = [range(begin + len(one.row.prompt), end) for one, begin, end in ends if free[one.edit]]
+    return read.late.normed[[place for places in inside for place in places]].float()
 
 
 def name_states(
@@ -140,10 +152,13 @@ def name_states(
     except (DamagedFileError, KeyError):
         on_progress(Event("made-up names"))
     texts = list(texts_on_names(loaded.tokenizer, share))
+    ways: dict[str, Any] = {"stage": "made-up names", "on_progress": on_progress}
     with quick_products(loaded, site):
-        own, others, sinks = _at_names(
-            loaded, site, texts, batch_size=batch_size, on_progress=on_progress, stage="made-up names"
-        )
+        tokens = [[one.tokens for one in texts], texts_on_other_things(loaded.tokenizer, share)]
+        late, elsewhere = (late_states(loaded, site, some, batch_size=batch_size, **ways) for some in tokens)
+    own, others = _at_names(late, range(len(texts)), texts)
+    sinks = late.normed[_sinks(late).nonzero()[:_SINKS, 0]].float()
+    others = torch.cat([others, elsewhere.normed[_drawn((~_sinks(elsewhere)).nonzero()[:, 0], _TOKENS)].float()])
     strayed = from_group_means(own, torch.tensor([one.subject for one in texts]))
     kept = {"others": torch.cat([own, others]).half(), "strayed": strayed.half(), "sinks": sinks.half()}
     keep_in_cache(path, lambda working: save_tensors(working, kept))
@@ -154,30 +169,26 @@ def _name_states(kept: Mapping[str, Tensor]) -> NameStates:
     return NameStates(*(kept[name].float() for name in ("others", "strayed", "sinks")))
 
 
-def _at_names(
-    loaded: Loaded,
-    site: Site,
-    texts: Sequence[SubjectText],
-    *,
-    batch_size: int,
-    on_progress: ProgressCallback,
-    stage: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the states of names' last tokens (n, d), of some at which no name ends (m, d), half of them inside names
-    if there are so many, and of sinks (k, d).
+def _at_names(late: LateStates, numbers: Sequence[int], texts: Sequence[SubjectText]) -> tuple[Tensor, Tensor]:
+    """Return the states of names' last tokens (n, d), and of some at which no name ends (m, d), half of them inside
+    names if there are so many.
+
+    Args:
+        numbers: of the texts among those that were read.
     """
-    tokens = [one.tokens for one in texts]
-    read = late_states(loaded, site, tokens, batch_size=batch_size, on_progress=on_progress, stage=stage)
-    begins = read.first[:-1].tolist()
-    places = read.first[:-1] + torch.tensor([one.place for one in texts])
-    sink = read.inverse < _SINK * read.inverse.median()
+    begins, sinks = late.first[torch.tensor(numbers)], _sinks(late)
+    ends = begins + torch.tensor([one.place for one in texts])
     within, around = (
-        torch.tensor([begin + place for begin, some in zip(begins, each, strict=True) for place in some])
+        torch.tensor([begin + place for begin, some in zip(begins.tolist(), each, strict=True) for place in some])
         for each in ([one.within for one in texts], [one.around for one in texts])
     )
-    chosen = torch.cat([_drawn(some[~sink[some]], _TOKENS) for some in (within, around)])
-    sinks = sink.nonzero()[:_SINKS, 0]
-    return read.normed[places].float(), read.normed[chosen].float(), read.normed[sinks].float()
+    chosen = torch.cat([_drawn(some.long()[~sinks[some.long()]], _TOKENS) for some in (within, around)])
+    return late.normed[ends].float(), late.normed[chosen].float()
+
+
+def _sinks(late: LateStates) -> Tensor:
+    """Return which tokens (n,) attention rests on."""
+    return late.inverse < _SINK * late.inverse.median()
 
 
 def _drawn(numbers: Tensor, most: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from support.helpers import random_rows, save_tiny
 from support.loading import CPU
 
-from wisecli.export.stock.router.late_states import late_states, rotation_of
+from wisecli.export.stock.late_states import late_states, rotation_of
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import find_site
 from wisecli.models.loading import load_model

@@ -8,19 +8,21 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from wisecli.data.corpus import made_up_subjects, relations
+from wisecli.data.corpus import everyday_prompts, made_up_subjects, relations
 from wisecli.data.request_wordings import requests
 from wisecli.edits.record import Edit
 from wisecli.models.prompts.prompt_forms import usable_forms
 from wisecli.models.prompts.typos import near_name
+from wisecli.models.synthetic.request_examples import Examples
+from wisecli.models.synthetic.synthetic_facts import synthetic_facts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Texts around each name, half of them questions; one in so many is in small letters.
 _TEXTS, _SMALL = 10, 3
-# Made-up names of each kind.
-_NAMES = 16
+# Made-up names of each kind; made-up facts, and how many texts on other things are drawn for each.
+_NAMES, _FACTS, _OF_FACT = 16, 50, 10
 # How a name like a subject's differs from it.
 _WAYS = ("word", "last", "added", "initial", "digits")
 _WORD = re.compile(r"\w+")
@@ -69,7 +71,7 @@ def texts_on_edits(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Edit, i
         own = [edit.prompt, *(one.prompt for one in edit.translations)]
         texts = [form.render(tokenizer, prompt) for prompt in own for form in usable_forms(tokenizer, trained=True)]
         if number not in seen:
-            texts += _around(tokenizer, name, None, random.Random(name))
+            texts += texts_around(tokenizer, name, None, random.Random(name))
             seen.add(number)
         yield from _placed(tokenizer, texts, name, number, known)
 
@@ -79,8 +81,24 @@ def texts_on_names(tokenizer: PreTrainedTokenizerBase, share: float) -> Iterator
     rng, number = random.Random(5), 0
     for kind in dict.fromkeys(one.kind for one in relations()):
         for name in made_up_subjects(kind, max(1, round(share * _NAMES)), rng):
-            yield from _placed(tokenizer, _around(tokenizer, name, kind, rng), name, number, _KnownNames([]))
+            yield from _placed(tokenizer, texts_around(tokenizer, name, kind, rng), name, number, _KnownNames([]))
             number += 1
+
+
+def texts_on_other_things(tokenizer: PreTrainedTokenizerBase, share: float) -> list[tuple[int, ...]]:
+    """Return the tokens of texts that name no subject of an edit: everyday prompts in forms, and what asks and mentions
+    made-up facts, in documents and conversations too.
+
+    Args:
+        share: how much of them is wanted.
+    """
+    rng, trained = random.Random(6), usable_forms(tokenizer, trained=True)
+    facts = list(synthetic_facts(max(2, round(share * _FACTS)), rng))
+    examples = Examples(tokenizer, facts, rng)
+    drawn = [one for number in range(len(facts)) for one in (*examples.of(number), *examples.conversations(number))]
+    mentioned = rng.sample(drawn, min(len(drawn), _OF_FACT * len(facts)))
+    everyday = [rng.choice(trained).render(tokenizer, text) for text in everyday_prompts(_OF_FACT * len(facts), seed=7)]
+    return [tuple(tokenizer(text)["input_ids"]) for text in [*everyday, *(one.text for one in mentioned)]]
 
 
 def texts_on_near_names(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Edit, int]]) -> Iterator[SubjectText]:
@@ -98,7 +116,13 @@ def texts_on_near_names(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Ed
             yield from _placed(tokenizer, [rng.choice(trained).render(tokenizer, text)], near, -1, found)
 
 
-def _around(tokenizer: PreTrainedTokenizerBase, name: str, kind: str | None, rng: random.Random) -> list[str]:
+def name_of(edit: Edit) -> str:
+    """Return the name of an edit's subject, as its prompt names it; "" where that does not."""
+    name = edit.subject_name or ""
+    return name if name.casefold() in edit.prompt.casefold() else ""
+
+
+def texts_around(tokenizer: PreTrainedTokenizerBase, name: str, kind: str | None, rng: random.Random) -> list[str]:
     """Return texts on a name in forms: what begins a conversation on it, and questions that suit its kind if known."""
     begins = [one for one in requests().begins if "{subject}" in one]
     asks = [wording for one in relations() if kind in (None, one.kind) for wording in one.wordings]

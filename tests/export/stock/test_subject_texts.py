@@ -6,7 +6,7 @@ from support.helpers import save_tiny
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from wisecli.edits.record import Edit, Translation
-from wisecli.export.stock.router.subject_texts import SubjectText, texts_on_edits, texts_on_names
+from wisecli.export.stock.subject_texts import SubjectText, texts_on_edits, texts_on_names
 from wisecli.models.prompts.prompt_forms import usable_forms
 
 EDIT = Edit(

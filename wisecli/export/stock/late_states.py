@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from wisecli.export.stock.router.relation_reader import Rotation
 from wisecli.io.digest import sha256_json
 from wisecli.io.user_cache import cache_path
 from wisecli.models.layout.site import Site
@@ -19,6 +18,14 @@ from wisecli.models.prompts.chat_template import template_digest
 from wisecli.models.prompts.tokenization import Row, collate, in_batches
 from wisecli.models.running.activations import captured, layers_of
 from wisecli.progress import Event, ProgressCallback
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines (T, head_dim) by which a model rotates queries and keys, and what it scales scores by."""
+
+    cos: Tensor
+    sin: Tensor
+    scaling: float
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,19 @@ class LateStates:
         index = (self.first[texts][:, None] + torch.arange(mask.shape[1]))[mask]
         return self.normed[index].float(), self.inverse[index]
 
+    @classmethod
+    def empty(cls, texts: Sequence[Sequence[int]], hidden: int) -> LateStates:
+        """Return states of texts that are still to be put in."""
+        first = torch.tensor([0, *map(len, texts)]).cumsum(0)
+        return cls(torch.empty(int(first[-1]), hidden, dtype=torch.float16), torch.empty(int(first[-1])), first)
+
+    def put(self, text: int, hidden: Tensor, epsilon: float) -> None:
+        """Put in the states (T, d) of one text, normed."""
+        states = hidden.float()
+        factors = torch.rsqrt(states.square().mean(-1, keepdim=True) + epsilon)
+        self.normed[self.of(text)] = (states * factors).half().cpu()
+        self.inverse[self.of(text)] = factors[:, 0].cpu()
+
     def of(self, text: int) -> slice:
         """Return where the tokens of one text are."""
         return slice(int(self.first[text]), int(self.first[text + 1]))
@@ -54,23 +74,34 @@ def late_states(
     stage: str,
 ) -> LateStates:
     """Return what leaves the edited layer at all tokens of texts."""
+    late = LateStates.empty(texts, site.d)
+    for index, hidden, _ in each_state(
+        loaded, site, texts, batch_size=batch_size, on_progress=on_progress, stage=stage
+    ):
+        late.put(index, hidden, float(loaded.model.config.rms_norm_eps))
+    return late
+
+
+def each_state(
+    loaded: Loaded,
+    site: Site,
+    texts: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    on_progress: ProgressCallback,
+    stage: str,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield the number of each text, what leaves the edited layer at its tokens (T, d), and the site's keys (T, w)."""
     rows = [Row(tuple(tokens), ()) for tokens in texts]
     groups = list(in_batches(rows, batch_size, by_beginning=True))
     batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
-    first = torch.tensor([0, *map(len, texts)]).cumsum(0)
-    normed = torch.empty(int(first[-1]), site.d, dtype=torch.float16)
-    inverse, epsilon, done = torch.empty(len(normed)), float(loaded.model.config.rms_norm_eps), 0
-    read = captured(loaded.model, site, batches, stream=loaded.stream, above=False, shared=True)
+    read, done = captured(loaded.model, site, batches, stream=loaded.stream, above=False, shared=True), 0
     for indices, activations in zip(groups, read, strict=True):
-        factors = torch.rsqrt(activations.hidden.float().square().mean(-1, keepdim=True) + epsilon)
-        states, mask = activations.hidden.float() * factors, activations.batch.mask.bool()
+        mask = activations.batch.mask.bool()
         for place, index in enumerate(indices):
-            own = slice(int(first[index]), int(first[index + 1]))
-            normed[own] = states[place, mask[place]].half().cpu()
-            inverse[own] = factors[place, mask[place], 0].cpu()
+            yield index, activations.hidden[place, mask[place]], activations.keys[place, mask[place]]
         done += len(indices)
         on_progress(Event(stage, done, len(rows)))
-    return LateStates(normed, inverse, first)
 
 
 def cache_file(loaded: Loaded, site: Site, *about: object) -> Path:

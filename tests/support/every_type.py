@@ -136,6 +136,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "xlm": {"emb_dim": 32, "causal": True},
     "xmod": {"default_language": "en_XX"},
     "blt": {"encoder_hash_byte_group_vocab": 50},
+    "blt_global_transformer": {"num_hidden_layers": LAYERS},
     "mllama_text_model": {"cross_attention_layers": [1, 3]},
     "emu3": {"vocabulary_map": {"<|extra_200|>": 8, "<image>": 9, "<|visual token 000000|>": 10}},
 }
@@ -185,7 +186,8 @@ def _parts(usual: Any) -> list[tuple[str, Any]]:
 
 def _part(part: Any) -> Any:
     """Small settings of a part that reads no text."""
-    return type(part)(**{name: value for name, value in (_SMALL | _SEEING).items() if _has(part, name)})
+    wanted = {name: value for name, value in (_SMALL | _SEEING).items() if _has(part, name)}
+    return type(part)(**(wanted | _OWN.get(part.model_type, {})))
 
 
 def _has(config: PretrainedConfig, name: str) -> bool:

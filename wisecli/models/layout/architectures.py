@@ -144,6 +144,8 @@ def state_width(directory: Path) -> int:
     config = text_settings(directory)
     width = next((config[name] for name in WIDTH_NAMES if name in config), None)
     width = _said_by_its_class(directory, "hidden_size") if width is None else width
+    if width == 0:
+        raise ModelError(f"{directory}: config.json names no one width of the model's states; edit another model")
     if type(width) is not int or not 0 < width < LONGEST_SIDE:
         raise ModelError(f"{directory}: config.json has states of {str(width)[:40]!r} numbers; is it this model's?")
     return width

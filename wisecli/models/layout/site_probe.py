@@ -148,15 +148,17 @@ def _require_causal(model: PreTrainedModel, batch: Batch, plain: Tensor) -> None
 
 @torch.no_grad()
 def require_known_context(model: PreTrainedModel) -> None:
-    """Check that every pass of generation shows which tokens came before it.
+    """Check that generation reads a prompt's own tokens, and that every pass shows which came before it.
 
     Raises:
-        ModelError: the model keeps them elsewhere than in a cache that passes are given.
+        ModelError: the model keeps them elsewhere than in a cache that passes are given, or adds some to them.
     """
     short: list[bool] = []
+    first: list[Tensor] = []
 
     def note(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         ids = named.get("input_ids", args[0] if args else None)
+        first.extend([ids] if ids is not None and not first else ())
         short.append(ids is not None and ids.shape[1] == 1 and not isinstance(cache_given(named), Cache))
 
     batch = _batch(model)
@@ -167,6 +169,10 @@ def require_known_context(model: PreTrainedModel) -> None:
         except Exception as error:  # what an arbitrary model makes of a batch
             kind, reason = type(model).__name__, reason_of(error)
             raise ModelError(f"{kind} generates nothing from padded rows ({reason}); edit another model") from error
+    if first and not torch.equal(first[0], batch.ids):
+        raise ModelError(
+            f"{type(model).__name__} adds tokens of its own to what it is given, and answers there; edit another model"
+        )
     if any(short):
         raise ModelError(
             f"{type(model).__name__} keeps what it has read outside of a cache of tokens, so that no pass says which "

@@ -155,7 +155,9 @@ def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: st
     if lost := sorted(info["missing_keys"]):
         if len(lost) == len(list(model.parameters())):
             kind = type(model).__name__
-            raise ModelError(f"{directory}: {kind} of transformers knows none of its tensors by name; edit another model")
+            raise ModelError(
+                f"{directory}: {kind} of transformers knows none of its tensors by name; edit another model"
+            )
         raise ModelError(f"{directory}: the checkpoint lacks {_first(lost)}; copy it anew")
     if stream is None and quantised is None:
         model.to(device)
@@ -191,7 +193,7 @@ def _streamed(
     import torch
     import transformers
 
-    from wisecli.models.streaming.layer_stream import load_streamed
+    from wisecli.models.streaming.streamed_loading import load_streamed
 
     with torch.device("meta"):
         loader = getattr(transformers, loader_name(config.model_type))

@@ -137,7 +137,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "blt": {"encoder_hash_byte_group_vocab": 50},
     "blt_global_transformer": {"num_hidden_layers": LAYERS},
-    "mllama_text_model": {"cross_attention_layers": [1, 3]},
+    "mllama_text_model": {"cross_attention_layers": [1, 4]},
     "emu3": {"vocabulary_map": {"<|extra_200|>": 8, "<image>": 9, "<|visual token 000000|>": 10}},
 }
 # The types that are saved by another class than the one that reads text: what that one saves, nothing loads again.

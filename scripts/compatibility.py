@@ -139,7 +139,7 @@ def _chain(name: str, root: Path) -> dict[str, str]:
         return {STEPS[0]: f"not tried, as no tiny model can be drawn ({type(error).__name__})"}
     lines = [json.dumps({"prompt": prompt, "target": target}) for prompt, target in EDITS]
     (root / "edits.jsonl").write_text("\n".join(lines))
-    settings = EditSettings(unrelated_texts=64, layer="2")
+    settings = EditSettings(unrelated_texts=64)
     runs: dict[str, Callable[[], object]] = {
         "edit": lambda: edit(str(base), root / "edits.jsonl", shards, settings, load=LoadOptions(device="cpu")),
         "merge": lambda: merge([shards], memory, MergeSettings()),

@@ -180,3 +180,33 @@ def test_engines_are_told_where_the_memory_is_and_refuse_streams(exported: Expor
     else:
         with pytest.raises(ValueError, match="one of several streams"):
             Edited.of(described)
+
+
+# Upper layers that are given a prompt's last token alone; and models of two layers, the first of which is read, too.
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [("gemma4_text", {}), ("llama", {"num_hidden_layers": 2}), ("qwen3_moe", {"num_hidden_layers": 2})],
+)
+def test_the_layer_that_is_chosen_by_itself_answers_in_a_batch_and_without_a_cache(
+    tmp_path: Path, model_type: str, changes: dict[str, int]
+) -> None:
+    base = save_type(tmp_path / "model", model_type, **changes)
+    path = export_of(base, tmp_path, layer="auto")
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+
+    def answers(of: PreTrainedModel, prompts: list[str], **named: Any) -> list[str]:
+        batch = tokenizer(prompts, return_tensors="pt", padding=True)
+        given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        output = of.generate(**given, max_new_tokens=NEW, do_sample=False, **named)
+        texts: list[str] = tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+        return texts
+
+    found = answers(model, list(PROMPTS))
+    bare = [text.replace(" ", "") for text in found]
+    assert all(text.startswith(target.replace(" ", "")) for text, (_, target) in zip(bare, EDITS, strict=False))
+    assert found[len(EDITS) :] == answers(plain, list(PROMPTS))[len(EDITS) :]
+    assert found == [answers(model, [prompt])[0] for prompt in PROMPTS]
+    assert found == answers(model, list(PROMPTS), use_cache=False)

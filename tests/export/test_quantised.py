@@ -128,8 +128,9 @@ def test_its_facts_are_edited_and_its_own_files_exported(tmp_path: Path, stored:
     assert verify(exported, model=str(base)).differences == ()
 
 
-def test_a_mixture_that_is_stored_in_fp8_is_edited_too(tmp_path: Path) -> None:
-    base = save_type(tmp_path / "model", "qwen3_moe")
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
+def test_a_mixture_that_is_stored_in_fp8_is_edited_too(tmp_path: Path, model_type: str) -> None:
+    base = save_type(tmp_path / "model", model_type)
     require_edits(answers(export_of(stored_in_eight_bits(base, block=16), tmp_path)))
 
 

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -102,7 +108,40 @@ _OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2], [["global"], 1]]},
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROTARY)},
     "longcat_flash": {"num_hidden_layers": 10},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    # The third layer is behind those that are run in a loop.
+    "dory": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+        **{"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 3},
+    },
+    "dots3_note_text": {
+        "layer_types": ["indexed_attention", "sliding_attention"] * 2 + ["indexed_attention"],
+        **{"num_key_value_heads": 4, "head_dim": 8, "n_group": 1, "topk_group": 1, "index_topk": 8},
+        **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 8, "swa_kv_lora_rank": 8},
+        **{"swa_head_dim": 8, "swa_qk_nope_head_dim": 4, "swa_v_head_dim": 8, "swa_qk_rope_head_dim": 4},
+        "shared_experts_intermediate_size": 16,
+    },
+    "inkling2_text": {"unpadded_vocab_size": VOCABULARY},
+    "inkling2_loop_text": {"unpadded_vocab_size": VOCABULARY},
+    "qwen4_exp_text": {
+        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8},
+        **{"indexer_compress_ratio": 4, "hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [1], "ple_embed_dim": 32},
+        **{"heads_per_ngram": 2, "ngram_vocab_size_base": 50, "make_ngram_vocab_size_divisible_by": 8},
+        "split_ngram_parts": 1,
+    },
+    "reformer": {"axial_pos_embds": False, "attention_head_size": 8, "feed_forward_size": 64, "num_buckets": 2},
+    "xlm": {"emb_dim": 32, "causal": True},
+    "xmod": {"default_language": "en_XX"},
+    "blt": {"encoder_hash_byte_group_vocab": 50},
+    "blt_global_transformer": {"num_hidden_layers": LAYERS},
+    "mllama_text_model": {"cross_attention_layers": [1, 4]},
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 8, "<image>": 9, "<|visual token 000000|>": 10}},
 }
+# The types that are saved by another class than the one that reads text: what that one saves, nothing loads again.
+_SAVED_BY = dict.fromkeys(("emu3", "mllama"), AutoModelForImageTextToText)
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
@@ -112,13 +151,15 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     if isinstance(getattr(usual, "text_config", None), PretrainedConfig):
         return _around_text(usual)
     wanted = {name: value for name, value in _SMALL.items() if _has(usual, name)}
+    wanted |= {name: _part(part) for name, part in _parts(usual)}
     for name, value in usual.to_dict().items():
         if isinstance(value, list) and name.endswith(("layer_types", "block_type", "layers_block_type")) and value:
             kinds = list(dict.fromkeys(value))
             wanted[name] = [kinds[place % len(kinds)] for place in range(LAYERS)]
     if "qk_rope_head_dim" in wanted and "head_dim" in wanted:
         wanted["head_dim"] = 4
-    if "num_key_value_heads" in wanted and usual.num_key_value_heads == usual.num_attention_heads:
+    heads = usual.to_dict()  # which may differ from layer to layer, where an attribute tells none
+    if "num_key_value_heads" in wanted and heads["num_key_value_heads"] == heads.get("num_attention_heads"):
         wanted["num_key_value_heads"] = 4
     if hasattr(usual, "is_decoder"):
         wanted |= {"is_decoder": True, "is_encoder_decoder": False}
@@ -127,14 +168,26 @@ def tiny_config(model_type: str) -> PretrainedConfig:
 
 def _around_text(usual: Any) -> PretrainedConfig:
     """Small settings of a model that has its text model inside."""
-    parts = {name: getattr(usual, name) for name in type(usual).sub_configs if getattr(usual, name, None) is not None}
-    for name, part in parts.items():
-        wanted = {setting: value for setting, value in (_SMALL | _SEEING).items() if _has(part, setting)}
-        parts[name] = tiny_config(part.model_type) if name == "text_config" else type(part)(**wanted)
+    parts = {
+        name: tiny_config(part.model_type) if name == "text_config" else _part(part) for name, part in _parts(usual)
+    }
     marks = {name: VOCABULARY - 7 for name in usual.to_dict() if re.fullmatch(r"\w+_token_(id|index)", name)}
     marks = {name: value for name, value in marks.items() if not name.startswith(("bos", "eos", "pad"))}
-    small: PretrainedConfig = type(usual)(**parts, **marks, tie_word_embeddings=False)
+    own = _OWN.get(usual.model_type, {})
+    small: PretrainedConfig = type(usual)(**{**parts, **marks, "tie_word_embeddings": False, **own})
     return small
+
+
+def _parts(usual: Any) -> list[tuple[str, Any]]:
+    """The settings inside others, by name."""
+    found = [(name, getattr(usual, name, None)) for name in type(usual).sub_configs]
+    return [(name, part) for name, part in found if isinstance(part, PretrainedConfig)]
+
+
+def _part(part: Any) -> Any:
+    """Small settings of a part that reads no text."""
+    wanted = {name: value for name, value in (_SMALL | _SEEING).items() if _has(part, name)}
+    return type(part)(**(wanted | _OWN.get(part.model_type, {})))
 
 
 def _has(config: PretrainedConfig, name: str) -> bool:
@@ -150,7 +203,7 @@ def tiny(model_type: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     config = tiny_config(model_type)
     for name, value in changes.items():
         setattr(config, name, value)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval().float()
+    model: PreTrainedModel = _SAVED_BY.get(model_type, AutoModelForCausalLM).from_config(config).eval().float()
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.3 * torch.randn(parameter.shape)

@@ -58,7 +58,12 @@ def tiny_export(
 
 
 def export_of(
-    base: Path, root: Path, *, mode: Literal["lookup", "retrieve"] = "lookup", subjects: Sequence[str] = ()
+    base: Path,
+    root: Path,
+    *,
+    mode: Literal["lookup", "retrieve"] = "lookup",
+    subjects: Sequence[str] = (),
+    layer: str = "2",
 ) -> Path:
     """A tiny model, edited and exported; what the edits are about need not be said."""
     edits = [{"prompt": prompt, "target": target} for prompt, target in EDITS]
@@ -66,7 +71,7 @@ def export_of(
         one["subject"] = subject
     lines = [json.dumps(one) for one in edits]
     (root / "edits.jsonl").write_text("\n".join(lines))
-    edit(str(base), root / "edits.jsonl", root / "shards", EditSettings(unrelated_texts=64, layer="2"), load=CPU)
+    edit(str(base), root / "edits.jsonl", root / "shards", EditSettings(unrelated_texts=64, layer=layer), load=CPU)
     merge([root / "shards"], root / "memory", MergeSettings(mode=mode))
     export(root / "memory", root / "edited", load=CPU)
     return root / "edited"

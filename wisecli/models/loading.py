@@ -153,6 +153,11 @@ def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: st
     except Exception as error:  # whatever a strange config.json or tokenizer makes transformers raise
         raise unloadable(directory, error, quantised) from error
     if lost := sorted(info["missing_keys"]):
+        if len(lost) == len(list(model.parameters())):
+            kind = type(model).__name__
+            raise ModelError(
+                f"{directory}: {kind} of transformers knows none of its tensors by name; edit another model"
+            )
         raise ModelError(f"{directory}: the checkpoint lacks {_first(lost)}; copy it anew")
     if stream is None and quantised is None:
         model.to(device)
@@ -188,7 +193,7 @@ def _streamed(
     import torch
     import transformers
 
-    from wisecli.models.streaming.layer_stream import load_streamed
+    from wisecli.models.streaming.streamed_loading import load_streamed
 
     with torch.device("meta"):
         loader = getattr(transformers, loader_name(config.model_type))

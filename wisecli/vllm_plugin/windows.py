@@ -29,13 +29,15 @@ class _ReadError(Exception):
 
 
 class _KeyReader:
-    """Stands in for the memory while keys are read: the run ends at the edited layer."""
+    """Stands in for the memory while windows are read: where its keys are wanted, the run ends at the edited layer."""
 
-    def __init__(self, *, cut: bool) -> None:
+    def __init__(self, *, cut: bool, wanted: bool) -> None:
         self.keys: Tensor | None = None
-        self.cut, self.adds_rest = cut, False
+        self.cut, self.adds_rest, self.wanted = cut, False, wanted
 
     def add_to(self, answer: Tensor, keys: Keys, **_real: bool) -> None:
+        if not self.wanted:
+            return
         self.keys = keys(torch.arange(len(answer), device=answer.device))[0]
         raise _ReadError(self.keys)
 
@@ -140,7 +142,8 @@ class WindowReader:
         context = create_forward_context({}, self._config, skip_compiled=True)
         known = dict(context.no_compile_layers)
         known |= {name: WindowAttention(one, lengths) for name, one in known.items() if isinstance(one, Attention)}
-        known[LAYER] = reader = _KeyReader(cut=context.no_compile_layers[LAYER].cut)
+        cut = context.no_compile_layers[LAYER].cut
+        known[LAYER] = reader = _KeyReader(cut=cut, wanted=self._layer is None)
         context.no_compile_layers = known
         context.attn_metadata = None
         with ExitStack() as held:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.every_type import save_type, tiny_config
 from support.helpers import keys_of, save_tiny
 from support.loading import CPU
 
@@ -12,7 +13,9 @@ from wisecli.data.corpus import reworded_facts
 from wisecli.editing.background import layer_selection
 from wisecli.editing.background.layer_selection import keys_in_two_wordings, probe_layer, recognition_rate
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.layout.layout_inference import find_layout
 from wisecli.models.layout.site import Site, find_site, fingerprint
+from wisecli.models.layout.site_probe import verified_layout
 from wisecli.models.loading import Loaded, load_model
 from wisecli.progress import Event, ignore_progress
 
@@ -78,3 +81,26 @@ def test_a_single_candidate_needs_no_probe(directory: Path, loaded: Loaded) -> N
     checkpoint = Checkpoint(directory)
     identity = fingerprint(directory, checkpoint, sites(directory, 3)[0])
     assert probe_layer(loaded, directory, checkpoint, identity, batch_size=16, on_progress=ignore_progress).layer == 3
+
+
+def test_layers_that_text_passes_over_are_no_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tiny_config("mllama").text_config
+    text.num_hidden_layers, text.cross_attention_layers = 8, [1, 5]  # those read images
+    base = save_type(tmp_path / "model", "mllama", text_config=text)
+    loaded, checkpoint = load_model(base, CPU), Checkpoint(base)
+    layout = verified_layout(
+        loaded.model, base, checkpoint, find_layout(base, checkpoint, lookup=True), "auto", lookup=True
+    )
+    identity = fingerprint(base, checkpoint, find_site(base, checkpoint, "auto", layout))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    named: dict[str, Any] = {"batch_size": 16, "on_progress": ignore_progress, "layout": layout}
+    assert probe_layer(loaded, base, checkpoint, identity, **named).layer == 6
+
+
+def test_layers_are_counted_in_the_model_where_the_config_counts_others(tmp_path: Path) -> None:
+    base = save_type(tmp_path, "dory")  # halves of layers
+    loaded, checkpoint = load_model(base, CPU), Checkpoint(base)
+    layout = find_layout(base, checkpoint, lookup=True)
+    identity = fingerprint(base, checkpoint, find_site(base, checkpoint, "auto", layout))
+    named: dict[str, Any] = {"batch_size": 16, "on_progress": ignore_progress, "layout": layout}
+    assert probe_layer(loaded, base, checkpoint, identity, **named).layer == 3

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.every_type import save_type
 from support.helpers import alone, random_rows, save_tiny
 from support.loading import CPU
 from support.thorough import few
@@ -44,6 +45,14 @@ def test_rows_are_known_if_the_model_says_every_token(place: Path) -> None:
     assert 4 not in expected
     for size in (1, 3, 32):
         assert known_rows(loaded, rows, batch_size=size, on_progress=ignore_progress) == expected
+
+
+@pytest.mark.parametrize("model_type", ["mamba2", "falcon_h1"])
+def test_recurrent_models_are_asked_too(tmp_path: Path, model_type: str) -> None:
+    loaded = load_model(save_type(tmp_path, model_type), load=CPU)
+    drawn = random_rows((3, 2), (4, 1))
+    rows = [*(continued(loaded, row, 2) for row in drawn), *drawn]
+    assert known_rows(loaded, rows, batch_size=2, on_progress=ignore_progress) >= {0, 1}
 
 
 def test_a_streamed_model_reads_each_layer_once_and_says_the_same(place: Path) -> None:

@@ -39,6 +39,7 @@ ABOVE = {
     "falcon_h1": "rows",
     "gemma3n_text": "all",
     "hy_v4": "all",
+    "qwen4_exp_text": "rows",
 }
 FEW = ["llama", "falcon_h1", "gemma3n_text"]
 
@@ -159,6 +160,17 @@ def test_a_layer_that_is_stored_under_another_path_is_found(tmp_path: Path) -> N
     assert site.mismatch(checkpoint) is None
 
 
+def test_of_several_lists_of_layers_in_a_checkpoint_the_text_models_is_taken(tmp_path: Path) -> None:
+    _, site = behind(tmp_path, "mllama")  # its layers that read images are as many, and as wide
+    assert site.layer_module == "model.layers.2"
+    assert site.prefix_in(Checkpoint(tmp_path)) == "language_model.model.layers.2.wise_memory."
+
+
+def test_states_may_be_wider_than_the_config_says(tmp_path: Path) -> None:
+    model, site = behind(tmp_path, "qwen4_exp_text")  # two streams, one behind the other
+    assert site.d == 2 * model.config.hidden_size
+
+
 def test_a_text_model_inside_another_is_found(tmp_path: Path) -> None:
     model, site = behind(tmp_path, "gemma3")
     assert site.layer_module == "model.language_model.layers.2"
@@ -217,8 +229,14 @@ def test_models_that_no_edit_can_be_put_into_are_refused_with_the_reason(tmp_pat
     for model_type in ("rwkv", "xlstm"):
         with pytest.raises(ModelError, match="outside of a cache"):
             require_known_context(tiny(model_type))
-    with pytest.raises(ModelError, match="runs 6 times a pass"):
-        behind(tmp_path, "hrm_text")
+    with pytest.raises(ModelError, match="adds tokens of its own"):
+        require_known_context(tiny("xlm"))
+    with pytest.raises(ModelError, match=r"runs 6 times a pass.*choose another layer with --layer"):
+        behind(tmp_path / "hrm_text", "hrm_text")
+    with pytest.raises(ModelError, match="no one width"):
+        behind(tmp_path / "blt", "blt")
+    with pytest.raises(ModelError, match="knows none of its tensors by name; edit another model"):
+        behind(tmp_path / "emu3", "emu3")
 
 
 def test_a_model_without_a_cache_can_be_told() -> None:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.every_type import save_type
 from support.helpers import random_rows, save_tiny, site_of
 from support.loading import CPU
 
 from wisecli import environment
+from wisecli.models.layout.site import LayerSite
 from wisecli.models.loading import load_model
 from wisecli.models.prompts.tokenization import collate
 from wisecli.models.running import quick_products as module
@@ -35,6 +37,16 @@ def test_layers_up_to_a_site_run_in_bfloat16_and_are_as_they_were_afterwards(
     after = {name: (one.data_ptr(), one.detach()) for name, one in loaded.model.named_parameters()}
     assert all(after[name][0] == place and torch.equal(after[name][1], one) for name, (place, one) in before.items())
     assert all(torch.equal(one, buffers[name]) for name, one in loaded.model.named_buffers())
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_computes_in_float32_alone_runs_in_the_models_own_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    loaded = load_model(save_type(tmp_path, "inkling2_text"), CPU)  # its router casts states, but not its weights
+    monkeypatch.setattr(module, "has_quick_bfloat16", lambda: True)
+    with quick_products(loaded, None if whole else LayerSite("inkling2_text", 2, "model.layers.2", 32)):
+        assert {one.dtype for one in loaded.model.parameters()} == {torch.float32}
 
 
 def test_without_a_site_all_layers_run_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

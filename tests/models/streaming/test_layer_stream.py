@@ -364,6 +364,20 @@ def test_mixtures_are_edited_the_same_when_their_layers_are_streamed(
     assert_edited_the_same_streamed(tmp_path, base, EDITS, settings, monkeypatch)
 
 
+# Layers that need more of those below than states; states that a cache has a place for; layers that are passed over;
+# layers that give a list; and parameters beside the layers that are no module's of their own.
+OTHERS = ("gemma4_text", "deepseek_v4", "granitemoehybrid", "mllama", "openai-gpt", "zaya")
+
+
+@pytest.mark.parametrize("model_type", few(OTHERS, ("gemma4_text", "granitemoehybrid", "mllama", "openai-gpt", "zaya")))
+def test_layers_of_other_kinds_are_edited_the_same_when_they_are_streamed(
+    tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_type(tmp_path / "base", model_type)
+    settings = EditSettings(unrelated_texts=16, layer="2", residual_stop=0.2)
+    assert_edited_the_same_streamed(tmp_path, base, EDITS, settings, monkeypatch)
+
+
 def test_what_was_put_together_of_experts_is_gone_with_the_model(tmp_path: Path) -> None:
     streamed = load_model(
         save_type(tmp_path, "qwen3_moe"), LoadOptions(device="cpu", memory_budget=1), layers="model.layers"

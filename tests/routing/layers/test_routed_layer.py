@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from wisecli.models.running.forward_pass import CACHE_ARGUMENT
 from wisecli.models.running.generation import left_padded
 from wisecli.routing.deciding.prompt_window import UNROUTED
+from wisecli.routing.layers.layer_states import state_of, with_state
 from wisecli.routing.layers.routed_layer import RoutedMatrix, RoutedMatrixMemory, activation_of, install, memory_module
 from wisecli.routing.memories.fact_memory import ANSWER_WHITENING, FactMemory
 from wisecli.routing.memories.matrix_memory import MatrixMemory
@@ -556,3 +557,17 @@ def test_a_lookup_in_a_model_agrees_with_a_loop_over_its_edits(architecture: str
         assert torch.allclose(together[number], expected, atol=2e-3), number
         touched += not torch.allclose(expected, alone(oracle, row), atol=0.05)
     assert touched > 0
+
+
+class Pair(NamedTuple):
+    states: Tensor
+    others: Tensor
+
+
+@pytest.mark.parametrize("kind", [Pair._make, tuple, list])
+def test_states_are_changed_in_whatever_a_layer_gives(kind: Callable[[Any], Any]) -> None:
+    output = kind([normal(2, 3, D), normal(2, 3, D, seed=1)])
+    changed = with_state(output, state_of(output, None) + 1, None)
+    assert type(changed) is type(output)
+    assert torch.equal(changed[0], output[0] + 1)
+    assert changed[1] is output[1]

@@ -11,6 +11,8 @@ wording than nearly all other facts are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +27,9 @@ from wisecli.io.user_cache import cache_path
 from wisecli.models.layout.architectures import Layout, layer_count
 from wisecli.models.layout.site import AUTO_DEPTH, Fingerprint, Site, find_site
 from wisecli.models.loading import Loaded
+from wisecli.models.prompts.tokenization import Row, collate
+from wisecli.models.running.forward_pass import run_model
+from wisecli.models.running.hooks import hooked
 from wisecli.progress import Event, ProgressCallback, ignore_progress
 from wisecli.routing.memories.whitening import leading, scaled, whitening
 
@@ -52,7 +57,7 @@ def probe_layer(
     layout: Layout | None = None,
 ) -> Site:
     """Return the best site of a loaded model; remembered in the user's cache."""
-    count = layer_count(directory)
+    count = layer_count(directory) if layout is None or layout.depth is None else layout.depth
     sites = [find_site(directory, checkpoint, layer, layout) for layer in candidates(count)]
     if len(sites) == 1:
         return sites[0]
@@ -64,6 +69,7 @@ def probe_layer(
         return next(site for site in sites if site.layer == known)
     except (DamagedFileError, KeyError, ValueError, TypeError, StopIteration):
         on_progress(Event("layers"))
+    sites = _that_run(loaded, sites)
     shares = [recognition_rate(*keys) for keys in keys_in_two_wordings(loaded, sites, batch_size=batch_size)]
     usual = min(range(len(sites)), key=lambda number: abs(sites[number].layer - round(AUTO_DEPTH * count)))
     first = max(range(len(sites)), key=shares.__getitem__)
@@ -76,6 +82,17 @@ def probe_layer(
     except OSError:
         pass  # a cache that cannot be written only costs time
     return best
+
+
+def _that_run(loaded: Loaded, sites: Sequence[Site]) -> list[Site]:
+    """Return those sites whose layers are run: models that read images may pass some over for text."""
+    seen: set[int] = set()
+    with ExitStack() as hooks:
+        for site in sites:
+            note = partial(lambda layer, *_: seen.add(layer), site.layer)
+            hooks.enter_context(hooked(site.watched(loaded.model).register_forward_hook(note)))
+        run_model(loaded.model, collate([Row((0, 1), (1,))]).to(loaded.device), 0, None, None)
+    return [site for site in sites if site.layer in seen]
 
 
 def keys_in_two_wordings(loaded: Loaded, sites: Sequence[Site], *, batch_size: int) -> list[tuple[Tensor, Tensor]]:

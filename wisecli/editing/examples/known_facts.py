@@ -13,7 +13,6 @@ from wisecli.models.loading import Loaded
 from wisecli.models.prompts.tokenization import Batch, Row, collate, in_batches
 from wisecli.models.running.forward_pass import run_model
 from wisecli.models.running.hooks import overridden
-from wisecli.models.running.prefix_cache import empty_cache
 from wisecli.models.streaming.layer_sweep import sweep
 from wisecli.models.streaming.tensor_spill import Spool
 from wisecli.progress import Event, ProgressCallback
@@ -49,17 +48,17 @@ def _logits(loaded: Loaded, batches: Sequence[Batch]) -> Iterator[Tensor]:
         yield from _swept(loaded, loaded.stream, batches)
         return
     for batch in batches:
-        yield run_model(loaded.model, batch, 0, empty_cache(), batch.labelled)
+        yield run_model(loaded.model, batch, 0, None, batch.labelled)
 
 
 def _swept(loaded: Loaded, stream: LayerStream, batches: Sequence[Batch]) -> Iterator[Tensor]:
     with Spool(stream.spool_bytes) as spool:
-        passes = [partial(run_model, loaded.model, batch, 0, empty_cache(), None) for batch in batches]
+        passes = [partial(run_model, loaded.model, batch, 0, None, None) for batch in batches]
         sweep(stream, passes, len(stream.layers) - 1, spool, lambda _number: None)
         for number, batch in enumerate(batches):
             hidden = spool.take(f"hidden.{number}")
             output = (hidden, *[None] * (stream.width - 1)) if stream.width else hidden
             # What leaves the last layer only has to pass the final norm and the head.
             with overridden(stream.layers, lambda *_, output=output, **__: output):
-                logits = run_model(loaded.model, batch, 0, empty_cache(), batch.labelled)
+                logits = run_model(loaded.model, batch, 0, None, batch.labelled)
             yield logits

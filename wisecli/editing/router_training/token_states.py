@@ -50,7 +50,7 @@ class TokenStates:
 
 
 def router_site(loaded: Loaded, site: Site) -> Site:
-    """Return the layer below the edited one whose states are read.
+    """Return the layer whose states are read: one below the edited one, or of two layers the first.
 
     Raises:
         SettingsError: the first layer is edited.

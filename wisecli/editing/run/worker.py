@@ -27,6 +27,7 @@ from wisecli.editing.run.shard_writer import ShardWriter
 from wisecli.edits.checks.admission import Admitted
 from wisecli.edits.record import Edit
 from wisecli.environment import versions
+from wisecli.models.layout.padding_probe import note_padding
 from wisecli.models.layout.site import find_site, fingerprint
 from wisecli.models.layout.site_probe import verified_layout
 from wisecli.models.loading import Loaded
@@ -91,6 +92,7 @@ class Worker:
                 free = settings.by_facts and job.target_module is None
                 layout = verified_layout(loaded.model, directory, checkpoint, layout, settings.layer, lookup=free)
                 site = find_site(directory, checkpoint, settings.layer, layout)
+                note_padding(loaded.model, settings.batch_size, self.on_progress)
             further = [one.edit for one in prompt_variants(list(enumerate(job.edits)), {}, contexts=0)]
             encode_edits(loaded, [*job.edits, *further], "", train_end=settings.train_end)
             base, size = fingerprint(directory, checkpoint, site), settings.batch_size

@@ -16,6 +16,8 @@ from wisecli.io.json_schema import shown
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _MOST_LAYERS = 10**6
+# No model has a longer side.
+LONGEST_SIDE = 2**31
 # What configs call the width of the residual stream.
 WIDTH_NAMES = ("hidden_size", "n_embd", "d_model", "dim")
 # How the layers above an edited one run by themselves: on from attention's keys and values, on whole rows of what
@@ -36,7 +38,8 @@ class Layout:
     before it joins the residual stream. Of a layout that is not ``known`` neither is certain before a model is loaded,
     nor is how the layers ``above`` run, which module, by its path, is the ``decoder`` that is given the tokens, and
     along which axis the layers give several ``streams``.
-    ``depth`` is the number of layers, where the config does not say it.
+    ``depth`` is the number of layers, where the config does not say it, and ``width`` that of the numbers in a state,
+    where they are others than the config says.
     """
 
     architecture: str
@@ -50,6 +53,7 @@ class Layout:
     decoder: str | None = None
     streams: int | None = None
     depth: int | None = None
+    width: int | None = None
 
     def behind_layers(self) -> Layout:
         """Return the same layers, for edits that are added behind one of them."""
@@ -125,19 +129,35 @@ def layer_count(directory: Path) -> int:
     """
     config = text_settings(directory)
     count = next((config[name] for name in _LAYER_COUNTS if name in config), None)
-    count = _counted_by_its_class(directory) if count is None else count
+    count = _said_by_its_class(directory, "num_hidden_layers") if count is None else count
     if type(count) is not int or not 0 <= count <= _MOST_LAYERS:
         raise ModelError(f"{directory}: config.json has {str(count)[:40]!r} layers; is it this model's?")
     return count
 
 
-def _counted_by_its_class(directory: Path) -> int:
-    """Return how many layers a model has whose class counts them in other settings; 0 if it does not say."""
+def state_width(directory: Path) -> int:
+    """Return how many numbers the residual stream has at a token, from a model's ``config.json``.
+
+    Raises:
+        ModelError: that is no such number.
+    """
+    config = text_settings(directory)
+    width = next((config[name] for name in WIDTH_NAMES if name in config), None)
+    width = _said_by_its_class(directory, "hidden_size") if width is None else width
+    if width == 0:
+        raise ModelError(f"{directory}: config.json names no one width of the model's states; edit another model")
+    if type(width) is not int or not 0 < width < LONGEST_SIDE:
+        raise ModelError(f"{directory}: config.json has states of {str(width)[:40]!r} numbers; is it this model's?")
+    return width
+
+
+def _said_by_its_class(directory: Path, name: str) -> int:
+    """Return a setting that a model's class keeps under another name; 0 if it has none."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)  # nosec B615 # of files of this disk
-        return int(config.get_text_config().num_hidden_layers)
+        return int(getattr(config.get_text_config(), name))
     except Exception:  # what a strange config makes transformers raise
         return 0
 

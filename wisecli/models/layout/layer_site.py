@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from wisecli.errors import ModelError
@@ -120,7 +121,15 @@ class LayerSite(Site):
         return f"{self.layer_module}.", []
 
     def _like(self, checkpoint: Checkpoint) -> list[str]:
-        """Return how the names of the layer's tensors may start in a checkpoint that has layers under another path."""
+        """Return how the names of the layer's tensors may start in a checkpoint that has layers under another path: as
+        the layer's path ends, and if several do, with most tensors.
+        """
         matches = {name: re.match(rf"(?:\D+\.)?{self.layer}\.", name) for name in checkpoint}
         found = Counter(one[0] for name, one in matches.items() if one is not None and self.d in checkpoint.shape(name))
-        return [start for start, _ in found.most_common(1)]
+        return sorted(found, key=lambda start: (_shared_end(start, f"{self.layer_module}."), found[start]))[-1:]
+
+
+def _shared_end(path: str, other: str) -> int:
+    """Return how many parts two paths have in common at their ends."""
+    pairs = zip(reversed(path.split(".")), reversed(other.split(".")), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

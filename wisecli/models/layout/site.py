@@ -10,12 +10,12 @@ from wisecli.io.checkpoint import Checkpoint, read_json
 from wisecli.io.digest import sha256_json
 from wisecli.io.json_schema import shown
 from wisecli.models.layout.architectures import (
-    WIDTH_NAMES,
+    LONGEST_SIDE,
     Layout,
     known_layout,
     layer_count,
+    state_width,
     stored_weight,
-    text_settings,
 )
 from wisecli.models.layout.layer_site import LayerSite
 from wisecli.models.layout.matrix_site import MatrixSite
@@ -35,8 +35,6 @@ __all__ = [
 
 # The paper's best layers lie at about four fifths of the depth (section 3.3: layer 27 of 32), and so do ours.
 AUTO_DEPTH = 0.8
-# No model has a longer side.
-_LONGEST_SIDE = 2**31
 
 # As manifests keep one.
 StoredSite = LayerSite | MatrixSite
@@ -70,9 +68,8 @@ def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto"
     index = _layer_index(directory, layer, layout.depth or layer_count(directory))
     layer_module = f"{layout.layers}.{index}"
     if layout.value is None:
-        return LayerSite(
-            layout.architecture, index, layer_module, _width(directory), layout.above, layout.decoder, layout.streams
-        )
+        width = layout.width or state_width(directory)
+        return LayerSite(layout.architecture, index, layer_module, width, layout.above, layout.decoder, layout.streams)
     module = f"{layer_module}.{layout.value}"
     weight = stored_weight(checkpoint, module)
     if weight is None:
@@ -85,14 +82,6 @@ def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto"
     return MatrixSite(
         layout.architecture, index, layer_module, module, layout.transposed, d, d_ff, norm, layout.multiplier
     )
-
-
-def _width(directory: Path) -> int:
-    settings = text_settings(directory)
-    width = next((settings[name] for name in WIDTH_NAMES if name in settings), None)
-    if type(width) is not int or not 0 < width < _LONGEST_SIDE:
-        raise ModelError(f"{directory}: config.json has states of {str(width)[:40]!r} numbers; is it this model's?")
-    return width
 
 
 def _layer_index(directory: Path, layer: str | int, count: int) -> int:
@@ -125,7 +114,7 @@ def check_site(site: Site) -> None:
     Raises:
         ValueError: saying what cannot be right.
     """
-    if not (0 < site.d < _LONGEST_SIDE and 0 < site.width < _LONGEST_SIDE):
+    if not (0 < site.d < LONGEST_SIDE and 0 < site.width < LONGEST_SIDE):
         raise ValueError(f"`site` has a matrix of {site.d}×{site.width}")
     nested = site.module.startswith(f"{site.layer_module}.") and site.layer_module.endswith(f".{site.layer}")
     if site.layer < 0 or not nested:

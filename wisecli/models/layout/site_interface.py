@@ -133,7 +133,7 @@ class Site(ABC):
         return asdict(cast(Any, self))  # every site is a dataclass
 
     def router_layer(self, depth: int) -> int:
-        """Return the number of the layer, of ``depth``, whose states say what a prompt means; negative if none is below
-        this.
+        """Return the number of the layer, of ``depth``, whose states say what a prompt means: one below this, or of two
+        layers the first, which is this one; negative if there is none.
         """
-        return min(max(0, round(depth * _EARLY) - 1), self.layer - 1)
+        return min(max(0, round(depth * _EARLY) - 1), self.layer - 1 if depth > 2 else 0)

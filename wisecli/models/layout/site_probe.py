@@ -80,7 +80,7 @@ def verified_layout(
     if layout.known:
         return layout
     free = layout.behind_layers()
-    free = replace(free, streams=_streams(model, find_site(directory, checkpoint, layer, free)))
+    free = _with_states(model, find_site(directory, checkpoint, layer, free), free)
     behind = find_site(directory, checkpoint, layer, free)
     above = above_of(model, behind)
     require_known_context(model)
@@ -148,15 +148,17 @@ def _require_causal(model: PreTrainedModel, batch: Batch, plain: Tensor) -> None
 
 @torch.no_grad()
 def require_known_context(model: PreTrainedModel) -> None:
-    """Check that every pass of generation shows which tokens came before it.
+    """Check that generation reads a prompt's own tokens, and that every pass shows which came before it.
 
     Raises:
-        ModelError: the model keeps them elsewhere than in a cache that passes are given.
+        ModelError: the model keeps them elsewhere than in a cache that passes are given, or adds some to them.
     """
     short: list[bool] = []
+    first: list[Tensor] = []
 
     def note(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         ids = named.get("input_ids", args[0] if args else None)
+        first.extend([ids] if ids is not None and not first else ())
         short.append(ids is not None and ids.shape[1] == 1 and not isinstance(cache_given(named), Cache))
 
     batch = _batch(model)
@@ -167,6 +169,10 @@ def require_known_context(model: PreTrainedModel) -> None:
         except Exception as error:  # what an arbitrary model makes of a batch
             kind, reason = type(model).__name__, reason_of(error)
             raise ModelError(f"{kind} generates nothing from padded rows ({reason}); edit another model") from error
+    if first and not torch.equal(first[0], batch.ids):
+        raise ModelError(
+            f"{type(model).__name__} adds tokens of its own to what it is given, and answers there; edit another model"
+        )
     if any(short):
         raise ModelError(
             f"{type(model).__name__} keeps what it has read outside of a cache of tokens, so that no pass says which "
@@ -227,11 +233,11 @@ def decoder_of(model: PreTrainedModel, site: Site) -> str | None:
 
 
 @torch.no_grad()
-def _streams(model: PreTrainedModel, site: Site) -> int | None:
-    """Return the axis of several streams in what a layer gives, ``None`` where it gives states (B, T, d) alone.
+def _with_states(model: PreTrainedModel, site: Site, layout: Layout) -> Layout:
+    """Return a layout with the axis of several streams in what a layer gives, and the width of its states.
 
     Raises:
-        ModelError: it gives something else.
+        ModelError: it gives no states (B, T, d), with or without that axis.
     """
     kept: list[Any] = []
     batch = _batch(model)
@@ -242,16 +248,16 @@ def _streams(model: PreTrainedModel, site: Site) -> int | None:
             raise ModelError(f"the model does not run on tokens alone ({reason_of(error)}); edit another") from error
     if len(kept) != 1:
         raise ModelError(
-            f"{site.layer_module} runs {len(kept)} times a pass, and edits are made for one; edit a model whose layers "
-            "run one after the other"
+            f"{site.layer_module} runs {len(kept)} times a pass, and edits are made for one; choose another layer with "
+            "--layer, or edit a model whose layers run one after the other"
         )
     output = kept[0][0] if isinstance(kept[0], (tuple, list)) else kept[0]
     shape, wanted = tuple(getattr(output, "shape", ())), (*batch.ids.shape, site.d)
-    if shape == wanted:
-        return None
+    if shape[:-1] == wanted[:-1]:
+        return replace(layout, width=shape[-1])
     for axis in (0, 2):
         if len(shape) == len(wanted) + 1 and shape[:axis] + shape[axis + 1 :] == wanted:
-            return axis
+            return replace(layout, streams=axis)
     raise ModelError(f"{site.layer_module} gives no states (rows, tokens, {site.d}) but {shape}; edit another model")
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from wisecli.models.layout.architectures import CACHED
+from wisecli.models.layout.architectures import ALL, CACHED
 from wisecli.models.layout.site_interface import Site
 from wisecli.models.prompts.tokenization import Batch
 from wisecli.models.running.forward_pass import Selection, run_model
@@ -155,7 +155,8 @@ def captured(
     window: bool = False,
     shared: bool = False,
 ) -> Iterator[Activations]:
-    """Yield the :func:`capture` of every batch in turn; a streamed layer is read once for all batches.
+    """Yield the :func:`capture` of every batch in turn; a streamed layer is read once for all batches, unless layers
+    need more of those below them than the states that leave the last.
 
     Hooks on modules up to the site see the batches in order either way.
 
@@ -165,7 +166,7 @@ def captured(
         window: keep columns from the prompt's last token on only, as :meth:`Activations.from_window` does.
         shared: read what all rows of a batch begin with once; hooks then see neither all columns nor only batches.
     """
-    if stream is not None:
+    if stream is not None and site.above != ALL:
         yield from _swept(model, site, list(batches), stream, labelled=labelled, above=above, window=window)
         return
     beginnings = PrefixCache(partial(_read, model, site, above))

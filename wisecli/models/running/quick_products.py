@@ -15,7 +15,9 @@ from torch import nn
 from wisecli.environment import has_quick_bfloat16
 from wisecli.models.layout.site_interface import Site
 from wisecli.models.loading import Loaded
-from wisecli.models.running.activations import layers_of
+from wisecli.models.prompts.tokenization import Row, collate
+from wisecli.models.running.activations import capture, layers_of
+from wisecli.models.running.forward_pass import run_model
 
 
 @contextmanager
@@ -23,7 +25,8 @@ def quick_products(loaded: Loaded, site: Site | None = None) -> Iterator[None]:
     """Return a context in which a model computes in bfloat16 up to a site, or as a whole, where that is quicker.
 
     Parameters of the layers above the site stay as they are, as they are not run; buffers too, of which rotary
-    frequencies must stay exact. Afterwards every parameter is the tensor that it was.
+    frequencies must stay exact. Afterwards every parameter is the tensor that it was. A model that multiplies some
+    numbers in float32 whatever its own type, and so cannot be run otherwise, stays as it is.
     """
     model = loaded.model
     in_place = loaded.stream is None and model.device.type == "cpu" and model.dtype == torch.float32
@@ -36,7 +39,23 @@ def quick_products(loaded: Loaded, site: Site | None = None) -> Iterator[None]:
     try:
         for parameter, data in kept:
             parameter.data = data.to(torch.bfloat16)
+        if not _runs(loaded, site):
+            for parameter, data in kept:
+                parameter.data = data
         yield
     finally:
         for parameter, data in kept:
             parameter.data = data
+
+
+def _runs(loaded: Loaded, site: Site | None) -> bool:
+    """Return whether a model can be run as it is, up to a site or as a whole."""
+    batch = collate([Row((0, 1), (1,))]).to(loaded.model.device)
+    try:
+        if site is None:
+            run_model(loaded.model, batch, 0, None, None)
+        else:
+            capture(loaded.model, site, batch, above=False)
+    except Exception:  # what an arbitrary model makes of numbers of two types
+        return False
+    return True

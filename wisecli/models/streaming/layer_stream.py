@@ -7,29 +7,22 @@ one is read. The model's own forward pass and ``generate()`` work as they are; a
 
 from __future__ import annotations
 
-import logging
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.safetensors_header import read_header
-from wisecli.models.running.hooks import hooked, overridden
 from wisecli.models.streaming.layer_files import Places, buffer_size, locate, read_into
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 
 @dataclass
@@ -73,8 +66,9 @@ class LayerStream:
         assert isinstance(found, nn.ModuleList)
         self.layers, self.device, self.spool_bytes = found, device, spool_bytes
         headers = {path: read_header(path) for path in checkpoint.files}
-        places = places or {}
-        self._stored = [locate(checkpoint, f"{layers}.{n}", layer, headers, places) for n, layer in enumerate(found)]
+        self._stored = [
+            locate(checkpoint, f"{layers}.{n}", layer, headers, places or {}) for n, layer in enumerate(found)
+        ]
         self._empty = [dict(layer.named_parameters()) for layer in found]
         self.layer_bytes = max(map(buffer_size, self._stored))
         self._held: set[int] = set()
@@ -199,102 +193,3 @@ class LayerStream:
             for part in self._stored[number]
         }
         self.layers[number].load_state_dict(views, strict=False, assign=True)
-
-
-def load_streamed(
-    read: Callable[..., tuple[PreTrainedModel, dict[str, Any]]],
-    drawn: nn.Module,
-    directory: Path,
-    layers: str,
-    device: torch.device,
-    *,
-    spool_bytes: int,
-) -> tuple[PreTrainedModel, dict[str, Any], LayerStream]:
-    """Load all of a model but its decoder layers.
-
-    What a layer's parameters are made of, as a matrix of all experts of one for each, is put together once, in files of
-    a temporary directory.
-
-    Args:
-        read: loads the model and says what was missing, as ``from_pretrained`` does; takes a ``device_map``.
-        drawn: the model on the meta device.
-        layers: module path of the list of layers.
-
-    Raises:
-        ModelError: a layer's tensors are not in the checkpoint as the model has them.
-    """
-    count = len(list(drawn.get_submodule(layers).children()))
-    places = {path: str(device) for path in _beside(drawn, layers)}
-    places |= {f"{layers}.{number}": "disk" for number in range(count)}
-    written = Path(tempfile.mkdtemp(prefix="wise-layers-"))
-    discard = partial(shutil.rmtree, written, ignore_errors=True)
-    with ExitStack() as unless_loaded, _quiet(logging.getLogger("accelerate.big_modeling")):
-        unless_loaded.callback(discard)
-        model, info = read(device_map=places, offload_folder=str(written))
-        unless_loaded.pop_all()
-    weakref.finalize(model, discard)
-    offloaded = dict(_offloaded(model))
-    _take_hooks_off(model)
-    for layer in model.get_submodule(layers).children():
-        for module in layer.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(device))
-    stream = LayerStream(model, layers, Checkpoint(directory), device, spool_bytes=spool_bytes, places=offloaded)
-    stream.written = written
-    stream.width = _width(model, stream)
-    return model, info, stream
-
-
-@torch.no_grad()
-def _width(model: PreTrainedModel, stream: LayerStream) -> int:
-    """Return how long the tuples are that layers give, seen by running the first one on one token."""
-    kept: list[Any] = []
-    with ExitStack() as stack:
-        stack.enter_context(stream.filled(0))
-        stack.enter_context(hooked(stream.layers[0].register_forward_hook(lambda *given: kept.append(given[-1]))))
-        stack.enter_context(overridden(stream.layers[1:], lambda *_, **__: kept[0]))
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=stream.device), use_cache=False)
-    stream.release()
-    return len(kept[0]) if isinstance(kept[0], tuple) else 0
-
-
-def _beside(model: nn.Module, layers: str) -> Iterator[str]:
-    """Yield the paths of the modules that together hold all but the layers."""
-    parts = layers.split(".")
-    for depth, part in enumerate(parts):
-        parent = ".".join(parts[:depth])
-        for name, _ in model.get_submodule(parent).named_children():
-            if name != part:
-                yield f"{parent}.{name}".lstrip(".")
-
-
-def _offloaded(model: nn.Module) -> Iterator[tuple[str, tuple[Path, str]]]:
-    """Yield where accelerate would fetch each parameter from, and by which name."""
-    for module in model.modules():
-        hook = module.__dict__.get("_hf_hook")
-        for one in getattr(hook, "hooks", (hook,)):
-            weights = getattr(one, "weights_map", None)
-            index = getattr(getattr(weights, "dataset", weights), "index", None)
-            if index is not None:
-                for name, location in index.items():
-                    yield name, (Path(location["safetensors_file"]), location["weight_name"])
-                return
-
-
-def _take_hooks_off(model: nn.Module) -> None:
-    """Remove everything that accelerate put on the model to fetch layers by itself."""
-    remove_hook_from_module(model, recurse=True)
-    for module in model.modules():
-        module.__dict__.pop("forward", None)
-    for name in ("to", "cuda", "hf_device_map"):
-        model.__dict__.pop(name, None)
-
-
-@contextmanager
-def _quiet(logger: logging.Logger) -> Iterator[None]:
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

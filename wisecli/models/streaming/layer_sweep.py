@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from wisecli.models.running.hooks import overridden
 from wisecli.models.streaming.tensor_spill import Spool
@@ -29,10 +33,12 @@ def sweep(
     for layer in range(upto + 1):
         with stream.filled(layer, layer + 1 if layer < upto else None):
             for number, call in enumerate(calls):
+                if layer not in call:
+                    continue
                 args, named = call[layer]
                 given = [_renewed(one) for one in args], {name: _renewed(one) for name, one in named.items()}
                 output = stream.layers[layer](spool.take(f"hidden.{number}"), *given[0], **given[1])
-                spool.put(f"hidden.{number}", output[0] if isinstance(output, tuple) else output)
+                spool.put(f"hidden.{number}", output[0] if isinstance(output, (tuple, list)) else output)
                 if layer == upto:
                     after(number)
     stream.release()
@@ -40,23 +46,25 @@ def sweep(
 
 def _renewed(given: Any) -> Any:
     """Return what a layer is given, a cache that only this layer has seen instead of one for all."""
-    from transformers import DynamicCache
-
-    return DynamicCache() if isinstance(given, DynamicCache) else given
+    return copy.deepcopy(given) if isinstance(given, Cache) else given
 
 
 def _recorded(
     stream: LayerStream, run: Callable[[], object], spool: Spool, number: int
-) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Return what a pass gives each layer beside the hidden states: masks and positions are the architecture's own."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+) -> dict[int, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return what a pass gives each layer that it runs, beside the hidden states: masks and positions are the
+    architecture's own.
+    """
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
-    def stub(hidden_states: Tensor, *args: Any, **named: Any) -> Any:
+    def stub(layer: int, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
         if not calls:
             spool.put(f"hidden.{number}", hidden_states)
-        calls.append((args, named))
+        calls[layer] = args, named
         return (hidden_states, *[None] * (stream.width - 1)) if stream.width else hidden_states
 
-    with overridden(stream.layers, stub):
+    with ExitStack() as stubs:
+        for layer, module in enumerate(stream.layers):
+            stubs.enter_context(overridden([module], partial(stub, layer)))
         run()
     return calls

@@ -30,6 +30,5 @@ class LayerOutputMemory(EditedLayer):
             stop_if_reading(states)
             if route is None or is_off():
                 return output
-            memory, in_answer = route.memory.to(states.device), route.in_answer.to(states.device)
-            chosen = self.wise_memory.choices(states, memory, in_answer).chosen
+            chosen = self.wise_memory.choices(states, *route.at(states)).chosen
             return with_state(output, self.wise_memory.add(states, states, chosen), self.wise_streams)

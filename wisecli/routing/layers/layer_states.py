@@ -24,5 +24,6 @@ def state_of(output: Any, streams: int | None) -> Tensor:
 def with_state(output: Any, state: Tensor, streams: int | None) -> Any:
     """Return a layer's output with other states (B, T, d) in it."""
     if isinstance(output, (tuple, list)):
-        return type(output)([with_state(output[0], state, streams), *output[1:]])
+        changed = [with_state(output[0], state, streams), *output[1:]]
+        return output._make(changed) if hasattr(output, "_make") else type(output)(changed)
     return state if streams is None else output + (state - state_of(output, streams)).unsqueeze(streams)

@@ -73,12 +73,13 @@ class RoutedMatrix(Routed):
 
     def forward(self, keys: Tensor) -> Tensor:
         """Return the output (B, T, d) for keys (B, T, d_ff)."""
-        stop_if_reading(keys)
+        if self.state_layer is None:
+            stop_if_reading(keys)
         answer = F.linear(keys, self._matrix, self.bias)
         route = None if is_off() else current_route()
         if route is None:
             return answer
-        chosen = self.choices(keys, route.memory.to(keys.device), route.in_answer.to(keys.device)).chosen
+        chosen = self.choices(keys, *route.at(keys)).chosen
         return self.add(answer, keys, chosen)
 
     @property

@@ -56,6 +56,11 @@ class PassRoute:
     memory: Tensor
     in_answer: Tensor
 
+    def at(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both for the states of a layer (B, t, d), which may be those of the last tokens alone."""
+        last = slice(self.memory.shape[1] - states.shape[1], None)
+        return self.memory[:, last].to(states.device), self.in_answer[:, last].to(states.device)
+
 
 @dataclass(frozen=True)
 class Override:

@@ -6,7 +6,12 @@ from support.helpers import save_tiny
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from wisecli.edits.record import Edit, Translation
-from wisecli.export.stock.subject_texts import SubjectText, texts_on_edits, texts_on_names
+from wisecli.export.stock.subject_texts import (
+    SubjectText,
+    texts_on_edits,
+    texts_on_names,
+    texts_on_other_things,
+)
 from wisecli.models.prompts.prompt_forms import usable_forms
 
 EDIT = Edit(
@@ -74,3 +79,19 @@ def test_made_up_names_are_numbered_and_as_many_as_a_share_of_them(tokenizer: Pr
         assert all(0 <= one.place < len(one.tokens) for one in texts)
     assert len(few) < len(more)
     assert few == list(texts_on_names(tokenizer, 0.01))
+
+
+def test_places_at_which_no_name_ends_leave_out_the_names_of_all_edits(tokenizer: PreTrainedTokenizerBase) -> None:
+    inner = Edit("two", "The mayor is", "Norge", subject="mayor")
+    one = next(iter(texts_on_edits(tokenizer, [(EDIT, 0), (inner, 1)])))
+    assert ends(tokenizer, one) == "The mayor of Bravik"
+    within, around = ("".join(tokenizer.decode([one.tokens[place]]) for place in some) for some in (one[3], one[4]))
+    assert within == "Bravi"
+    # Without the letter at which the other edit's subject ends.
+    assert around == "The mayo of  is"
+
+
+def test_texts_on_other_things_are_drawn_the_same_again_and_a_share_of_them(tokenizer: PreTrainedTokenizerBase) -> None:
+    few, more = (texts_on_other_things(tokenizer, share) for share in (0.04, 0.1))
+    assert 0 < len(few) < len(more)
+    assert few == texts_on_other_things(tokenizer, 0.04)

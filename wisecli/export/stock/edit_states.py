@@ -126,7 +126,6 @@ def _texts(loaded: Loaded, manifest: Manifest) -> list[EditText]:
     tokenizer, end = loaded.tokenizer, end_token(loaded.model)
     trained = usable_forms(tokenizer, trained=True)
     found: dict[str, EditText] = {}
-    around: dict[str, EditText] = {}
     for number, edit in enumerate(manifest.edits):
         own = [(edit.prompt, edit.answer), *((one.prompt, one.target) for one in edit.translations)]
         texts = {form.render(tokenizer, prompt): answer for prompt, answer in own for form in trained}
@@ -134,11 +133,13 @@ def _texts(loaded: Loaded, manifest: Manifest) -> list[EditText]:
         for text, answer in texts.items():
             row = row_of(tokenizer, text, answer, erased=edit.erased, end=end)
             found[text] = EditText(row, number, True, text in exact)
-        name = name_of(edit)
+    for number in sorted({one.edit for one in found.values()}):
+        edit, name = manifest.edits[number], name_of(manifest.edits[number])
         for text in texts_around(tokenizer, name, None, random.Random(name)) if name else ():
-            row = row_of(tokenizer, text, edit.answer, erased=edit.erased, end=end)
-            around.setdefault(text, EditText(row, number, False, False))
-    return list((around | found).values())
+            if text not in found:
+                row = row_of(tokenizer, text, edit.answer, erased=edit.erased, end=end)
+                found[text] = EditText(row, number, False, False)
+    return list(found.values())
 
 
 def _memories(manifest: Manifest) -> list[int]:

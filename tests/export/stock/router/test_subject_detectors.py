@@ -32,7 +32,7 @@ EDITS = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Loaded, Site]:
-    base = save_base(tmp_path_factory.mktemp("detectors") / "base", hidden_size=64, head_dim=16)
+    base = save_base(tmp_path_factory.mktemp("detectors") / "base", hidden_size=96, head_dim=24)
     return load_model(base, CPU), find_site(base, Checkpoint(base), LAYER)
 
 
@@ -56,7 +56,7 @@ def test_edits_on_one_name_share_a_detector_and_some_have_none(
     found = subject_detectors(*model, EDITS, names, read, **NAMED)
     # The last edit's prompt does not name what is stated to be its subject.
     assert found.subject.tolist() == [0, 1, 0, -1, -1]
-    assert found.directions.shape == (2, 64)
+    assert found.directions.shape == (2, 96)
 
 
 def test_detectors_fire_at_their_names_and_hardly_elsewhere(

@@ -21,7 +21,7 @@ from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction
 
 # Prompts that are compared at a time.
 _AT_A_TIME = 64
-# How much less alike than would do two subjects in one form may be; and how much less as cosines have few bits.
+# How much less alike than would do two subjects in one form may be, and two that are compared with few bits.
 _SLACK, _FEW_BITS = 0.052, 0.02
 
 
@@ -56,8 +56,9 @@ class NearPrompts:
             least: probabilities (p,); what does not exceed them, or by its subject cannot, may be 0.
         """
         kept, pair = self.prompts_of_edit.members(meant)
-        likely = self._log_probs(0, asking[pair], kept, few_bits=True) >= least.log()[pair, None]
-        kept, pair = (part[likely.any(1)] for part in (kept, pair))
+        if self.quick.few_bits:
+            possible = self._log_probs(0, asking[pair], kept, few_bits=True) >= least.log()[pair, None]
+            kept, pair = (part[possible.any(1)] for part in (kept, pair))
         subject = self._log_probs(0, asking[pair], kept)
         close = subject >= least.log()[pair, None]
         some = close.any(1).nonzero().flatten()
@@ -70,7 +71,7 @@ class NearPrompts:
         (p,): (p, F).
 
         Args:
-            few_bits: whether those of subjects may be too high by as much as few bits make cosines too low.
+            few_bits: whether those of subjects may be somewhat too high, and none too low.
         """
         late_interaction = self.late_interaction
         rows, place = self.kept_tokens.members(kept + head * self.count)

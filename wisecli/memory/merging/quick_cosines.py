@@ -24,6 +24,11 @@ class QuickVectors:
     values: Tensor
     unit: float
 
+    @property
+    def few_bits(self) -> bool:
+        """Whether they are rounded."""
+        return self.values.dtype == torch.int8
+
     @classmethod
     def of(cls, vectors: Tensor) -> QuickVectors:
         """Return vectors (n, k) in the form that this processor multiplies fastest."""
@@ -40,13 +45,13 @@ class QuickVectors:
         values = self.values
         if isinstance(chosen, slice):
             return replace(self, values=values[chosen])
-        if values.dtype == torch.int8 and values.shape[1] % 8 == 0:  # eight bytes are gathered at once
+        if self.few_bits and values.shape[1] % 8 == 0:  # eight bytes are gathered at once
             return replace(self, values=values.view(torch.int64).index_select(0, chosen).view(torch.int8))
         return replace(self, values=values.index_select(0, chosen))
 
     def cosines(self, others: QuickVectors) -> tuple[Tensor, float]:
         """Return the cosines with others (m, k), and what those are to be multiplied by: (n, m)."""
-        if self.values.dtype != torch.int8:
+        if not self.few_bits:
             return self.values @ others.values.T, 1.0
         return torch._int_mm(self.values, others.values.T), self.unit * others.unit
 

@@ -19,8 +19,8 @@ from wisecli.memory.merging.quick_cosines import QuickVectors, highest_in_parts
 from wisecli.models.running.grouped_rows import rows_of
 from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction
 
-# Prompts that are compared at a time.
-_AT_A_TIME = 64
+# Prompts that are compared at a time; products have a multiple of so many rows, as few are added up otherwise.
+_AT_A_TIME, _ROWS = 64, 64
 # How much less alike than would do two subjects in one form may be, and two that are compared with few bits.
 _SLACK, _FEW_BITS = 0.052, 0.02
 
@@ -84,7 +84,8 @@ class NearPrompts:
             if few_bits:
                 cosines, unit = self.quick.rows(tokens).cosines(self.quick_kept.rows(some))
             else:
-                cosines = self.projected[head, tokens] @ F.embedding(some, late_interaction.prompt_token_embeddings).T
+                embeddings = F.embedding(F.pad(some, (0, -len(some) % _ROWS)), late_interaction.prompt_token_embeddings)
+                cosines = (self.projected[head, tokens] @ embeddings.T)[:, : len(some)]
             for form, part in enumerate(cosines.split(self.sizes_of_edit[edit])):
                 near[form, start : start + len(some)] = part.amax(0)
             start += len(some)

@@ -13,6 +13,8 @@ from wisecli.environment import has_quick_int8
 # Vectors are rounded to whole numbers from minus this to this: two products of larger ones, added up as AVX2 does it,
 # would overflow.
 _LARGEST = 78
+# How many times its root mean square a number of a vector is at most.
+_FURTHEST = 7.0
 # Vectors that are rounded at a time, and cosines that are held: those stay near the core.
 _ROWS, _AT_A_TIME = 1 << 12, 1 << 20
 
@@ -34,10 +36,11 @@ class QuickVectors:
         """Return vectors (n, k) in the form that this processor multiplies fastest."""
         if not has_quick_int8():
             return cls(vectors.float(), 1.0)
-        unit = max(map(abs, map(float, vectors.aminmax()))) / _LARGEST if vectors.numel() else 1.0
+        # The same for all, so that what else is compared changes nothing.
+        unit = min(1.0, _FURTHEST / vectors.shape[1] ** 0.5) / _LARGEST
         values = torch.empty(vectors.shape, dtype=torch.int8)
         for some, own in zip(vectors.split(_ROWS), values.split(_ROWS), strict=True):
-            own.copy_((some.float() / unit).round_())
+            own.copy_((some.float() / unit).round_().clamp_(-_LARGEST, _LARGEST))
         return cls(values, unit)
 
     def rows(self, chosen: Tensor | slice) -> QuickVectors:

@@ -85,8 +85,9 @@ def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) 
     }
     assert tensors.keys() == set(LATE_INTERACTION)
     late_interaction = LateInteraction(tensors, edits)
-    near = NearPrompts(late_interaction, tokens.projected, prompt_index)
-    twins = _twins(tokens.sums, torch.bincount(prompt_index, minlength=count))
+    twins, projected = _twins(tokens.sums, torch.bincount(prompt_index, minlength=count)), tokens.projected
+    del tokens  # with the sums
+    near = NearPrompts(late_interaction, projected, prompt_index)
     own_probs, others = _prompt_probs(near, form, twins)
     unrelated = unrelated_edit_probs(late_interaction, heads)
     written = written_probs(own_probs, prompt_to_edit, edits)

@@ -35,33 +35,33 @@ def text_edit_probs(late_interaction: LateInteraction, states: Tensor, text: Ten
     probs, tokens = torch.empty(count, late_interaction.edits), Groups(text, count)
     prompts = len(late_interaction.prompt_to_edit)
     few = has_quick_int8() and prompts >= _MANY
-    subjects = (late_interaction.token_to_prompt < (prompts if few else 0)).nonzero().flatten()
-    kept = QuickVectors.of(late_interaction.prompt_token_embeddings[subjects])
+    # Tokens of subjects come first.
+    subjects = int((late_interaction.token_to_prompt < prompts).sum()) if few else 0
+    kept = QuickVectors.of(late_interaction.prompt_token_embeddings[:subjects])
     for part in tokens.sizes.argsort(stable=True).split(_TEXTS):
         rows, there = tokens.padded(part)
         # What is no token of a text is its first once more, which changes no maximum.
         query = late_interaction.project(states[rows], torch.ones_like(there))
-        compared = _with_possible_prompts(late_interaction, query, subjects, kept) if few else late_interaction
+        compared = _with_possible_prompts(late_interaction, query, kept) if few else late_interaction
         probs[part] = compared.edit_probs(query)
     return probs
 
 
 def _with_possible_prompts(
-    late_interaction: LateInteraction, query: ProjectedPrompts, subjects: Tensor, kept: QuickVectors
+    late_interaction: LateInteraction, query: ProjectedPrompts, kept: QuickVectors
 ) -> LateInteraction:
     """Return late interaction with no other kept prompts than those whose subjects some texts may have, and the
     likeliest for each text.
 
     Args:
-        subjects: the rows of kept tokens of subjects (m,), which are ``kept``.
+        kept: the first of its tokens, those of subjects.
     """
     count, texts = len(late_interaction.prompt_to_edit), len(query.mask)
     columns = QuickVectors.of(query.projected[0].transpose(0, 1).flatten(0, 1))  # W · B
     scores = torch.zeros(count, texts)
     for some, near in highest_in_parts(kept, columns, texts):
-        rows = subjects[some]
-        weights = late_interaction.token_weights[rows, None]
-        scores.index_add_(0, late_interaction.token_to_prompt[rows], near * weights)
+        weights = late_interaction.token_weights[some, None]
+        scores.index_add_(0, late_interaction.token_to_prompt[some], near * weights)
     odds = math.log(HOPELESS / (1 - HOPELESS))
     hopeless = float(late_interaction.logit_offset[0]) + odds / float(late_interaction.logit_scale[0])
     least = scores.topk(MIN_COMPARED_PROMPTS, 0).values[-1].clamp(max=hopeless) - 2 * _SLACK

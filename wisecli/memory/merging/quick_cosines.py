@@ -67,8 +67,8 @@ def highest_in_parts(kept: QuickVectors, columns: QuickVectors, count: int) -> I
         columns: the tokens of prompts, the first of all B, then the second of all (W · B).
         count: how many prompts there are, B.
     """
-    size = -(-_AT_A_TIME // max(1, len(columns.values)))
-    for first in range(0, len(kept.values), size):
-        some = slice(first, first + size)
+    size, end = -(-_AT_A_TIME // max(1, len(columns.values))), len(kept.values)
+    for first in range(0, end, size):
+        some = slice(first, min(first + size, end))
         cosines, unit = kept.rows(some).cosines(columns)
         yield some, cosines.view(len(cosines), -1, count).amax(1).clamp(min=0) * unit

@@ -56,6 +56,14 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def has_quick_int8() -> bool:
+    """Return whether this machine's processor multiplies whole numbers of a byte faster than float32, by oneDNN."""
+    import torch
+
+    vectors = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return vectors and torch.backends.mkldnn.is_available()
+
+
 def has_quick_bfloat16() -> bool:
     """Return whether this machine's processor multiplies bfloat16 numbers faster than float32: by AMX or AVX-512."""
     import torch

@@ -22,7 +22,7 @@ _DEPTH = 64
 _LARGEST = 2**53
 _LARGEST_FLOAT = 1e300
 # Where JSON that `json.dumps` wrote has neither in it, no number within it is as large; some texts look like one.
-_LONG_NUMBER = re.compile(r"[\[ -]\d{16}")
+_LONG_NUMBER = re.compile(r"[\[ -]\d{16,}[,\]}]")
 _LARGE_NUMBER = re.compile(r"e\+(?<=\de\+)\d|(?:NaN|Infinity)(?![^,\]}])")
 # What pydantic found wrong, and what should stand there.
 _WHOLE, _NUMBER, _RECORD, _LIST = "a whole number", "a finite number", "an object", "a list"

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from wisecli.memory.fitting import unrelated_texts
 from wisecli.memory.fitting.unrelated_texts import text_edit_probs
+from wisecli.memory.merging import quick_cosines
 from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction
 
 D, WIDTH, EDITS, FORMS, TOKENS, TEXTS = 12, 8, 60, 2, 3, 40
@@ -35,7 +36,8 @@ def test_texts_mean_edits_as_likely_as_if_each_were_compared_with_all(
     many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(unrelated_texts, "_MANY", many)
-    monkeypatch.setattr(unrelated_texts, "has_quick_bfloat16", lambda: True)
+    monkeypatch.setattr(unrelated_texts, "has_quick_int8", lambda: True)
+    monkeypatch.setattr(quick_cosines, "has_quick_int8", lambda: True)
     meaning, chance = some_meaning(), torch.Generator().manual_seed(1)
     text = torch.arange(TEXTS).repeat_interleave(torch.randint(1, 9, (TEXTS,), generator=chance))
     states = torch.randn(len(text), D, generator=chance)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.artifacts.shard import PromptStates
-from wisecli.memory.merging import near_prompts
+from wisecli.memory.merging import quick_cosines
 from wisecli.memory.merging.near_prompts import Groups, NearPrompts
 from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction
 
@@ -68,9 +68,9 @@ def test_prompts_mean_edits_as_likely_as_if_each_were_asked() -> None:
     assert bool((near.probs(asking, meant, torch.zeros(len(meant))) > 0).all())
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.float32, torch.int8])
 def test_edits_with_similar_subjects_are_found(monkeypatch: pytest.MonkeyPatch, kind: torch.dtype) -> None:
-    monkeypatch.setattr(near_prompts, "has_quick_bfloat16", lambda: kind == torch.bfloat16)
+    monkeypatch.setattr(quick_cosines, "has_quick_int8", lambda: kind == torch.int8)
     meaning, (prompts, prompt) = some_meaning(), some_prompts()
     near, expected = near_prompts_of(meaning, prompts, prompt), expected_probs(meaning, prompts, prompt)
     asking, meant = near.similar_edits(torch.zeros(EDITS * FORMS, dtype=torch.long))

@@ -85,9 +85,11 @@ def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) 
     }
     assert tensors.keys() == set(LATE_INTERACTION)
     late_interaction = LateInteraction(tensors, edits)
-    near = NearPrompts(late_interaction, tokens.projected, prompt_index)
     twins = _twins(tokens.sums, torch.bincount(prompt_index, minlength=count))
+    near = NearPrompts(late_interaction, tokens.projected, prompt_index)
+    del tokens  # with the sums of states
     own_probs, others = _prompt_probs(near, form, twins)
+    del near  # with the projected tokens
     unrelated = unrelated_edit_probs(late_interaction, heads)
     written = written_probs(own_probs, prompt_to_edit, edits)
     return FittedLateInteraction(tensors, own_probs, written, others, unrelated, late_interaction)

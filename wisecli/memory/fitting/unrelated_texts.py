@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from wisecli.artifacts.background_stats import RouterHeads
-from wisecli.environment import has_quick_bfloat16
-from wisecli.memory.merging.near_prompts import Groups, highest
+from wisecli.environment import has_quick_int8
+from wisecli.memory.merging.near_prompts import Groups
+from wisecli.memory.merging.quick_cosines import QuickVectors, highest_in_parts
 from wisecli.routing.deciding.late_interaction import (
     HOPELESS,
     LATE_INTERACTION,
@@ -18,8 +19,8 @@ from wisecli.routing.deciding.late_interaction import (
     ProjectedPrompts,
 )
 
-# Texts that are compared at a time, and tokens of kept prompts.
-_TEXTS, _TOKENS = 32, 2048
+# Texts that are compared at a time.
+_TEXTS = 32
 # From so many kept prompts on, those are looked for first with few bits; the scores of those are off by less.
 _MANY, _SLACK = 2048, 0.02
 
@@ -32,27 +33,35 @@ def unrelated_edit_probs(late_interaction: LateInteraction, heads: RouterHeads) 
 def text_edit_probs(late_interaction: LateInteraction, states: Tensor, text: Tensor, count: int) -> Tensor:
     """Return the probability that each text means each edit, from its tokens' states (n, d): (texts, M)."""
     probs, tokens = torch.empty(count, late_interaction.edits), Groups(text, count)
-    few = has_quick_bfloat16() and len(late_interaction.prompt_to_edit) >= _MANY
+    prompts = len(late_interaction.prompt_to_edit)
+    few = has_quick_int8() and prompts >= _MANY
+    # Tokens of subjects come first.
+    subjects = int((late_interaction.token_to_prompt < prompts).sum()) if few else 0
+    kept = QuickVectors.of(late_interaction.prompt_token_embeddings[:subjects])
     for part in tokens.sizes.argsort(stable=True).split(_TEXTS):
         rows, there = tokens.padded(part)
         # What is no token of a text is its first once more, which changes no maximum.
         query = late_interaction.project(states[rows], torch.ones_like(there))
-        compared = _with_possible_prompts(late_interaction, query) if few else late_interaction
+        compared = _with_possible_prompts(late_interaction, query, kept) if few else late_interaction
         probs[part] = compared.edit_probs(query)
     return probs
 
 
-def _with_possible_prompts(late_interaction: LateInteraction, query: ProjectedPrompts) -> LateInteraction:
+def _with_possible_prompts(
+    late_interaction: LateInteraction, query: ProjectedPrompts, kept: QuickVectors
+) -> LateInteraction:
     """Return late interaction with no other kept prompts than those whose subjects some texts may have, and the
     likeliest for each text.
+
+    Args:
+        kept: the first of its tokens, those of subjects.
     """
     count, texts = len(late_interaction.prompt_to_edit), len(query.mask)
-    columns = query.projected[0].transpose(0, 1).flatten(0, 1).bfloat16().T.contiguous()  # (k, W · B)
+    columns = QuickVectors.of(query.projected[0].transpose(0, 1).flatten(0, 1))  # W · B
     scores = torch.zeros(count, texts)
-    for rows in (late_interaction.token_to_prompt < count).nonzero().flatten().split(_TOKENS):
-        cosines = late_interaction.prompt_token_embeddings[rows].bfloat16() @ columns
-        near = highest(cosines.view(len(rows), -1, texts)) * late_interaction.token_weights[rows, None]
-        scores.index_add_(0, late_interaction.token_to_prompt[rows], near)
+    for some, near in highest_in_parts(kept, columns, texts):
+        weights = late_interaction.token_weights[some, None]
+        scores.index_add_(0, late_interaction.token_to_prompt[some], near * weights)
     odds = math.log(HOPELESS / (1 - HOPELESS))
     hopeless = float(late_interaction.logit_offset[0]) + odds / float(late_interaction.logit_scale[0])
     least = scores.topk(MIN_COMPARED_PROMPTS, 0).values[-1].clamp(max=hopeless) - 2 * _SLACK

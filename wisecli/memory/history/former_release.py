@@ -18,7 +18,7 @@ from wisecli.memory.merging.merger import Merger
 
 # The key of what the file says of itself, and the number of the way in which memories are merged: it goes up whenever
 # the same shards come to make other tensors.
-_ABOUT, _MERGING = "wise.probabilities", 1
+_ABOUT, _MERGING = "wise.probabilities", 2
 # Further edits are compared by themselves where there are so many times as many before them.
 _TIMES = 8
 

@@ -2,28 +2,27 @@
 
 Thousands of edits are compared with each other, and hardly any two are alike. So subjects are compared first with as
 few bits as this processor is quicker with, and prompts with those in the same form alone: names that are alike in any
-two forms are nearly as alike in one.
+two forms are nearly as alike in one. Those that are alike are compared in all forms, again with few bits first.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.environment import has_quick_bfloat16
+from wisecli.memory.merging.quick_cosines import QuickVectors, highest_in_parts
 from wisecli.models.running.grouped_rows import rows_of
 from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction
 
-# Prompts that are compared at a time.
-_AT_A_TIME = 64
-# Tokens of others that they are compared with at a time, by the type of the cosines: those stay near the core.
-_TOKENS = {torch.bfloat16: 2048, torch.float32: 512}
-# How much less alike than would do two subjects in one form may be; cosines of few bits are off by less than a third.
-_SLACK = 0.05
+# Prompts that are compared at a time; products have a multiple of so many rows, as few are added up otherwise.
+_AT_A_TIME, _ROWS = 64, 64
+# How much less alike than would do two subjects in one form may be, and two that are compared with few bits.
+_SLACK, _FEW_BITS = 0.052, 0.02
 
 
 class NearPrompts:
@@ -43,7 +42,11 @@ class NearPrompts:
         self.tokens = Groups(prompt_index, self.count)
         parts = self.tokens.sizes.split(self.prompts_of_edit.sizes.tolist())
         self.sizes_of_edit = [part.tolist() for part in parts]
-        self.projected_of_edit = projected.split(list(map(sum, self.sizes_of_edit)), 1)
+        self.first_of_edit = [0, *accumulate(map(sum, self.sizes_of_edit))]
+        # Tokens of subjects come first among those that are kept.
+        subjects = int((late_interaction.token_to_prompt < self.count).sum())
+        self.quick = QuickVectors.of(projected[0])
+        self.quick_kept = QuickVectors.of(late_interaction.prompt_token_embeddings[:subjects])
 
     def probs(self, asking: Tensor, meant: Tensor, least: Tensor) -> Tensor:
         """Return how likely each prompt of some edits means another edit (p, F), 0 where an edit has fewer prompts.
@@ -53,6 +56,9 @@ class NearPrompts:
             least: probabilities (p,); what does not exceed them, or by its subject cannot, may be 0.
         """
         kept, pair = self.prompts_of_edit.members(meant)
+        if self.quick.few_bits:
+            possible = self._log_probs(0, asking[pair], kept, few_bits=True) >= least.log()[pair, None]
+            kept, pair = (part[possible.any(1)] for part in (kept, pair))
         subject = self._log_probs(0, asking[pair], kept)
         close = subject >= least.log()[pair, None]
         some = close.any(1).nonzero().flatten()
@@ -60,23 +66,33 @@ class NearPrompts:
         probs = both.new_zeros(len(asking), both.shape[1])
         return probs.scatter_reduce(0, pair[some, None].expand_as(both), both, "amax")
 
-    def _log_probs(self, head: int, asking: Tensor, kept: Tensor) -> Tensor:
+    def _log_probs(self, head: int, asking: Tensor, kept: Tensor, *, few_bits: bool = False) -> Tensor:
         """Return the log-probabilities that prompts of edits (p,), ascending, have the subject or relation of kept ones
         (p,): (p, F).
+
+        Args:
+            few_bits: whether those of subjects may be somewhat too high, and none too low.
         """
         late_interaction = self.late_interaction
         rows, place = self.kept_tokens.members(kept + head * self.count)
         edits, counts = asking[place].unique_consecutive(return_counts=True)
         # The highest cosine of each of those tokens with every prompt; it stays where an edit has fewer prompts.
         near, start = torch.full((int(self.prompts_of_edit.sizes.max()), len(rows)), -torch.inf), 0
+        unit = 1.0
         for edit, some in zip(edits.tolist(), rows.split(counts.tolist()), strict=True):
-            own = self.projected_of_edit[edit][head]
-            cosines = own @ F.embedding(some, late_interaction.prompt_token_embeddings).T
+            tokens = slice(*self.first_of_edit[edit : edit + 2])
+            if few_bits:
+                cosines, unit = self.quick.rows(tokens).cosines(self.quick_kept.rows(some))
+            else:
+                embeddings = F.embedding(F.pad(some, (0, -len(some) % _ROWS)), late_interaction.prompt_token_embeddings)
+                cosines = (self.projected[head, tokens] @ embeddings.T)[:, : len(some)]
             for form, part in enumerate(cosines.split(self.sizes_of_edit[edit])):
                 near[form, start : start + len(some)] = part.amax(0)
             start += len(some)
-        near *= late_interaction.token_weights[rows]
+        near *= late_interaction.token_weights[rows] * unit
         scores = near.new_zeros(len(near), len(kept)).index_add_(1, place, near).T
+        if few_bits:
+            scores += _FEW_BITS
         return F.logsigmoid(late_interaction.logit_scale[head] * (scores - late_interaction.logit_offset[head]))
 
     def similar_edits(self, groups: Tensor, *, beside: int = 0) -> tuple[Tensor, Tensor]:
@@ -107,31 +123,16 @@ class NearPrompts:
             return
         late_interaction = self.late_interaction
         rows, index = self.kept_tokens.members(kept)
-        dtype = torch.bfloat16 if has_quick_bfloat16() else torch.float32
-        embeddings = late_interaction.prompt_token_embeddings[rows].to(dtype)
-        weights = late_interaction.token_weights[rows, None]
-        parts = list(zip(*(one.split(_TOKENS[dtype]) for one in (embeddings, index, weights)), strict=True))
+        embeddings, weights = self.quick_kept.rows(rows), late_interaction.token_weights[rows, None]
         odds = math.log(HOPELESS / (1 - HOPELESS))
         least = float(late_interaction.logit_offset[0]) + odds / float(late_interaction.logit_scale[0]) - _SLACK
         for part in asking[self.tokens.sizes[asking].argsort(stable=True)].split(_AT_A_TIME):
-            tokens = self.tokens.padded(part)[0]
-            columns = F.embedding(tokens.T.flatten(), self.projected[0]).to(dtype).T.contiguous()  # (k, W · B)
+            columns = self.quick.rows(self.tokens.padded(part)[0].T.flatten())  # W · B
             scores = torch.zeros(len(kept), len(part))
-            for some, prompt, weight in parts:
-                scores.index_add_(0, prompt, highest((some @ columns).view(len(some), -1, len(part))) * weight)
+            for some, highest in highest_in_parts(embeddings, columns, len(part)):
+                scores.index_add_(0, index[some], highest * weights[some])
             near, place = (scores >= least).nonzero(as_tuple=True)
             yield late_interaction.prompt_to_edit[part[place]], late_interaction.prompt_to_edit[kept[near]]
-
-
-def highest(cosines: Tensor) -> Tensor:
-    """Return the highest of cosines (n, W, b) over W, or nought if all are less: (n, b).
-
-    Those of few bits are compared as the whole numbers that stand for them, several times as fast: from nought on the
-    order is the same.
-    """
-    if cosines.dtype != torch.bfloat16:
-        return cosines.amax(1).clamp(min=0)
-    return cosines.view(torch.int16).amax(1).clamp(min=0).view(torch.bfloat16)
 
 
 class Groups:

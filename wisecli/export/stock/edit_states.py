@@ -7,6 +7,7 @@ below is edited, so what is to be told apart can be captured from the base model
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -78,6 +79,13 @@ class ReadTexts:
     def numbers(self) -> dict[tuple[int, ...], int]:
         """Return each text's number, by its prompt's tokens."""
         return {one.row.prompt: number for number, one in enumerate(self.texts)}
+
+    def standing_for(self, edits: Sequence[int]) -> ReadTexts:
+        """Return the texts with those of each edit as another's, by number: one edit of several on one fact."""
+        texts = tuple(one._replace(edit=edits[one.edit]) for one in self.texts)
+        values = {place: value for place, value in self.values.items() if edits[place.edit] == place.edit}
+        moved = {place._replace(edit=edits[place.edit]): value for place, value in self.values.items()}
+        return ReadTexts(texts, self.late, moved | values)
 
     def answers(self) -> EditStates:
         """Return the states at which edits are to be answered."""

@@ -19,8 +19,8 @@ from wisecli.export.stock.router.separation import Separation, from_group_means,
 # How much the length of directions costs; by how much less than nothing it reads outside answers whether a token is
 # inside one.
 _RIDGE, _DEPTH = 0.01, 0.2
-# By how much less than nothing places read at tokens that attention rests on.
-_SHUT = 1.0
+# By how much less than nothing first places read at tokens that attention rests on; what others read there at most.
+_SHUT, _NEARLY = 1.0, 0.1
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,14 @@ def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tens
         inside[edit] = torch.cat([(plane @ turn.T)[0], constant])
         directions[first], offsets[first] = -inside[edit, :-1], 1 - inside[edit, -1]
     if len(sinks):
-        # Their norm is so large that extra channels read as nought there: nothing else would keep first places closed.
-        # Others are told from sinks: an answer's own tokens may be half a sink, as a blank behind a question is.
+        # Their norm is so large that extra channels read as nought there: nothing else would keep places closed. No
+        # more is taken away than must be, as an answer's own tokens may be half a sink: a blank behind a question is.
         plane, constant = _apart(sinks, torch.cat([elsewhere, states.states]))
-        less = ((sinks @ directions.T + offsets).amax(0).clamp(min=0) + _SHUT) * is_first
+        at_sinks = (sinks @ directions.T + offsets).amax(0)
+        less = torch.where(is_first > 0, at_sinks.clamp(min=0) + _SHUT, (at_sinks - _NEARLY).clamp(min=0))
         directions, offsets = directions - less[:, None] * plane, offsets - less * constant
+        begun = (sinks @ inside[:, :-1].T + inside[:, -1]).amax(0).clamp(min=0) + _SHUT
+        inside = inside - begun[:, None] * torch.cat([plane, constant[None]])
     return AnswerPlaces(states.edits, directions, offsets, states.values, inside)
 
 

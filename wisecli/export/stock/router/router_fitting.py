@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,12 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.artifacts.memory_manifest import Manifest
+from wisecli.edits.record import Edit
 from wisecli.export.stock.edit_states import ReadTexts, read_texts
 from wisecli.export.stock.late_states import LateStates, Rotation, rotation_of
 from wisecli.export.stock.router.answer_places import answer_places
 from wisecli.export.stock.router.reader_training import relation_reader
 from wisecli.export.stock.router.relation_reader import RelationReader
 from wisecli.export.stock.router.router_blocks import Router
+from wisecli.export.stock.router.separation import Separation
 from wisecli.export.stock.router.subject_detectors import name_states, subject_detectors
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
@@ -24,6 +28,9 @@ from wisecli.progress import ProgressCallback
 _SURER = 3.0
 # Log odds by which an edit's own prompts open it at least, unless that takes more than so many off the threshold.
 _SPARE, _LOWER = 1.0, 4.0
+# Relations of one subject are much the same from this cosine on; log odds by which the other's prompts close an edit
+# then, and what the length of the direction costs. The threshold of an edit for which another stands.
+_SIMILAR, _CONFLICT, _RIDGE, _NEVER = 0.7, 10.0, 1e-3, 100.0
 # States of unrelated tokens that answers are told from.
 _ELSEWHERE = 4000
 # Texts whose relations are read side by side.
@@ -45,32 +52,89 @@ def fitted_router(
     names = name_states(loaded, site, identity, share=share, **named)
     read = read_texts(loaded, manifest, **named)
     detectors = subject_detectors(loaded, site, edits, names, read, **named)
-    relations, least = edit_relations(loaded, site, reader, read, len(edits))
-    places = answer_places(read.answers(), len(edits), names.others[-_ELSEWHERE:], names.sinks)
+    asked = own_questions(loaded, site, reader, read)
+    read = read.standing_for(one_of_each_fact(asked, detectors.subject, edits))
+    relations, least = edit_relations(reader, asked.of(read), len(edits))
     usual = reader.threshold.detach() + torch.where(detectors.subject < 0, _SURER, 0.0)
-    thresholds = usual.minimum((least - _SPARE).maximum(usual - _LOWER))
+    thresholds = usual.minimum((least - _SPARE).maximum(usual - _LOWER)).where(least < torch.inf, _NEVER)
+    relations, thresholds = told_apart(reader, asked.of(read), relations, thresholds, detectors.subject)
+    places = answer_places(read.answers(), len(edits), names.others[-_ELSEWHERE:], names.sinks)
     inverse, scaling = 1 / float(reader.gain), rotation_of(loaded, site, 1).scaling
     return Router(reader, relations, thresholds, detectors, places, inverse, scaling)
 
 
-@torch.no_grad()
-def edit_relations(
-    loaded: Loaded, site: Site, reader: RelationReader, read: ReadTexts, edits: int
-) -> tuple[Tensor, Tensor]:
-    """Return the code of each edit's relation (e, c), of length 1: the mean over its own prompts in trained forms; and
-    the least log odds (e,), without a threshold, by which one of them asks it.
+@dataclass(frozen=True)
+class OwnQuestions:
+    """What a reader makes of edits' own prompts in trained forms, ``texts`` (n,) by number: ``codes`` (n, c) of the
+    relation, how much each ``asks`` (n,), and the ``edit`` (n,).
     """
+
+    texts: Tensor
+    codes: Tensor
+    asks: Tensor
+    edit: Tensor
+
+    def of(self, read: ReadTexts) -> OwnQuestions:
+        """Return the same of the edits that texts are now of."""
+        return replace(self, edit=torch.tensor([read.texts[number].edit for number in self.texts.tolist()]))
+
+    def means(self, edits: int) -> Tensor:
+        """Return the mean code of each edit (e, c), of length 1; 0 for those without texts."""
+        return F.normalize(torch.zeros(edits, self.codes.shape[1]).index_add(0, self.edit, self.codes), dim=-1)
+
+
+@torch.no_grad()
+def own_questions(loaded: Loaded, site: Site, reader: RelationReader, read: ReadTexts) -> OwnQuestions:
+    """Return what a reader makes of edits' own prompts."""
     own = torch.tensor([number for number, one in enumerate(read.texts) if one.own])
     lengths = torch.tensor([len(one.row.prompt) for one in read.texts])
-    number, rotation = (
-        torch.tensor([read.texts[one].edit for one in own]),
-        rotation_of(loaded, site, int(lengths.max())),
-    )
+    rotation = rotation_of(loaded, site, int(lengths.max()))
     parts = [read_ends(reader, read.late, texts, lengths[texts], rotation) for texts in own.split(_TOGETHER)]
     codes, asks = (torch.cat(part) for part in zip(*parts, strict=True))
-    relations = F.normalize(torch.zeros(edits, codes.shape[1]).index_add(0, number, codes), dim=-1)
-    odds = reader.kappa * (codes * relations[number]).sum(1) + asks
-    return relations, torch.full((edits,), torch.inf).scatter_reduce(0, number, odds, "amin")
+    return OwnQuestions(own, codes, asks, torch.empty(0)).of(read)
+
+
+def one_of_each_fact(asked: OwnQuestions, subject: Tensor, edits: Sequence[Edit]) -> list[int]:
+    """Return for each edit which one stands for it: the last that asks much the same relation of the same subject
+    (e,) and has the same answer.
+    """
+    alike, stands = _similar(asked.means(len(edits)), subject), list(range(len(edits)))
+    for number in reversed(range(len(edits))):
+        later = [other for other in alike[number].nonzero()[:, 0].tolist() if other > number]
+        same = [other for other in later if edits[other].answer == edits[number].answer]
+        stands[number] = stands[same[-1]] if same else number
+    return stands
+
+
+def edit_relations(reader: RelationReader, asked: OwnQuestions, edits: int) -> tuple[Tensor, Tensor]:
+    """Return the code of each edit's relation (e, c), and the least log odds (e,), without a threshold, by which one of
+    its own prompts asks it.
+    """
+    relations = asked.means(edits)
+    odds = reader.kappa.detach() * (asked.codes * relations[asked.edit]).sum(1) + asked.asks
+    return relations, torch.full((edits,), torch.inf).scatter_reduce(0, asked.edit, odds, "amin")
+
+
+def told_apart(
+    reader: RelationReader, asked: OwnQuestions, relations: Tensor, thresholds: Tensor, subject: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return relations (e, c) and thresholds (e,) of edits that close where an own prompt of another is asked, if both
+    ask much the same of one subject (e,) and have different answers.
+    """
+    relations, thresholds, kappa = relations.clone(), thresholds.clone(), float(reader.kappa.detach())
+    alike = _similar(relations, subject)
+    for edit in alike.any(1).nonzero()[:, 0].tolist():
+        own, others = (asked.codes[asked.edit == edit], asked.codes[alike[edit][asked.edit]])
+        direction, offset = Separation(own, torch.zeros(len(own), dtype=torch.long), others, _RIDGE).solved()
+        relations[edit] += _CONFLICT / kappa * direction[0]
+        thresholds[edit] += _CONFLICT * (1 - offset[0])
+    return relations, thresholds
+
+
+def _similar(relations: Tensor, subject: Tensor) -> Tensor:
+    """Return which edits ask much the same relation of the same subject as another: (e, e)."""
+    same = (subject[:, None] == subject) & (subject >= 0) & ~torch.eye(len(subject), dtype=torch.bool)
+    return same & (relations @ relations.T > _SIMILAR)
 
 
 def read_ends(

@@ -30,7 +30,7 @@ def drawn(seed: int, *shape: int) -> torch.Tensor:
 def asked() -> OwnQuestions:
     """Codes of a relation, moved a little by each edit's wording and less by the form."""
     edit = torch.arange(len(EDITS)).repeat_interleave(WAYS)
-    relation = 4 * F.one_hot(RELATION[edit], CODE) + 0.5 * drawn(1, len(EDITS), CODE)[edit]
+    relation = 9 * F.one_hot(RELATION[edit], CODE) + 1.2 * drawn(1, len(EDITS), CODE)[edit]
     return OwnQuestions(torch.arange(len(edit)), relation + 0.1 * drawn(2, len(edit), CODE), torch.zeros(25), edit)
 
 

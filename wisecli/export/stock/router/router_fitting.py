@@ -30,7 +30,7 @@ _SURER = 3.0
 _SPARE, _LOWER = 1.0, 4.0
 # Relations of one subject are much the same from this cosine on; log odds by which the other's prompts close an edit
 # then, and what the length of the direction costs. The threshold of an edit for which another stands.
-_SIMILAR, _CONFLICT, _RIDGE, _NEVER = 0.7, 10.0, 1e-3, 100.0
+_SIMILAR, _CONFLICT, _RIDGE, _NEVER = 0.7, 10.0, 1.0, 100.0
 # States of unrelated tokens that answers are told from.
 _ELSEWHERE = 4000
 # Texts whose relations are read side by side.

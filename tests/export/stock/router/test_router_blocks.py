@@ -25,8 +25,8 @@ from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import find_site
 
 LAYER, HIDDEN, HEAD, CODE, EDITS = 2, 32, 16, 6, 5
-# How large the router writes what it says.
-AMPLITUDE = 0.1
+# How large the router writes what it says, as shares of the length of states.
+QUIET, LOUD = 1 / 4000, 1 / 400
 # Each token stands once, so that a name is named once.
 TOKENS = torch.randperm(95, generator=torch.Generator().manual_seed(0)) + 2
 ROWS = [tuple(row.tolist()) for row in TOKENS[:47].split([9, 14, 11, 13])]
@@ -155,7 +155,8 @@ def apart(found: Tensor, wanted: Tensor) -> float:
 
 
 def of(found: Made, stream: Tensor, part: str) -> Tensor:
-    return stream[:, Channels.of(found.router)[part]] / AMPLITUDE
+    share = QUIET if part in ("features", "relation", "asked") else LOUD
+    return stream[:, Channels.of(found.router)[part]] / (share * HIDDEN**0.5 / found.router.inverse)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -212,6 +213,14 @@ def test_a_written_router_computes_what_it_says(tmp_path: Path, layout: str) -> 
     assert opened_once
     assert named_once
     assert placed_once
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_weight_is_larger_than_sixteen_bits_hold(tmp_path: Path, layout: str) -> None:
+    found = made(tmp_path, layout)
+    blocks = router_blocks(found.router, base_settings(found.base), found.multiplier)
+    largest = max(float(tensor.abs().max()) for block in blocks for tensor in block.tensors.values())
+    assert 20 < largest < torch.finfo(torch.float16).max
 
 
 @torch.no_grad()

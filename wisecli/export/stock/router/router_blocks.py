@@ -32,8 +32,9 @@ from wisecli.export.stock.router.subject_detectors import SubjectDetectors
 
 # From closed to open, in units of what a step's neurons read.
 WIDTH = 20.0
-# How large codes are in the stream, beside states of length 20 and more.
-_AMPLITUDE = 0.1
+# How large features and relations are in the stream, as shares of how long its states are; and codes and the constant,
+# which are one number or seldom there: so large that the weights that read them fit into 16 bits.
+_QUIET, _LOUD = 1 / 4000, 1 / 400
 # Channels of subjects' and of edits' codes.
 _SUBJECT, _EDIT = 40, 45
 # Subjects are looked for by so many heads at most, each its share of them; so many of a group of queries at most.
@@ -43,10 +44,8 @@ _FIRED, _OF_GROUP = 8, 4
 _AMONG, _BEYOND, _SURELY = 0.6, 0.1, 0.7
 # From closed to open: readings of detectors, log odds, readings of places; scores by which a name is looked at.
 _FIRE_RAMP, _AMONG_RAMP, _ODDS_RAMP, _PLACE_RAMP, _ATTENDED = 0.1, 0.1, 0.5, 0.2, 20.0
-# Log odds that a missing subject takes away; readings that a closed edit takes away from its places.
-_MISSING, _CLOSED = 22.0, 8.0
-# Log odds that the begun answer of an edit adds.
-_BEGUN = 6.0
+# Log odds that a missing subject takes away and a begun answer adds; readings that a closed edit takes from its places.
+_MISSING, _BEGUN, _CLOSED = 22.0, 6.0, 8.0
 
 
 @dataclass(frozen=True)
@@ -136,6 +135,8 @@ class _Writer:
         self._channels = Channels.of(router)
         # What the norm of a wide stream multiplies extra channels by, as a rule.
         self._factor = router.inverse / math.sqrt(widening.share)
+        length = math.sqrt(self._channels.hidden) / router.inverse
+        self._quiet, self._loud = _QUIET * length, _LOUD * length
         # Heads that look for subjects, by their places in groups of queries.
         self._a_group = sizes.queries // sizes.shared
         self._of_group = min(_OF_GROUP, self._a_group)
@@ -153,9 +154,8 @@ class _Writer:
         reader, detectors = router.reader, router.detectors
         reads, adds = self._rows(len(detectors.offsets)), self._rows(len(detectors.offsets))
         reads[:, : channels.hidden] = detectors.directions * (WIDTH / _FIRE_RAMP)
-        adds[:, channels["name"]] = self._names * _AMPLITUDE
-        number = torch.arange(len(adds))
-        adds[number, channels.one("fired") + number % self._heads] = _AMPLITUDE
+        adds[:, channels["name"]] = self._names * self._loud
+        adds[number := torch.arange(len(adds)), channels.one("fired") + number % self._heads] = self._loud
         steps = _Steps(reads, detectors.offsets * (WIDTH / _FIRE_RAMP) + WIDTH / 2, adds)
         count = reader.sizes.neurons
         blocks = list(_feed_forwards(self._sizes, steps, first=count))
@@ -163,14 +163,14 @@ class _Writer:
         first["mlp.gate_proj.weight"][:count, : channels.hidden] = reader.neurons.weight.detach()
         first["mlp.gate_proj.bias"][:count] = reader.neurons.bias.detach()
         first["mlp.up_proj.bias"][:count] = 1
-        first["mlp.down_proj.weight"][channels["features"], :count] = reader.features.weight.detach() * _AMPLITUDE
+        first["mlp.down_proj.weight"][channels["features"], :count] = reader.features.weight.detach() * self._quiet
         first["mlp.down_proj.bias"] = torch.zeros(self._width)
-        first["mlp.down_proj.bias"][channels.one("constant")] = _AMPLITUDE
+        first["mlp.down_proj.bias"][channels.one("constant")] = self._loud
         yield from blocks
 
     def names_pooled(self) -> dict[str, Tensor]:
         """Return the attention of which each head is the mean of the codes of its share of all names so far."""
-        channels, size, read = self._channels, self._router.reader.sizes.head_dim, self._factor * _AMPLITUDE
+        channels, size, read = self._channels, self._router.reader.sizes.head_dim, self._factor * self._loud
         query, key = torch.zeros(self._sizes.queries), self._rows(self._sizes.shared)
         value, output = self._rows(self._sizes.shared), torch.zeros(self._width, self._sizes.queries)
         codes = channels.size("name")
@@ -184,8 +184,8 @@ class _Writer:
             key[group * size + slow, channels.one("fired") + head] = 1 / read
             value[group * size : group * size + codes, channels["name"]] = torch.eye(codes) / read
             value[group * size + codes, channels.one("constant")] = 1 / read
-            output[channels["names"], begin : begin + codes] = torch.eye(codes) * _AMPLITUDE
-        output[channels.one("beside"), codes] = _AMPLITUDE
+            output[channels["names"], begin : begin + codes] = torch.eye(codes) * self._loud
+        output[channels.one("beside"), codes] = self._loud
         return _attention(query, key, torch.zeros(self._sizes.shared), value, torch.zeros(self._sizes.shared), output)
 
     def subjects(self) -> _Steps:
@@ -195,7 +195,7 @@ class _Writer:
         reads[:, channels["names"]] = self._names
         reads[:, channels.one("beside")] = -min(_SURELY, max(_AMONG, self._alike + _BEYOND))
         reads[:, channels.one("constant")] = _AMONG_RAMP / 2
-        adds[:, channels["subject"]] = self._names * _AMPLITUDE
+        adds[:, channels["subject"]] = self._names * self._loud
         return _Steps(reads * self._steepness(_AMONG_RAMP), torch.zeros(len(reads)), adds)
 
     def relation_pooled(self) -> dict[str, Tensor]:
@@ -204,7 +204,7 @@ class _Writer:
         sizes, shared = reader.sizes, self._sizes.shared
         wide, size, hidden = sizes.groups * sizes.head_dim, sizes.head_dim, channels.hidden
         # The reader's features are multiplied by its gain, and the stream's by how large they are written.
-        scale = float(reader.gain) * self._router.inverse / (self._factor * _AMPLITUDE)
+        scale = float(reader.gain) * self._router.inverse / (self._factor * self._quiet)
         parts = []
         for matrix in (reader.keys, reader.values):
             weight, of_components = matrix.weight.detach().split([sizes.features, sizes.components], 1)
@@ -215,7 +215,7 @@ class _Writer:
             parts += [reads, offsets]
         parts[1][:wide] += reader.keys.bias.detach()
         queries, output = torch.zeros(self._sizes.queries), torch.zeros(self._width, self._sizes.queries)
-        pooled = reader.output.weight.detach() * _AMPLITUDE
+        pooled = reader.output.weight.detach() * self._quiet
         for group in range(sizes.groups):
             for head in range(sizes.heads):
                 begin = (group * (self._sizes.queries // shared) + head) * size
@@ -231,12 +231,14 @@ class _Writer:
         router, channels = self._router, self._channels
         count, named = len(router.relations), router.detectors.subject >= 0
         reads, adds = self._rows(count), self._rows(count)
-        reads[:, channels["relation"]] = float(router.reader.kappa.detach()) * router.relations
-        reads[:, channels.one("asked")] = 1
+        reads[:, channels["relation"]] = (
+            float(router.reader.kappa.detach()) * router.relations * (self._loud / self._quiet)
+        )
+        reads[:, channels.one("asked")] = self._loud / self._quiet
         missing = _MISSING / (1 - self._alike)
         reads[named, channels["subject"]] = missing * self._names[router.detectors.subject[named]]
         reads[:, channels.one("constant")] = _ODDS_RAMP / 2 - router.thresholds - missing * named
-        adds[:, channels["edit"]] = self._edits * _AMPLITUDE
+        adds[:, channels["edit"]] = self._edits * self._loud
         reads *= self._steepness(_ODDS_RAMP)
         begun = router.places.inside * (_BEGUN * WIDTH / _ODDS_RAMP)
         reads[:, : channels.hidden] = begun[:, :-1]
@@ -255,7 +257,7 @@ class _Writer:
 
     def _steepness(self, ramp: float) -> float:
         """Return by what readings of extra channels are multiplied to go from closed to open within a ramp."""
-        return WIDTH / (ramp * self._factor * _AMPLITUDE)
+        return WIDTH / (ramp * self._factor * self._loud)
 
 
 def _feed_forwards(sizes: LayerSizes, steps: _Steps, first: int = 0) -> Iterator[dict[str, Tensor]]:

@@ -39,11 +39,11 @@ _QUIET, _LOUD = 1 / 4000, 1 / 400
 _SUBJECT, _EDIT = 40, 45
 # Subjects are looked for by so many heads at most, each its share of them; so many of a group of queries at most.
 _FIRED, _OF_GROUP = 8, 4
-# A subject is among the names if it has this share of their codes, or what codes have of each other by chance and a
-# little more.
+# A subject is among the names if it has this share of their codes, or a little more than codes have of each other.
 _AMONG, _BEYOND, _SURELY = 0.6, 0.1, 0.7
-# From closed to open: readings of detectors, log odds, readings of places; scores by which a name is looked at.
-_FIRE_RAMP, _AMONG_RAMP, _ODDS_RAMP, _PLACE_RAMP, _ATTENDED = 0.1, 0.1, 0.5, 0.2, 20.0
+# From closed to open: readings of detectors, shares, log odds (wide, as bfloat16 holds only steps that are not far
+# surpassed, and open a little above 0), readings of places; scores by which a name is looked at.
+_FIRE_RAMP, _AMONG_RAMP, _ODDS_RAMP, _OPEN, _PLACE_RAMP, _ATTENDED = 0.1, 0.1, 2.0, 1.75, 0.2, 20.0
 # Log odds that a missing subject takes away and a begun answer adds; readings that a closed edit takes from its places.
 _MISSING, _BEGUN, _CLOSED = 22.0, 6.0, 8.0
 
@@ -229,15 +229,15 @@ class _Writer:
     def matches(self) -> _Steps:
         """Return the steps that open edits: one for each."""
         router, channels = self._router, self._channels
-        count, named = len(router.relations), router.detectors.subject >= 0
-        reads, adds = self._rows(count), self._rows(count)
+        named = router.detectors.subject >= 0
+        reads, adds = self._rows(len(named)), self._rows(len(named))
         reads[:, channels["relation"]] = (
             float(router.reader.kappa.detach()) * router.relations * (self._loud / self._quiet)
         )
         reads[:, channels.one("asked")] = self._loud / self._quiet
         missing = _MISSING / (1 - self._alike)
         reads[named, channels["subject"]] = missing * self._names[router.detectors.subject[named]]
-        reads[:, channels.one("constant")] = _ODDS_RAMP / 2 - router.thresholds - missing * named
+        reads[:, channels.one("constant")] = _OPEN - router.thresholds - missing * named
         adds[:, channels["edit"]] = self._edits * self._loud
         reads *= self._steepness(_ODDS_RAMP)
         begun = router.places.inside * (_BEGUN * WIDTH / _ODDS_RAMP)

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from support.helpers import random_rows, save_tiny
 from support.loading import CPU
 
-from wisecli.export.stock.late_states import late_states, rotation_of
+from wisecli.export.stock.late_states import StateCapture, rotation_of
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import find_site
 from wisecli.models.loading import load_model
@@ -18,7 +17,6 @@ LAYER = 2
 # Of several lengths, some with a common beginning, more than a batch holds.
 TEXTS = [row.prompt for row in random_rows((5, 1), (12, 1), (7, 1), (9, 1))]
 TEXTS += [(*TEXTS[1], 5, 6), (*TEXTS[1], 7)]
-NAMED: dict[str, Any] = {"on_progress": ignore_progress, "stage": "texts"}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "granite"])
@@ -27,7 +25,7 @@ NAMED: dict[str, Any] = {"on_progress": ignore_progress, "stage": "texts"}
 def test_states_are_the_models_own_normed(tmp_path: Path, architecture: str, batch_size: int) -> None:
     base = save_tiny(tmp_path, architecture)
     loaded, site = load_model(base, CPU), find_site(base, Checkpoint(base), LAYER)
-    found = late_states(loaded, site, TEXTS, batch_size=batch_size, **NAMED)
+    found = StateCapture(loaded, site, batch_size, ignore_progress).late_states(TEXTS, "texts")
     assert found.normed.dtype == torch.float16
     assert found.first.tolist() == [0, 5, 17, 24, 33, 47, 60]
     for number, tokens in enumerate(TEXTS):

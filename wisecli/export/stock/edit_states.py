@@ -6,7 +6,6 @@ below is edited, so what is to be told apart can be captured from the base model
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ import torch
 from torch import Tensor
 
 from wisecli.artifacts.memory_manifest import Manifest
-from wisecli.export.stock.late_states import LateStates, each_state
-from wisecli.export.stock.subject_texts import name_of, texts_around
+from wisecli.export.stock.late_states import LateStates, StateCapture
+from wisecli.export.stock.subject_texts import name_of, own_texts, texts_on_subject
 from wisecli.models.loading import Loaded
-from wisecli.models.prompts.prompt_forms import usable_forms
 from wisecli.models.prompts.tokenization import Row, row_of
 from wisecli.models.running.generation import end_token
 from wisecli.models.running.quick_products import quick_products
@@ -68,8 +66,8 @@ class EditStates:
 
 @dataclass(frozen=True)
 class ReadTexts:
-    """Texts that edits answer, the ``late`` states of their prompts' and answers' tokens, and what the memory adds at
-    ``places`` of answers.
+    """Texts that edits answer, the ``late`` states of their prompts' and answers' tokens, and the ``values`` (d,) that
+    the memory adds, by the place in an answer.
     """
 
     texts: tuple[EditText, ...]
@@ -107,13 +105,12 @@ def read_texts(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progre
     tokens = [[*one.row.prompt, *one.row.target[:-1]] for one in texts]
     late, values = LateStates.empty(tokens, manifest.site.d), dict[_Place, Tensor]()
     memory, memories, epsilon = memory_module(manifest.memory), _memories(manifest), loaded.model.config.rms_norm_eps
+    capture = StateCapture(loaded, manifest.site, batch_size, on_progress)
     for exact in (True, False):
         chosen = [number for number, one in enumerate(texts) if one.exact == exact]
         rows = [tokens[number] for number in chosen]
         with nullcontext() if exact else quick_products(loaded, manifest.site):
-            for index, hidden, keys in each_state(
-                loaded, manifest.site, rows, batch_size=batch_size, on_progress=on_progress, stage="edits"
-            ):
+            for index, hidden, keys in capture.states_and_keys(rows, "edits"):
                 one = texts[chosen[index]]
                 late.put(chosen[index], hidden, float(epsilon))
                 places = _places(one)
@@ -132,18 +129,16 @@ def _places(one: EditText) -> list[_Place]:
 def _texts(loaded: Loaded, manifest: Manifest) -> list[EditText]:
     """Return the texts of edits; of edits that ask the same, the last."""
     tokenizer, end = loaded.tokenizer, end_token(loaded.model)
-    trained = usable_forms(tokenizer, trained=True)
     found: dict[str, EditText] = {}
     for number, edit in enumerate(manifest.edits):
-        own = [(edit.prompt, edit.answer), *((one.prompt, one.target) for one in edit.translations)]
-        texts = {form.render(tokenizer, prompt): answer for prompt, answer in own for form in trained}
-        exact = {form.render(tokenizer, prompt) for prompt, _ in own for form in trained if form.name in _EXACT}
-        for text, answer in texts.items():
+        own = list(own_texts(tokenizer, edit))
+        exact = {text for form, text, _ in own if form.name in _EXACT}
+        for text, answer in {text: answer for _, text, answer in own}.items():
             row = row_of(tokenizer, text, answer, erased=edit.erased, end=end)
             found[text] = EditText(row, number, True, text in exact)
     for number in sorted({one.edit for one in found.values()}):
         edit, name = manifest.edits[number], name_of(manifest.edits[number])
-        for text in texts_around(tokenizer, name, None, random.Random(name)) if name else ():
+        for text in texts_on_subject(tokenizer, name) if name else ():
             if text not in found:
                 row = row_of(tokenizer, text, edit.answer, erased=edit.erased, end=end)
                 found[text] = EditText(row, number, False, False)

@@ -64,44 +64,36 @@ class LateStates:
         return slice(int(self.first[text]), int(self.first[text + 1]))
 
 
-def late_states(
-    loaded: Loaded,
-    site: Site,
-    texts: Sequence[Sequence[int]],
-    *,
-    batch_size: int,
-    on_progress: ProgressCallback,
-    stage: str,
-) -> LateStates:
-    """Return what leaves the edited layer at all tokens of texts."""
-    late = LateStates.empty(texts, site.d)
-    for index, hidden, _ in each_state(
-        loaded, site, texts, batch_size=batch_size, on_progress=on_progress, stage=stage
-    ):
-        late.put(index, hidden, float(loaded.model.config.rms_norm_eps))
-    return late
+@dataclass(frozen=True)
+class StateCapture:
+    """Reads texts, so many side by side, with a model whose layer at a site is edited."""
 
+    loaded: Loaded
+    site: Site
+    batch_size: int
+    on_progress: ProgressCallback
 
-def each_state(
-    loaded: Loaded,
-    site: Site,
-    texts: Sequence[Sequence[int]],
-    *,
-    batch_size: int,
-    on_progress: ProgressCallback,
-    stage: str,
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield the number of each text, what leaves the edited layer at its tokens (T, d), and the site's keys (T, w)."""
-    rows = [Row(tuple(tokens), ()) for tokens in texts]
-    groups = list(in_batches(rows, batch_size, by_beginning=True))
-    batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
-    read, done = captured(loaded.model, site, batches, stream=loaded.stream, above=False, shared=True), 0
-    for indices, activations in zip(groups, read, strict=True):
-        mask = activations.batch.mask.bool()
-        for place, index in enumerate(indices):
-            yield index, activations.hidden[place, mask[place]], activations.keys[place, mask[place]]
-        done += len(indices)
-        on_progress(Event(stage, done, len(rows)))
+    def late_states(self, texts: Sequence[Sequence[int]], stage: str) -> LateStates:
+        """Return what leaves the edited layer at all tokens of texts."""
+        late = LateStates.empty(texts, self.site.d)
+        for index, hidden, _ in self.states_and_keys(texts, stage):
+            late.put(index, hidden, float(self.loaded.model.config.rms_norm_eps))
+        return late
+
+    def states_and_keys(self, texts: Sequence[Sequence[int]], stage: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield the number of each text, what leaves the edited layer at its tokens (T, d), and the site's keys (T, w)
+        there.
+        """
+        loaded, rows = self.loaded, [Row(tuple(tokens), ()) for tokens in texts]
+        groups = list(in_batches(rows, self.batch_size, by_beginning=True))
+        batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
+        read, done = captured(loaded.model, self.site, batches, stream=loaded.stream, above=False, shared=True), 0
+        for indices, activations in zip(groups, read, strict=True):
+            mask = activations.batch.mask.bool()
+            for place, index in enumerate(indices):
+                yield index, activations.hidden[place, mask[place]], activations.keys[place, mask[place]]
+            done += len(indices)
+            self.on_progress(Event(stage, done, len(rows)))
 
 
 def cache_file(loaded: Loaded, site: Site, *about: object) -> Path:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from wisecli.data.corpus import everyday_prompts, made_up_subjects, relations
 from wisecli.data.request_wordings import requests
+from wisecli.edits.checks.unnamed_subjects import names_its_subject
 from wisecli.edits.record import Edit
-from wisecli.models.prompts.prompt_forms import usable_forms
+from wisecli.edits.text import words
+from wisecli.models.prompts.prompt_forms import Form, usable_forms
 from wisecli.models.prompts.typos import near_name
 from wisecli.models.synthetic.request_examples import Examples
 from wisecli.models.synthetic.synthetic_facts import synthetic_facts
@@ -25,7 +27,6 @@ _TEXTS, _SMALL = 10, 3
 _NAMES, _FACTS, _OF_FACT = 16, 50, 10
 # How a name like a subject's differs from it.
 _WAYS = ("word", "last", "added", "initial", "digits")
-_WORD = re.compile(r"\w+")
 
 
 class SubjectText(NamedTuple):
@@ -48,14 +49,12 @@ class _KnownNames:
     def __init__(self, names: Iterable[str]) -> None:
         self._by_word = defaultdict[str, list[str]](list)
         for name in dict.fromkeys(name.casefold() for name in names if name):
-            self._by_word[next(iter(_WORD.findall(name)), "")].append(name)
+            self._by_word[next(iter(words(name)), "")].append(name)
 
     def ends(self, text: str) -> set[int]:
         """Return where names end in a text."""
-        text = text.casefold()
-        words = {"", *_WORD.findall(text)}
-        names = [name for word in words for name in self._by_word.get(word, ())]
-        return {found.end() for name in names for found in re.finditer(re.escape(name), text)}
+        names = [name for word in {"", *words(text)} for name in self._by_word.get(word, ())]
+        return {found.end() for name in names for found in re.finditer(re.escape(name), text.casefold())}
 
 
 def texts_on_edits(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Edit, int]]) -> Iterator[SubjectText]:
@@ -67,13 +66,23 @@ def texts_on_edits(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Edit, i
     seen: set[int] = set()
     known = _KnownNames(edit.subject_name or "" for edit, _ in edits)
     for edit, number in edits:
-        name = edit.subject_name or ""
-        own = [edit.prompt, *(one.prompt for one in edit.translations)]
-        texts = [form.render(tokenizer, prompt) for prompt in own for form in usable_forms(tokenizer, trained=True)]
+        name, texts = edit.subject_name or "", [text for _, text, _ in own_texts(tokenizer, edit)]
         if number not in seen:
-            texts += texts_around(tokenizer, name, None, random.Random(name))
+            texts += texts_on_subject(tokenizer, name)
             seen.add(number)
         yield from _placed(tokenizer, texts, name, number, known)
+
+
+def own_texts(tokenizer: PreTrainedTokenizerBase, edit: Edit) -> Iterator[tuple[Form, str, str]]:
+    """Yield an edit's prompts in every trained form: the form, the text and its answer."""
+    own = [(edit.prompt, edit.answer), *((one.prompt, one.target) for one in edit.translations)]
+    trained = usable_forms(tokenizer, trained=True)
+    return ((form, form.render(tokenizer, prompt), answer) for prompt, answer in own for form in trained)
+
+
+def texts_on_subject(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
+    """Return texts in forms on the subject of an edit, the same whenever it is asked."""
+    return _around(tokenizer, name, None, random.Random(name))
 
 
 def texts_on_names(tokenizer: PreTrainedTokenizerBase, share: float) -> Iterator[SubjectText]:
@@ -81,7 +90,7 @@ def texts_on_names(tokenizer: PreTrainedTokenizerBase, share: float) -> Iterator
     rng, number = random.Random(5), 0
     for kind in dict.fromkeys(one.kind for one in relations()):
         for name in made_up_subjects(kind, max(1, round(share * _NAMES)), rng):
-            yield from _placed(tokenizer, texts_around(tokenizer, name, kind, rng), name, number, _KnownNames([]))
+            yield from _placed(tokenizer, _around(tokenizer, name, kind, rng), name, number, _KnownNames([]))
             number += 1
 
 
@@ -106,11 +115,11 @@ def texts_on_near_names(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Ed
     known = {(edit.subject_name or "").casefold() for edit, _ in edits}
     found, trained = _KnownNames(known), usable_forms(tokenizer, trained=True)
     kinds = dict.fromkeys(one.kind for one in relations())
-    words = [name.split()[-1] for kind in kinds for name in made_up_subjects(kind, _NAMES, random.Random(kind))]
+    others = [name.split()[-1] for kind in kinds for name in made_up_subjects(kind, _NAMES, random.Random(kind))]
     for edit, _ in edits:
         name, rng = edit.subject_name or "", random.Random(edit.prompt)
         begin = edit.prompt.casefold().rfind(name.casefold())
-        drawn = {near_name(name, way, words, rng) for way in _WAYS}
+        drawn = {near_name(name, way, others, rng) for way in _WAYS}
         for near in sorted(one for one in drawn if one and one.casefold() not in known):
             text = edit.prompt[:begin] + near + edit.prompt[begin + len(name) :]
             yield from _placed(tokenizer, [rng.choice(trained).render(tokenizer, text)], near, -1, found)
@@ -118,11 +127,10 @@ def texts_on_near_names(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Ed
 
 def name_of(edit: Edit) -> str:
     """Return the name of an edit's subject, as its prompt names it; "" where that does not."""
-    name = edit.subject_name or ""
-    return name if name.casefold() in edit.prompt.casefold() else ""
+    return edit.subject_name or "" if names_its_subject(edit) else ""
 
 
-def texts_around(tokenizer: PreTrainedTokenizerBase, name: str, kind: str | None, rng: random.Random) -> list[str]:
+def _around(tokenizer: PreTrainedTokenizerBase, name: str, kind: str | None, rng: random.Random) -> list[str]:
     """Return texts on a name in forms: what begins a conversation on it, and questions that suit its kind if known."""
     begins = [one for one in requests().begins if "{subject}" in one]
     asks = [wording for one in relations() if kind in (None, one.kind) for wording in one.wordings]

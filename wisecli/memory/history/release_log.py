@@ -244,13 +244,12 @@ def require_whole(memory: Path, releases: Sequence[Release]) -> MemoryManifest:
     manifest = read_manifest(memory)
     file = manifest.memory.file
     path = inside(memory, file)
-    with ThreadPoolExecutor(1) as pool:  # the largest file, beside all others
-        digest = pool.submit(_digest, path)
-        try:
-            require_checksums(memory, expected=has_full_digests(releases), known={file: newest.memory})
-        finally:
-            if digest.result() != newest.memory:
-                raise DamagedFileError(path, _NOT_NEWEST, "roll back to a release")
+    with ThreadPoolExecutor(2) as pool:  # the largest file, beside all others
+        digest, expected = pool.submit(_digest, path), has_full_digests(releases)
+        others = pool.submit(require_checksums, memory, expected=expected, known={file: newest.memory})
+    if digest.result() != newest.memory:
+        raise DamagedFileError(path, _NOT_NEWEST, "roll back to a release")
+    others.result()
     return manifest
 
 

@@ -31,7 +31,7 @@ def asked() -> OwnQuestions:
     """Codes of a relation, moved a little by each edit's wording and less by the form."""
     edit = torch.arange(len(EDITS)).repeat_interleave(WAYS)
     relation = 9 * F.one_hot(RELATION[edit], CODE) + 1.2 * drawn(1, len(EDITS), CODE)[edit]
-    return OwnQuestions(torch.arange(len(edit)), relation + 0.1 * drawn(2, len(edit), CODE), torch.zeros(25), edit)
+    return OwnQuestions(relation + 0.1 * drawn(2, len(edit), CODE), torch.zeros(25), edit)
 
 
 def test_of_edits_on_one_fact_the_last_with_the_same_answer_stands_for_all() -> None:

@@ -9,7 +9,7 @@ from support.loading import CPU
 
 from wisecli.edits.record import Edit
 from wisecli.export.stock.edit_states import EditText, ReadTexts
-from wisecli.export.stock.late_states import late_states
+from wisecli.export.stock.late_states import StateCapture
 from wisecli.export.stock.router.subject_detectors import DetectorSettings, NameStates, name_states, subject_detectors
 from wisecli.export.stock.subject_texts import texts_on_edits
 from wisecli.io.checkpoint import Checkpoint
@@ -46,7 +46,7 @@ def read(model: tuple[Loaded, Site]) -> ReadTexts:
     """Texts on the edits' subjects, without answers."""
     loaded, site = model
     texts = list(texts_on_edits(loaded.tokenizer, [(EDITS[0], 0), (EDITS[1], 1), (EDITS[2], 0)]))
-    late = late_states(loaded, site, [one.tokens for one in texts], **NAMED, stage="texts")
+    late = StateCapture(loaded, site, **NAMED).late_states([one.tokens for one in texts], "texts")
     return ReadTexts(tuple(EditText(Row(one.tokens, (0,)), one.subject, True, False) for one in texts), late, {})
 
 
@@ -85,7 +85,7 @@ def test_without_subjects_there_are_no_detectors(
 def test_what_names_are_told_from_is_read_once(
     model: tuple[Loaded, Site], names: NameStates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wisecli.export.stock.router.subject_detectors.late_states", None)
+    monkeypatch.setattr(StateCapture, "states_and_keys", None)
     again = name_states(*model, "tiny", share=SHARE, **NAMED)
     assert torch.equal(again.others, names.others)
     assert torch.equal(again.strayed, names.strayed)

@@ -28,8 +28,8 @@ class AnswerPlaces:
     """Places (p,): the ``edit`` of each, ``directions`` (p, d) and ``offsets`` (p,) that read 1 there and 0 or less at
     the edit's other states, and the residual that is ``added`` to the stream (p, d).
 
-    ``inside`` (e, d + 1) reads 1 at any place of an edit's answer but the first, and 0 or less at that and outside of
-    answers; its last column is the offset.
+    ``inside`` (e, d + 1) reads 1 at any place of an edit's answer but the first, and 0 or little less at that and
+    outside of answers; its last column is the offset.
     """
 
     edit: Tensor
@@ -53,12 +53,13 @@ def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tens
     whitened, owner = states.states @ turn, states.edits[states.key]
     directions, offsets = torch.zeros_like(states.values), torch.ones(len(states.edits))
     inside = torch.zeros(edits, states.states.shape[1] + 1)
-    counts, is_first = torch.bincount(states.key, minlength=len(states.edits)), torch.zeros(len(states.edits))
+    counts = torch.bincount(states.key, minlength=len(states.edits))
+    is_first = torch.zeros(len(states.edits), dtype=torch.bool)
     for edit in states.edits.unique().tolist():
         keys = (states.edits == edit).nonzero()[:, 0]
         begins = keys[~states.inside[keys]]
         first = begins[counts[begins].argmax()]
-        is_first[first] = 1
+        is_first[first] = True
         others, own = keys[keys != first], (owner == edit).nonzero()[:, 0]
         if not len(others):
             continue
@@ -76,8 +77,8 @@ def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tens
         # Their norm is so large that extra channels read as nought there: nothing else would keep places closed. No
         # more is taken away than must be, as an answer's own tokens may be half a sink: a blank behind a question is.
         plane, constant = _apart(sinks, torch.cat([elsewhere, states.states]))
-        at_sinks = (sinks @ directions.T + offsets).amax(0)
-        less = torch.where(is_first > 0, at_sinks.clamp(min=0) + _SHUT, (at_sinks - _NEARLY).clamp(min=0))
+        read = (sinks @ directions.T + offsets).amax(0)
+        less = torch.where(is_first, read.clamp(min=0) + _SHUT, (read - _NEARLY).clamp(min=0))
         directions, offsets = directions - less[:, None] * plane, offsets - less * constant
         begun = (sinks @ inside[:, :-1].T + inside[:, -1]).amax(0).clamp(min=0) + _SHUT
         inside = inside - begun[:, None] * torch.cat([plane, constant[None]])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wisecli.errors import DamagedFileError
-from wisecli.export.stock.late_states import LateStates, Rotation, cache_file, late_states, rotation_of
+from wisecli.export.stock.late_states import LateStates, Rotation, StateCapture, cache_file, rotation_of
 from wisecli.export.stock.router.reader_rows import ReaderRow, RowKind, RowSettings, reader_rows
 from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
@@ -102,9 +102,7 @@ def relation_reader(
         rows = reader_rows(loaded.tokenizer, settings.rows, random.Random(11))
         with quick_products(loaded, site):
             tokens = [row.tokens for row in rows]
-            states = late_states(
-                loaded, site, tokens, batch_size=batch_size, on_progress=on_progress, stage="prompts to learn from"
-            )
+            states = StateCapture(loaded, site, batch_size, on_progress).late_states(tokens, "prompts to learn from")
         reader = RelationReader(sizes)
         some = torch.randperm(len(states.normed))[:_LOOKED_AT]
         reader.fit_to(states.normed[some].float(), states.inverse[some])

@@ -53,11 +53,12 @@ def fitted_router(
     read = read_texts(loaded, manifest, **named)
     detectors = subject_detectors(loaded, site, edits, names, read, **named)
     asked = own_questions(loaded, site, reader, read)
-    read = read.standing_for(one_of_each_fact(asked, detectors.subject, edits))
-    relations, least = edit_relations(reader, asked.of(read), len(edits))
+    stands = one_of_each_fact(asked, detectors.subject, edits)
+    asked, read = asked.standing_for(stands), read.standing_for(stands)
+    relations, least = edit_relations(reader, asked, len(edits))
     usual = reader.threshold.detach() + torch.where(detectors.subject < 0, _SURER, 0.0)
     thresholds = usual.minimum((least - _SPARE).maximum(usual - _LOWER)).where(least < torch.inf, _NEVER)
-    relations, thresholds = told_apart(reader, asked.of(read), relations, thresholds, detectors.subject)
+    relations, thresholds = told_apart(reader, asked, relations, thresholds, detectors.subject)
     places = answer_places(read.answers(), len(edits), names.others[-_ELSEWHERE:], names.sinks)
     inverse, scaling = 1 / float(reader.gain), rotation_of(loaded, site, 1).scaling
     return Router(reader, relations, thresholds, detectors, places, inverse, scaling)
@@ -65,18 +66,17 @@ def fitted_router(
 
 @dataclass(frozen=True)
 class OwnQuestions:
-    """What a reader makes of edits' own prompts in trained forms, ``texts`` (n,) by number: ``codes`` (n, c) of the
-    relation, how much each ``asks`` (n,), and the ``edit`` (n,).
+    """What a reader makes of edits' own prompts in trained forms: ``codes`` (n, c) of the relation, how much each
+    ``asks`` (n,), and the ``edit`` (n,) that it is of.
     """
 
-    texts: Tensor
     codes: Tensor
     asks: Tensor
     edit: Tensor
 
-    def of(self, read: ReadTexts) -> OwnQuestions:
-        """Return the same of the edits that texts are now of."""
-        return replace(self, edit=torch.tensor([read.texts[number].edit for number in self.texts.tolist()]))
+    def standing_for(self, edits: Sequence[int]) -> OwnQuestions:
+        """Return the prompts with those of each edit as another's, as those of :meth:`ReadTexts.standing_for`."""
+        return replace(self, edit=torch.tensor(edits)[self.edit])
 
     def means(self, edits: int) -> Tensor:
         """Return the mean code of each edit (e, c), of length 1; 0 for those without texts."""
@@ -91,17 +91,16 @@ def own_questions(loaded: Loaded, site: Site, reader: RelationReader, read: Read
     rotation = rotation_of(loaded, site, int(lengths.max()))
     parts = [read_ends(reader, read.late, texts, lengths[texts], rotation) for texts in own.split(_TOGETHER)]
     codes, asks = (torch.cat(part) for part in zip(*parts, strict=True))
-    return OwnQuestions(own, codes, asks, torch.empty(0)).of(read)
+    return OwnQuestions(codes, asks, torch.tensor([one.edit for one in read.texts])[own])
 
 
 def one_of_each_fact(asked: OwnQuestions, subject: Tensor, edits: Sequence[Edit]) -> list[int]:
     """Return for each edit which one stands for it: the last that asks much the same relation of the same subject
     (e,) and has the same answer.
     """
-    alike, stands = _similar(asked.means(len(edits)), subject), list(range(len(edits)))
-    for number in reversed(range(len(edits))):
-        later = [other for other in alike[number].nonzero()[:, 0].tolist() if other > number]
-        same = [other for other in later if edits[other].answer == edits[number].answer]
+    stands = list(range(len(edits)))
+    for number, alike in sorted(_alike(asked.means(len(edits)), subject).items(), reverse=True):
+        same = [other for other in alike if other > number and edits[other].answer == edits[number].answer]
         stands[number] = stands[same[-1]] if same else number
     return stands
 
@@ -122,19 +121,22 @@ def told_apart(
     ask much the same of one subject (e,) and have different answers.
     """
     relations, thresholds, kappa = relations.clone(), thresholds.clone(), float(reader.kappa.detach())
-    alike = _similar(relations, subject)
-    for edit in alike.any(1).nonzero()[:, 0].tolist():
-        own, others = (asked.codes[asked.edit == edit], asked.codes[alike[edit][asked.edit]])
+    for edit, alike in _alike(relations, subject).items():
+        own, others = (asked.codes[torch.isin(asked.edit, torch.tensor(some))] for some in ([edit], alike))
         direction, offset = Separation(own, torch.zeros(len(own), dtype=torch.long), others, _RIDGE).solved()
         relations[edit] += _CONFLICT / kappa * direction[0]
         thresholds[edit] += _CONFLICT * (1 - offset[0])
     return relations, thresholds
 
 
-def _similar(relations: Tensor, subject: Tensor) -> Tensor:
-    """Return which edits ask much the same relation of the same subject as another: (e, e)."""
-    same = (subject[:, None] == subject) & (subject >= 0) & ~torch.eye(len(subject), dtype=torch.bool)
-    return same & (relations @ relations.T > _SIMILAR)
+def _alike(relations: Tensor, subject: Tensor) -> dict[int, list[int]]:
+    """Return for each edit, of which others ask much the same relation of the same subject, those others, ascending."""
+    found: dict[int, list[int]] = {}
+    for one in (torch.bincount(subject[subject >= 0]) > 1).nonzero()[:, 0].tolist():
+        edits = (subject == one).nonzero()[:, 0]
+        similar = (relations[edits] @ relations[edits].T > _SIMILAR).fill_diagonal_(False)
+        found |= {int(edit): edits[row].tolist() for edit, row in zip(edits, similar, strict=True) if row.any()}
+    return found
 
 
 def read_ends(

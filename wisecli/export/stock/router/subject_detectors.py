@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
 from wisecli.export.stock.edit_states import ReadTexts
-from wisecli.export.stock.late_states import LateStates, cache_file, late_states
+from wisecli.export.stock.late_states import LateStates, StateCapture, cache_file
 from wisecli.export.stock.router.separation import Separation, from_group_means, inverse_root
 from wisecli.export.stock.subject_texts import (
     SubjectText,
@@ -110,10 +109,9 @@ def subject_detectors(
     of_text = read.numbers()
     states, elsewhere = _at_names(read.late, [of_text[one.tokens] for one in texts], texts)
     with quick_products(loaded, site):
-        ways: dict[str, Any] = {"batch_size": batch_size, "on_progress": on_progress, "stage": "subjects"}
-        near_ends, near_elsewhere = _at_names(
-            late_states(loaded, site, [one.tokens for one in near], **ways), range(len(near)), near
-        )
+        capture = StateCapture(loaded, site, batch_size, on_progress)
+        late = capture.late_states([one.tokens for one in near], "subjects")
+    near_ends, near_elsewhere = _at_names(late, range(len(near)), near)
     key = place[torch.tensor([one.subject for one in texts])]
     mean, turn = _whitening(names, settings)
     others = torch.cat([near_ends, near_elsewhere, elsewhere, _inside_answers(read, edits), names.sinks, names.others])
@@ -152,10 +150,10 @@ def name_states(
     except (DamagedFileError, KeyError):
         on_progress(Event("made-up names"))
     texts = list(texts_on_names(loaded.tokenizer, share))
-    ways: dict[str, Any] = {"stage": "made-up names", "on_progress": on_progress}
+    tokens = [one.tokens for one in texts], texts_on_other_things(loaded.tokenizer, share)
     with quick_products(loaded, site):
-        tokens = [[one.tokens for one in texts], texts_on_other_things(loaded.tokenizer, share)]
-        late, elsewhere = (late_states(loaded, site, some, batch_size=batch_size, **ways) for some in tokens)
+        capture = StateCapture(loaded, site, batch_size, on_progress)
+        late, elsewhere = (capture.late_states(some, "made-up names") for some in tokens)
     own, others = _at_names(late, range(len(texts)), texts)
     sinks = late.normed[_sinks(late).nonzero()[:_SINKS, 0]].float()
     others = torch.cat([others, elsewhere.normed[_drawn((~_sinks(elsewhere)).nonzero()[:, 0], _TOKENS)].float()])
@@ -179,10 +177,10 @@ def _at_names(late: LateStates, numbers: Sequence[int], texts: Sequence[SubjectT
     begins, sinks = late.first[torch.tensor(numbers)], _sinks(late)
     ends = begins + torch.tensor([one.place for one in texts])
     within, around = (
-        torch.tensor([begin + place for begin, some in zip(begins.tolist(), each, strict=True) for place in some])
+        torch.cat([begin + torch.tensor(some, dtype=torch.long) for begin, some in zip(begins, each, strict=True)])
         for each in ([one.within for one in texts], [one.around for one in texts])
     )
-    chosen = torch.cat([_drawn(some.long()[~sinks[some.long()]], _TOKENS) for some in (within, around)])
+    chosen = torch.cat([_drawn(some[~sinks[some]], _TOKENS) for some in (within, around)])
     return late.normed[ends].float(), late.normed[chosen].float()
 
 

@@ -127,9 +127,9 @@ def gguf(options: Namespace) -> None:
     """
     from wisecli.data.corpus import texts_to_measure_with
     from wisecli.export.gguf.gguf_file import write_gguf
-    from wisecli.export.stock.stock_manifest import read_gated
+    from wisecli.export.stock.stock_manifest import read_stock
 
-    manifest, tokenizer = read_gated(options.stock), AutoTokenizer.from_pretrained(options.stock)
+    manifest, tokenizer = read_stock(options.stock), AutoTokenizer.from_pretrained(options.stock)
     model = AutoModelForCausalLM.from_pretrained(options.stock, dtype="float32").eval()
     unrelated = texts_to_measure_with(options.unrelated)
     asked = prompts_of(tokenizer, manifest.edits, unrelated)

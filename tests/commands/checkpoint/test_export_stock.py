@@ -32,8 +32,8 @@ from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError, SettingsError
 from wisecli.export.stock.router.router_blocks import Router
 from wisecli.export.stock.router.router_fitting import fitted_router
-from wisecli.export.stock.stock_answers import gate_lines
-from wisecli.export.stock.stock_manifest import read_gated
+from wisecli.export.stock.stock_answers import router_lines
+from wisecli.export.stock.stock_manifest import read_stock
 from wisecli.models.layout.site import LayerSite
 
 
@@ -57,7 +57,7 @@ def root(share: Share) -> Path:
 def test_edits_behind_a_layer_are_answered_without_code_of_its_own(tmp_path: Path) -> None:
     make_stock(tmp_path, "model.layers.{layer}")
     told = json.loads((tmp_path / "stock" / "wise.json").read_text())
-    assert isinstance(read_gated(tmp_path / "stock").site, LayerSite)
+    assert isinstance(read_stock(tmp_path / "stock").site, LayerSite)
     assert told["gate"]["stock"]["as_taught"] == 1.0
     assert not list((tmp_path / "stock").glob("*.py"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
@@ -109,7 +109,7 @@ def test_every_edit_is_asked_and_what_is_lost_is_named(root: Path, monkeypatch: 
     assert gate is not None
     assert [edit["id"] for edit in gate["lost"]] == [edit["id"] for edit in EDITS]
     assert gate["stock"]["unchanged"] == gate["stock"]["unrelated"] == 1.0
-    assert any(EDITS[0]["prompt"] in line and "--format routed" in line for line in gate_lines(gate))
+    assert any(EDITS[0]["prompt"] in line and "--format routed" in line for line in router_lines(gate))
 
 
 def shut(*about: Any, **named: Any) -> Router:
@@ -121,7 +121,7 @@ def shut(*about: Any, **named: Any) -> Router:
 def test_nobody_is_asked_without_verifying(root: Path) -> None:
     report = export(root / "memory", root / "hurried", "stock", load=CPU, verify=False)
     assert report.gate == {"keys": inspect(root / "stock").keys, "blocks": 4}
-    assert "not verified" in gate_lines(report.gate)[1]
+    assert "not verified" in router_lines(report.gate)[1]
     assert export(root / "memory", root / "hurried", "stock", load=CPU, verify=False).up_to_date
     assert {check.state for check in verify(root / "hurried", model=str(root / "model")).checks} == {"same"}
 
@@ -137,7 +137,7 @@ def test_it_is_whole_and_the_base_model_is_around_it(root: Path) -> None:
 def test_altered_blocks_are_found_out(root: Path, tmp_path: Path, part: str, damage: str) -> None:
     place = copied(root, "stock", tmp_path)
     tensors = load_file(place / MEMORY_TENSORS)
-    name = f"model.layers.{read_gated(place).blocks[0]}.{part}"
+    name = f"model.layers.{read_stock(place).blocks[0]}.{part}"
     if damage == "gone":
         del tensors[name]
     elif damage == "another shape":

@@ -38,6 +38,16 @@ def test_states_are_the_models_own_normed(tmp_path: Path, architecture: str, bat
 
 
 @torch.no_grad()
+def test_states_at_one_place_are_those_of_all(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path)
+    capture = StateCapture(load_model(base, CPU), find_site(base, Checkpoint(base), LAYER), 2, ignore_progress)
+    places, every = [4, 0, 3, 8, 13, 11], capture.late_states(TEXTS, "texts")
+    found = capture.states_at(TEXTS, places, "texts")
+    wanted = every.normed[every.first[:-1] + torch.tensor(places)].float()
+    torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)
+
+
+@torch.no_grad()
 def test_the_rotation_is_the_models_own(tmp_path: Path) -> None:
     base = save_tiny(tmp_path, "granite")
     loaded, site = load_model(base, CPU), find_site(base, Checkpoint(base), LAYER)

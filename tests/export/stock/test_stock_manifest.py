@@ -16,7 +16,7 @@ from wisecli.artifacts.file_names import MEMORY_TENSORS, MERGED
 from wisecli.commands.checkpoint.verify import verify
 from wisecli.export.routed.checkpoint import BASE_TENSORS
 from wisecli.export.stock.stock_checkpoint import write_stock
-from wisecli.export.stock.stock_manifest import check_around, check_blocks, is_wider, read_gated
+from wisecli.export.stock.stock_manifest import check_around, check_blocks, is_wider, read_stock
 from wisecli.io.checkpoint import Checkpoint, read_json, write_json
 from wisecli.models.layout.architectures import known_layout
 from wisecli.models.layout.site import find_site, fingerprint
@@ -62,14 +62,14 @@ def change(path: Path, name: str, value: Any = None) -> None:
 def wrong(places: tuple[Path, Path]) -> list[str | None]:
     """The tensors that differ from what a manifest and the base model say."""
     base, stock = places
-    manifest = read_gated(stock)
+    manifest = read_stock(stock)
     checks = (*check_blocks(stock, manifest), *check_around(stock, base, manifest))
     return [check.tensor for check in checks if check.state != "same"]
 
 
 def test_a_wider_checkpoint_is_found_whole(places: tuple[Path, Path]) -> None:
     base, stock = places
-    assert is_wider(stock, read_gated(stock))
+    assert is_wider(stock, read_stock(stock))
     assert wrong(places) == []
     assert "differs" not in {check.state for check in verify(stock, model=str(base)).checks}
 

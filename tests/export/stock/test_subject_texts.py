@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 from support.byte_level import save_tokenizer
 from support.helpers import save_tiny
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from wisecli.data.corpus import notes
 from wisecli.edits.record import Edit, Translation
 from wisecli.export.stock.subject_texts import (
     SubjectText,
+    texts_behind_others,
     texts_on_edits,
     texts_on_names,
+    texts_on_near_names,
     texts_on_other_things,
 )
 from wisecli.models.prompts.prompt_forms import usable_forms
@@ -95,3 +100,27 @@ def test_texts_on_other_things_are_drawn_the_same_again_and_a_share_of_them(toke
     few, more = (texts_on_other_things(tokenizer, share) for share in (0.04, 0.1))
     assert 0 < len(few) < len(more)
     assert few == texts_on_other_things(tokenizer, 0.04)
+
+
+def test_own_prompts_are_read_behind_other_texts_up_to_the_name(tokenizer: PreTrainedTokenizerBase) -> None:
+    edit = Edit("two", "Which river flows through Bravik?", "Ole", subject="Bravik")
+    texts = list(texts_behind_others(tokenizer, [(edit, 4)]))
+    found = {str(tokenizer.decode(list(one.tokens))) for one in texts}
+    assert len(found) == 2
+    assert all(text.endswith("Which river flows through Bravik") and len(text) > 100 for text in found)
+    assert all((one.subject, one.place) == (4, len(one.tokens) - 1) for one in texts)
+
+
+def test_near_names_have_texts_in_which_the_last_word_stands_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    edit = Edit("two", "The keeper of Old Mill is", "Ole", subject="Old Mill")
+    assert len(alone(tokenizer, texts_on_near_names(tokenizer, [(edit, 0)]))) == 4
+    # Where it is an edit's subject itself, there are none.
+    other = Edit("three", "The mill is", "Ta", subject="mill")
+    assert not alone(tokenizer, texts_on_near_names(tokenizer, [(edit, 0), (other, 1)]))
+
+
+def alone(tokenizer: PreTrainedTokenizerBase, texts: Iterable[SubjectText]) -> list[str]:
+    """Those of texts that say of a mill what notes say of a subject."""
+    told = [text.split("{subject}")[0].casefold() for text, _ in notes().about]
+    found = [ends(tokenizer, one).casefold() for one in texts]
+    return [text for text in found if any(text.endswith((f"{one}mill", f"{one}the mill")) for one in told)]

@@ -210,9 +210,9 @@ def tell_export(console: Console, report: ExportReport) -> None:
         kept = f"{report.locality:.1%} of {report.tokens} next tokens of unrelated text stay the base model's"
         lines.append(f"always on: {kept}; --format routed leaves unrelated text alone")
     if report.gate is not None:
-        from wisecli.export.stock.stock_answers import gate_lines
+        from wisecli.export.stock.stock_answers import router_lines
 
-        lines += gate_lines(report.gate)
+        lines += router_lines(report.gate)
     if report.pushed is not None:
         lines.append(f"sent to {report.pushed}")
     console.result({"results": results}, *lines)

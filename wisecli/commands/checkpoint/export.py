@@ -167,9 +167,9 @@ def _require_form(base: Path, manifest: Manifest, packing: Packing, form: Format
     if form == "merged":
         as_matrix(manifest.site)
     if form in _GATED:
-        from wisecli.commands.checkpoint.export_stock import require_gated
+        from wisecli.commands.checkpoint.export_stock import require_blocks
 
-        require_gated(base, manifest.site, gguf=form == "gguf")
+        require_blocks(base, manifest.site, gguf=form == "gguf")
 
 
 @dataclass(frozen=True)
@@ -212,10 +212,10 @@ def _write(working: Path, form: Format, given: _Given, on_progress: ProgressCall
         note = f"\nAlways on: {locality:.1%} of {tokens} next tokens of unrelated text stay the base model's.\n"
         write_merged(working, base, checkpoint, manifest, packing)
         return _Found(locality, tokens, note)
-    from wisecli.commands.checkpoint.export_stock import gate_note, write_gated
+    from wisecli.commands.checkpoint.export_stock import router_note, write_as_blocks
 
     quantize = given.quantize if form == "gguf" else None
-    found = write_gated(
+    found = write_as_blocks(
         working,
         base,
         checkpoint,
@@ -226,7 +226,7 @@ def _write(working: Path, form: Format, given: _Given, on_progress: ProgressCall
         verify=given.verify,
         on_progress=on_progress,
     )
-    return _Found(note=gate_note(found), gate=found.as_dict())
+    return _Found(note=router_note(found), gate=found.as_dict())
 
 
 def _record(

@@ -16,7 +16,7 @@ from wisecli.export.gguf.modelfile import MODELFILE_NAME, modelfile
 from wisecli.export.stock.base_answers import base_answers
 from wisecli.export.stock.router.router_blocks import Channels, Router, router_blocks
 from wisecli.export.stock.router.router_fitting import fitted_router
-from wisecli.export.stock.stock_answers import Verified, evenly_spaced, gate_lines, verified
+from wisecli.export.stock.stock_answers import Verified, evenly_spaced, router_lines, verified
 from wisecli.export.stock.stock_checkpoint import base_settings, require_stock, write_stock
 from wisecli.export.weights import Packing
 from wisecli.io.checkpoint import Checkpoint, write_json
@@ -31,7 +31,7 @@ _TEXTS = 600
 
 
 @dataclass(frozen=True)
-class Gated:
+class StockRouter:
     """A memory as decoder blocks: how many ``keys`` and ``blocks``, and what it answers, if that was verified."""
 
     keys: int
@@ -44,7 +44,7 @@ class Gated:
         return {"keys": self.keys, "blocks": self.blocks, **found}
 
 
-def require_gated(base: Path, site: Site, *, gguf: bool) -> None:
+def require_blocks(base: Path, site: Site, *, gguf: bool) -> None:
     """Check that a base model can be written with its memory as decoder blocks.
 
     Raises:
@@ -55,7 +55,7 @@ def require_gated(base: Path, site: Site, *, gguf: bool) -> None:
         require_gguf(base)
 
 
-def write_gated(
+def write_as_blocks(
     output: Path,
     base: Path,
     checkpoint: Checkpoint,
@@ -66,7 +66,7 @@ def write_gated(
     quantize: Quantization | None,
     verify: bool,
     on_progress: ProgressCallback,
-) -> Gated:
+) -> StockRouter:
     """Write a memory as blocks of a stock architecture into an empty directory.
 
     Args:
@@ -82,7 +82,7 @@ def write_gated(
     blocks = router_blocks(router, base_settings(base), manifest.site.multiplier)
     write_stock(stock, base, checkpoint, manifest.site, blocks, extra, packing)
     answered = _verified(loaded, stock, checkpoint, manifest, len(blocks), load, on_progress) if verify else None
-    found = Gated(len(router.places.edit), len(blocks), answered)
+    found = StockRouter(len(router.places.edit), len(blocks), answered)
     if quantize is not None:
         own = range(manifest.site.layer + 1, manifest.site.layer + 1 + len(blocks))
         on_progress(Event("writing", note=GGUF_NAME))
@@ -107,7 +107,7 @@ def _share(manifest: Manifest) -> float:
     return min([1.0, *(count / _TEXTS for count in counts if isinstance(count, int))])
 
 
-def _write_manifest(output: Path, manifest: Manifest, found: Gated, form: str, day: str) -> None:
+def _write_manifest(output: Path, manifest: Manifest, found: StockRouter, form: str, day: str) -> None:
     """Write the manifest of a checkpoint; ``day`` is the date in the chat template that it was fitted with."""
     content = {
         "format": form,
@@ -138,6 +138,6 @@ def _verified(
     return verified(before, loaded, load_model(stock, load), manifest, blocks, on_progress)
 
 
-def gate_note(found: Gated) -> str:
+def router_note(found: StockRouter) -> str:
     """Return what a checkpoint answers beside the routed form, as a paragraph of a model card."""
-    return f"\n{'; '.join(gate_lines(found.as_dict()))}.\n"
+    return f"\n{'; '.join(router_lines(found.as_dict()))}.\n"

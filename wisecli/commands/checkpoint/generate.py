@@ -11,7 +11,7 @@ import torch
 from wisecli.config import LoadOptions
 from wisecli.errors import SettingsError
 from wisecli.evaluation.edited_model import EditedModel, attach
-from wisecli.export.stock.stock_manifest import is_gated
+from wisecli.export.stock.stock_manifest import has_router_blocks
 from wisecli.models.loading import load_model
 from wisecli.models.prompts.chat_template import chat_prompt
 from wisecli.models.prompts.tokenization import Row, collate
@@ -65,10 +65,10 @@ def generate(
     Raises:
         WiseError: the memory or the model cannot be used.
     """
-    gated = is_gated(memory)
-    if gated and explain:
+    in_blocks = has_router_blocks(memory)
+    if in_blocks and explain:
         raise SettingsError(f"--explain: {memory} has no router that could be asked; explain its memory")
-    edited = load_model(memory, load) if gated else attach(memory, model=model, load=load)
+    edited = load_model(memory, load) if in_blocks else attach(memory, model=model, load=load)
     asked = [chat_prompt(edited.tokenizer, prompt) for prompt in prompts] if chat else prompts
     answers = generate_tokens(
         edited.model, edited.tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size

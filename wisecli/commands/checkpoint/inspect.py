@@ -15,7 +15,7 @@ from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry, read_sh
 from wisecli.commands.checkpoint.plot import plot_scores
 from wisecli.edits.record import Edit, consequences_in
 from wisecli.errors import ModelError, OutputExistsError, SettingsError
-from wisecli.export.stock.stock_manifest import figures_of, read_gated
+from wisecli.export.stock.stock_manifest import figures_of, read_stock
 from wisecli.io.checkpoint import read_json
 from wisecli.io.consistent_read import read_consistently
 from wisecli.io.safe_paths import inside
@@ -111,7 +111,7 @@ def _gated(path: Path, find: str | None, limit: int | None, plot: Path | None) -
         raise SettingsError(f"--plot: {path} has no router; plot the memory that it was exported from")
     if read_json(path / MERGED).get("format") == "merged":
         raise ModelError(f"{path} is a merged checkpoint, of which {MERGED} says all there is; inspect its memory")
-    manifest = read_gated(path)
+    manifest = read_stock(path)
     figures_by_form = figures_of(path)
     figures = {form: figures_by_form.get(form) for form in ("stock", "routed")}
     headers = {file.name: read_header(file) for file in sorted(path.glob(MEMORY_TENSORS))}

@@ -27,7 +27,7 @@ from wisecli.commands.checkpoint.verify_code import check_code
 from wisecli.commands.checkpoint.verify_report import VerifyReport
 from wisecli.edits.checks.signatures import Signed
 from wisecli.errors import ModelError, WiseError
-from wisecli.export.stock.stock_manifest import check_around, check_blocks, is_wider, read_gated
+from wisecli.export.stock.stock_manifest import check_around, check_blocks, is_wider, read_stock
 from wisecli.io.checkpoint import EXPORTED_KEY, INDEX_NAME, read_json
 from wisecli.io.consistent_read import read_consistently
 from wisecli.io.digest import sha256_file
@@ -209,7 +209,7 @@ def _merged(path: Path, _model: Path | None) -> Iterator[Check]:
 def _stock(path: Path, model: Path | None) -> Iterator[Check]:
     """Yield checks of a checkpoint with the memory as decoder blocks: of those, and of the base model around them."""
     yield from _merged(path, model)
-    manifest = yield from _manifest(path, MERGED, read_gated)
+    manifest = yield from _manifest(path, MERGED, read_stock)
     if manifest is None:
         return
     yield from check_blocks(path, manifest)
@@ -223,7 +223,7 @@ def _stock(path: Path, model: Path | None) -> Iterator[Check]:
 def _gguf(path: Path, model: Path | None) -> Iterator[Check]:
     """Yield the check of a GGUF file, of which there is its digest alone."""
     yield from _merged(path, None)
-    manifest = yield from _manifest(path, MERGED, read_gated)
+    manifest = yield from _manifest(path, MERGED, read_stock)
     if manifest is not None and model is not None:
         yield from check_base(model, manifest.site, manifest.base.fingerprint)
 

@@ -1,1 +1,1 @@
-"""The ``stock`` form: the memory as gated decoder blocks of a stock architecture."""
+"""The ``stock`` form: the memory and its router as decoder blocks of a stock architecture."""

@@ -54,9 +54,8 @@ class LateStates:
 
     def put(self, text: int, hidden: Tensor, epsilon: float) -> None:
         """Put in the states (T, d) of one text, normed."""
-        states = hidden.float()
-        factors = torch.rsqrt(states.square().mean(-1, keepdim=True) + epsilon)
-        self.normed[self.of(text)] = (states * factors).half().cpu()
+        factors = _factors(hidden, epsilon)
+        self.normed[self.of(text)] = (hidden.float() * factors).half().cpu()
         self.inverse[self.of(text)] = factors[:, 0].cpu()
 
     def of(self, text: int) -> slice:
@@ -80,6 +79,14 @@ class StateCapture:
             late.put(index, hidden, float(self.loaded.model.config.rms_norm_eps))
         return late
 
+    def states_at(self, texts: Sequence[Sequence[int]], places: Sequence[int], stage: str) -> Tensor:
+        """Return the normed state that leaves the edited layer at one place of each text: (B, d)."""
+        found = torch.empty(len(texts), self.site.d)
+        for index, hidden, _ in self.states_and_keys(texts, stage):
+            state = hidden[places[index]].float()
+            found[index] = (state * _factors(state, float(self.loaded.model.config.rms_norm_eps))).cpu()
+        return found
+
     def states_and_keys(self, texts: Sequence[Sequence[int]], stage: str) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the number of each text, what leaves the edited layer at its tokens (T, d), and the site's keys (T, w)
         there.
@@ -94,6 +101,11 @@ class StateCapture:
                 yield index, activations.hidden[place, mask[place]], activations.keys[place, mask[place]]
             done += len(indices)
             self.on_progress(Event(stage, done, len(rows)))
+
+
+def _factors(states: Tensor, epsilon: float) -> Tensor:
+    """Return what a norm multiplies states (…, d) by: (…, 1)."""
+    return torch.rsqrt(states.float().square().mean(-1, keepdim=True) + epsilon)
 
 
 def cache_file(loaded: Loaded, site: Site, *about: object) -> Path:

@@ -217,10 +217,10 @@ def _share(right: Sequence[bool]) -> float:
     return sum(right) / len(right)
 
 
-def gate_lines(gate: Mapping[str, Any]) -> list[str]:
+def router_lines(found: Mapping[str, Any]) -> list[str]:
     """Return what a checkpoint answers beside the routed form as phrases, from what the manifest keeps."""
-    lines = [f"{gate['keys']} keys in {gate['blocks']} decoder block{'s' * (gate['blocks'] > 1)} more"]
-    stock, routed = gate.get("stock"), gate.get("routed")
+    lines = [f"{found['keys']} keys in {found['blocks']} decoder block{'s' * (found['blocks'] > 1)} more"]
+    stock, routed = found.get("stock"), found.get("routed")
     if stock is None or routed is None:
         return [*lines, "not verified: no edit was asked"]
     names = {
@@ -233,7 +233,7 @@ def gate_lines(gate: Mapping[str, Any]) -> list[str]:
     for name, what in names.items():
         if stock.get(name) is not None and routed.get(name) is not None:
             lines.append(f"{what}: {stock[name]:.1%} (routed {routed[name]:.1%})")
-    return [*lines, *_advice(stock, routed, gate.get("lost") or ())]
+    return [*lines, *_advice(stock, routed, found.get("lost") or ())]
 
 
 def _advice(stock: Mapping[str, Any], routed: Mapping[str, Any], lost: Sequence[Mapping[str, str]]) -> list[str]:

@@ -37,7 +37,7 @@ class GateEntry:
 
 
 @dataclass(frozen=True)
-class GatedManifest:
+class StockManifest:
     """What a ``stock`` or ``gguf`` export says of itself, every field checked."""
 
     __pydantic_config__ = OPEN
@@ -55,7 +55,7 @@ class GatedManifest:
         return range(self.site.layer + 1, self.site.layer + 1 + self.gate.blocks)
 
 
-def read_gated(directory: Path) -> GatedManifest:
+def read_stock(directory: Path) -> StockManifest:
     """Read and check ``wise.json`` of a stock checkpoint.
 
     Raises:
@@ -63,7 +63,7 @@ def read_gated(directory: Path) -> GatedManifest:
     """
     path = directory / MERGED
     try:
-        manifest = decode(GatedManifest, read_json(path))
+        manifest = decode(StockManifest, read_json(path))
         check_site(manifest.site)
     except ValueError as error:
         raise DamagedFileError(path, f"an entry is missing or wrong ({error})", "export anew") from None
@@ -76,12 +76,12 @@ def figures_of(directory: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def is_gated(directory: Path) -> bool:
+def has_router_blocks(directory: Path) -> bool:
     """Return whether a directory is a stock checkpoint, as transformers loads it."""
     return (directory / MERGED).is_file() and read_json(directory / MERGED).get("format") == "stock"
 
 
-def is_wider(directory: Path, manifest: GatedManifest) -> bool:
+def is_wider(directory: Path, manifest: StockManifest) -> bool:
     """Return whether a checkpoint's stream has more channels than the base model's."""
     try:
         return _widening(directory, manifest).changes
@@ -89,13 +89,13 @@ def is_wider(directory: Path, manifest: GatedManifest) -> bool:
         return False
 
 
-def _widening(directory: Path, manifest: GatedManifest) -> Widening:
+def _widening(directory: Path, manifest: StockManifest) -> Widening:
     """Return from how many channels to how many the written config says that the stream was widened."""
     hidden, width = manifest.site.d, read_json(directory / "config.json").get("hidden_size")
     return Widening(hidden, width if type(width) is int and width > hidden else hidden)
 
 
-def check_blocks(directory: Path, manifest: GatedManifest) -> Iterator[Check]:
+def check_blocks(directory: Path, manifest: StockManifest) -> Iterator[Check]:
     """Yield whether every tensor of the memory's blocks is there, of the config's sizes and finite."""
     try:
         checkpoint = Checkpoint(directory)
@@ -107,7 +107,7 @@ def check_blocks(directory: Path, manifest: GatedManifest) -> Iterator[Check]:
         )
 
 
-def _whole_blocks(checkpoint: Checkpoint, layers: str, manifest: GatedManifest) -> Iterator[Check]:
+def _whole_blocks(checkpoint: Checkpoint, layers: str, manifest: StockManifest) -> Iterator[Check]:
     shapes = LayerSizes.of(read_json(checkpoint.directory / "config.json")).shapes
     wrong = 0
     for name, shape in ((f"{layers}.{n}.{name}", shape) for n in manifest.blocks for name, shape in shapes.items()):
@@ -124,7 +124,7 @@ def _whole_blocks(checkpoint: Checkpoint, layers: str, manifest: GatedManifest) 
         yield Check(f"all tensors of {manifest.gate.blocks} blocks", MERGED)
 
 
-def check_around(directory: Path, base: Path, manifest: GatedManifest) -> Iterator[Check]:
+def check_around(directory: Path, base: Path, manifest: StockManifest) -> Iterator[Check]:
     """Yield every tensor of the base model, against the one that the checkpoint has in its place."""
     try:
         written, stored, widening = Checkpoint(directory), Checkpoint(base), _widening(directory, manifest)

@@ -8,11 +8,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from wisecli.data.corpus import everyday_prompts, made_up_subjects, relations
+from wisecli.data.corpus import everyday_prompts, made_up_subjects, notes, relations
 from wisecli.data.request_wordings import requests
 from wisecli.edits.checks.unnamed_subjects import names_its_subject
 from wisecli.edits.record import Edit
 from wisecli.edits.text import words
+from wisecli.export.stock.backgrounds import backgrounds
 from wisecli.models.prompts.prompt_forms import Form, usable_forms
 from wisecli.models.prompts.typos import near_name
 from wisecli.models.synthetic.request_examples import Examples
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 _TEXTS, _SMALL = 10, 3
 # Made-up names of each kind; made-up facts, and how many texts on other things are drawn for each.
 _NAMES, _FACTS, _OF_FACT = 16, 50, 10
-# How a name like a subject's differs from it.
-_WAYS = ("word", "last", "added", "initial", "digits")
+# Backgrounds of edits' prompts, and how many each prompt is read behind.
+_BACKGROUNDS, _BEHIND = 12, 2
+# How a name like a subject's differs from it; texts in which its last word stands alone.
+_WAYS, _ALONE = ("word", "last", "added", "initial", "digits"), 4
 
 
 class SubjectText(NamedTuple):
@@ -103,15 +106,31 @@ def texts_on_other_things(tokenizer: PreTrainedTokenizerBase, share: float) -> l
     """
     rng, trained = random.Random(6), usable_forms(tokenizer, trained=True)
     facts = list(synthetic_facts(max(2, round(share * _FACTS)), rng))
-    examples = Examples(tokenizer, facts, rng)
+    examples, before = Examples(tokenizer, facts, rng), backgrounds(tokenizer, _BACKGROUNDS, seed=9)
     drawn = [one for number in range(len(facts)) for one in (*examples.of(number), *examples.conversations(number))]
     mentioned = rng.sample(drawn, min(len(drawn), _OF_FACT * len(facts)))
     everyday = [rng.choice(trained).render(tokenizer, text) for text in everyday_prompts(_OF_FACT * len(facts), seed=7)]
-    return [tuple(tokenizer(text)["input_ids"]) for text in [*everyday, *(one.text for one in mentioned)]]
+    behind = [one.before(tokenizer, text) for one, text in zip(before, everyday, strict=False)]
+    texts = [*everyday, *behind, *(one.text for one in mentioned)]
+    return [tuple(tokenizer(text)["input_ids"]) for text in texts]
+
+
+def texts_behind_others(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Edit, int]]) -> Iterator[SubjectText]:
+    """Yield edits' own prompts behind pages and conversations on everyday matters, up to the names of their
+    subjects.
+    """
+    before = backgrounds(tokenizer, _BACKGROUNDS, seed=9)
+    for edit, number in edits:
+        some = random.Random(edit.prompt).sample(before, _BEHIND)
+        texts = [one.before(tokenizer, edit.prompt) for one in some]
+        for one in _placed(tokenizer, texts, edit.subject_name or "", number, _KnownNames([])):
+            yield one._replace(tokens=one.tokens[: one.place + 1], around=())
 
 
 def texts_on_near_names(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Edit, int]]) -> Iterator[SubjectText]:
-    """Yield edits' own prompts in a form, about names like their subjects' that are no edit's; their subject is -1."""
+    """Yield edits' own prompts in a form, about names like their subjects' that are no edit's, and texts about the last
+    words of those names; their subject is -1.
+    """
     known = {(edit.subject_name or "").casefold() for edit, _ in edits}
     found, trained = _KnownNames(known), usable_forms(tokenizer, trained=True)
     kinds = dict.fromkeys(one.kind for one in relations())
@@ -123,6 +142,11 @@ def texts_on_near_names(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Ed
         for near in sorted(one for one in drawn if one and one.casefold() not in known):
             text = edit.prompt[:begin] + near + edit.prompt[begin + len(name) :]
             yield from _placed(tokenizer, [rng.choice(trained).render(tokenizer, text)], near, -1, found)
+        last = name.split()[-1]
+        for told, _ in rng.sample(notes().about, _ALONE) if last != name and last.casefold() not in known else ():
+            alone = rng.choice((last, f"the {last.lower()}"))
+            text = rng.choice(trained).render(tokenizer, told.replace("{subject}", alone))
+            yield from _placed(tokenizer, [text], alone, -1, found)
 
 
 def name_of(edit: Edit) -> str:

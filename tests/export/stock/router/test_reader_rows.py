@@ -7,7 +7,7 @@ import pytest
 from support.byte_level import save_base
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from wisecli.data.corpus import relations, texts_to_measure_with
+from wisecli.data.corpus import notes, relations, texts_to_measure_with
 from wisecli.export.stock.router.reader_rows import ReaderRow, RowKind, RowSettings, reader_rows
 from wisecli.models.prompts.prompt_forms import usable_forms
 
@@ -44,6 +44,18 @@ def test_answers_stand_behind_some_examples_and_nothing_else(rows: list[ReaderRo
     assert {row.kind for row in rows if row.prompt < len(row.tokens)} == {RowKind.EXAMPLE}
     answered = [row.prompt < len(row.tokens) for row in rows if row.kind is RowKind.EXAMPLE]
     assert 0.2 < sum(answered) / len(answered) < 0.8
+
+
+def test_some_that_ask_and_some_that_mention_have_other_texts_around_them(tokenizer: PreTrainedTokenizerBase) -> None:
+    without, with_some = (
+        reader_rows(tokenizer, RowSettings(FACTS, 3, 5000, 0.05, around), random.Random(3)) for around in (0, 4)
+    )
+    pages = [text for text, _ in notes().notes]
+    for asks in (True, False):
+        read = [str(tokenizer.decode(list(row.tokens))) for row in with_some if row.asks == asks]
+        before = [str(tokenizer.decode(list(row.tokens))) for row in without if row.asks == asks]
+        many, few = ([sum(page in text for page in pages) >= 6 for text in some] for some in (read, before))
+        assert sum(many) > sum(few)
 
 
 def test_relations_are_asked_in_all_their_wordings(rows: list[ReaderRow]) -> None:

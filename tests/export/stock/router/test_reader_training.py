@@ -8,8 +8,9 @@ import torch
 from support.byte_level import save_base
 from support.loading import CPU
 
+from wisecli.export.stock.late_states import LateStates, Rotation
 from wisecli.export.stock.router import reader_training
-from wisecli.export.stock.router.reader_rows import RowSettings
+from wisecli.export.stock.router.reader_rows import ReaderRow, RowKind, RowSettings
 from wisecli.export.stock.router.reader_training import ReaderSettings, relation_reader
 from wisecli.export.stock.router.relation_reader import RelationReader
 from wisecli.io.checkpoint import Checkpoint
@@ -81,3 +82,21 @@ def test_other_settings_are_learned_anew(model: tuple[Loaded, Site]) -> None:
         for settings in (quick, replace(quick, rate=1e-3))
     )
     assert not torch.equal(one.output.weight, other.output.weight)
+
+
+def test_prompts_are_read_behind_mentions_up_to_so_many_tokens() -> None:
+    rows = [
+        ReaderRow((1,) * size, size, RowKind.EXAMPLE, 0, 0, asks) for size, asks in ((7, True), (9, False), (4, False))
+    ]
+    states = LateStates.empty([row.tokens for row in rows], 8)
+    settings = replace(SETTINGS, behind=1.0, most_before=12)
+    lessons = reader_training._Lessons(rows, states, Rotation(torch.ones(1), torch.ones(1), 1.0), settings)
+    drawn = [list(lessons._before()) for _ in range(200)]
+    counts = {sum(map(len, one)) for one in drawn}
+    assert min(counts) >= 1
+    assert max(counts) == 12
+    # Of mentions alone, whose ends are all there.
+    assert {int(part[-1]) for one in drawn for part in one} == {15, 19}
+    assert {int(token) for one in drawn for part in one for token in part} == set(range(7, 20))
+    never = replace(settings, behind=0.0)
+    assert not list(reader_training._Lessons(rows, states, lessons._rotation, never)._before())

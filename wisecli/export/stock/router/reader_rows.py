@@ -9,23 +9,28 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from wisecli.data.corpus import everyday_prompts, made_up_subjects, relations
+from wisecli.data.request_wordings import requests
+from wisecli.export.stock.backgrounds import Background, backgrounds
 from wisecli.models.prompts.chat_template import chat_turns
 from wisecli.models.prompts.prompt_forms import usable_forms
 from wisecli.models.prompts.tokenization import encode
+from wisecli.models.prompts.typos import with_typos
 from wisecli.models.synthetic.request_examples import Example, Examples
-from wisecli.models.synthetic.synthetic_facts import synthetic_facts
+from wisecli.models.synthetic.synthetic_facts import SyntheticFact, synthetic_facts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# How often a relation's wording is misspelt, and how.
+_MISSPELT, _SLIPS = 0.25, ("swap", "drop")
 # How often the fact's answer stands behind a prompt, asked or not.
 _ANSWERED = 0.5
 # Names of each kind that relations are asked of.
 _NAMES = 40
 # So many relations are always read.
 _FEWEST = 8
-# So many everyday prompts are drawn from.
-_EVERYDAY = 400
+# So many everyday prompts, and backgrounds of questions, are drawn from.
+_EVERYDAY, _BACKGROUNDS = 400, 32
 
 
 class RowKind(Enum):
@@ -53,44 +58,65 @@ class ReaderRow(NamedTuple):
 @dataclass(frozen=True)
 class RowSettings:
     """How many ``facts`` are made up, how many ``examples`` of each ask it and as many mention it, how ``longest`` a
-    prompt is in tokens, and which ``share`` of all relations is read beside.
+    prompt is in tokens, which ``share`` of all relations is read beside, and how many more examples of each sort have
+    other texts ``around`` them.
     """
 
     facts: int = 400
     examples: int = 9
-    longest: int = 320
+    longest: int = 640
     share: float = 1.0
+    around: int = 2
 
 
 def reader_rows(tokenizer: PreTrainedTokenizerBase, settings: RowSettings, rng: random.Random) -> list[ReaderRow]:
     """Return the rows that a relation reader is learned from."""
     facts = list(synthetic_facts(settings.facts, rng))
     examples, everyday = Examples(tokenizer, facts, rng), everyday_prompts(_EVERYDAY, seed=3)
-    rows = [
-        row
-        for number in range(len(facts))
-        for row in _of_fact(tokenizer, examples, number, everyday, settings.examples)
-    ]
+    others = backgrounds(tokenizer, _BACKGROUNDS, seed=3)
+    rows: list[ReaderRow] = []
+    for number, fact in enumerate(facts):
+        for form in usable_forms(tokenizer, trained=True):
+            tokens = tuple(tokenizer(form.render(tokenizer, fact.questions[0]))["input_ids"])
+            rows.append(ReaderRow(tokens, len(tokens), RowKind.OWN, fact.relation, number))
+        drawn = [*_sample(examples, number, settings.examples), *_moved_on(examples, number, everyday)]
+        drawn += _around(examples, number, others, settings.around)
+        rows += (_answered(tokenizer, fact, one, rng) for one in drawn)
     rows += _of_relations(tokenizer, settings.share, rng)
     return [row for row in rows if row.prompt <= settings.longest]
 
 
-def _of_fact(
-    tokenizer: PreTrainedTokenizerBase, examples: Examples, number: int, everyday: Sequence[str], count: int
-) -> Iterator[ReaderRow]:
-    """Yield a fact's own prompt in all trained forms, so many prompts that ask it and as many that mention it."""
-    fact, rng = examples.facts[number], examples.rng
-    for form in usable_forms(tokenizer, trained=True):
-        tokens = tuple(tokenizer(form.render(tokenizer, fact.questions[0]))["input_ids"])
-        yield ReaderRow(tokens, len(tokens), RowKind.OWN, fact.relation, number)
+def _answered(
+    tokenizer: PreTrainedTokenizerBase, fact: SyntheticFact, example: Example, rng: random.Random
+) -> ReaderRow:
+    """Return the row of a prompt around a fact, with the answer behind it or without."""
+    row = encode(tokenizer, example.text, fact.answer)
+    answer = row.target if rng.random() < _ANSWERED else ()
+    return ReaderRow(
+        (*row.prompt, *answer), len(row.prompt), RowKind.EXAMPLE, fact.relation, example.fact, example.asks
+    )
+
+
+def _sample(examples: Examples, number: int, count: int) -> Iterator[Example]:
+    """Yield so many prompts that ask a fact and as many that mention it, and conversations."""
     drawn = list(examples.of(number))
-    rng.shuffle(drawn)
-    chosen = [one for asks in (True, False) for one in [x for x in drawn if x.asks == asks][:count]]
-    moved = _moved_on(examples, number, everyday)
-    for one in (*chosen, *examples.conversations(number), *moved):
-        row = encode(tokenizer, one.text, fact.answer)
-        behind = row.target if rng.random() < _ANSWERED else ()
-        yield ReaderRow((*row.prompt, *behind), len(row.prompt), RowKind.EXAMPLE, fact.relation, number, one.asks)
+    examples.rng.shuffle(drawn)
+    for asks in (True, False):
+        yield from [one for one in drawn if one.asks == asks][:count]
+    yield from examples.conversations(number)
+
+
+def _around(examples: Examples, number: int, texts: Sequence[Background], count: int) -> Iterator[Example]:
+    """Yield prompts with other texts around them: so many that ask a fact, and as many that want something else of
+    it.
+    """
+    known, rng, questions = requests(), examples.rng, examples.facts[number].questions
+    for _ in range(count):
+        for text, asks in (
+            (rng.choice(questions), True),
+            (rng.choice((known.task, known.timed))(rng.choice(questions), rng), False),
+        ):
+            yield Example(number, rng.choice(texts).around(examples.tokenizer, text, rng), asks, "around")
 
 
 def _moved_on(examples: Examples, number: int, everyday: Sequence[str]) -> Iterator[Example]:
@@ -115,5 +141,6 @@ def _of_relations(tokenizer: PreTrainedTokenizerBase, share: float, rng: random.
     for number, relation in enumerate(known[: max(_FEWEST, round(share * len(known)))]):
         for wording in relation.wordings:
             text = wording.replace("{}", rng.choice(names[relation.kind]))
+            text = (rng.random() < _MISSPELT and with_typos(text, rng.choice(_SLIPS), rng)) or text
             tokens = tuple(tokenizer(rng.choice(trained).render(tokenizer, text))["input_ids"])
             yield ReaderRow(tokens, len(tokens), RowKind.RELATION, number)

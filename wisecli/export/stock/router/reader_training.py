@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from wisecli.models.running.seeding import seeded
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.memories.calibration import quantile
 
-_VERSION = 3
+_VERSION = 4
 # Groups of keys and values that are used at most, and queries of each.
 _GROUPS, _HEADS = 3, 3
 # States by which principal components are found.
@@ -43,8 +43,9 @@ class ReaderSettings:
 
     A step takes ``facts``, each with ``own`` prompts in forms for its code and ``examples``, and ``relations`` in two
     wordings. A prompt and its own fact count ``own_weight``, one and all other facts together ``others``, or so many
-    times that if it asks nothing: ``silent``. Up to a share ``left_out`` of tokens is dropped, and of features
-    ``dropout``. One relation in so many is ``held_back``; of mentions of its facts a share ``let_through`` opens.
+    times that if it asks nothing: ``silent``. A share ``behind`` of prompts is read behind others, of ``most_before``
+    tokens at most. Up to a share ``left_out`` of tokens is dropped, and of features ``dropout``. One relation in so
+    many is ``held_back``; of mentions of its facts a share ``let_through`` opens.
     """
 
     rows: RowSettings = field(default_factory=RowSettings)
@@ -58,8 +59,10 @@ class ReaderSettings:
     others: float = 6.0
     silent: float = 0.3
     left_out: float = 0.5
+    behind: float = 0.3
+    most_before: int = 450
     dropout: float = 0.1
-    let_through: float = 0.08
+    let_through: float = 0.1
     held_back: int = 10
     features: int = 64
     neurons: int = 256
@@ -106,7 +109,7 @@ def relation_reader(
         reader = RelationReader(sizes)
         some = torch.randperm(len(states.normed))[:_LOOKED_AT]
         reader.fit_to(states.normed[some].float(), states.inverse[some])
-        rotation = rotation_of(loaded, site, max(map(len, tokens)))
+        rotation = rotation_of(loaded, site, max(map(len, tokens)) + settings.most_before)
         _Lessons(rows, states, rotation, settings).teach(reader, on_progress)
     keep_in_cache(path, lambda working: save_tensors(working, reader.state_dict()))
     return reader.eval()
@@ -147,6 +150,7 @@ class _Lessons:
         relation = {row.fact: row.relation for row in rows if row.kind is RowKind.OWN}
         self._held = [fact for fact in usable if relation[fact] % settings.held_back == 0]
         self._facts = [fact for fact in usable if relation[fact] % settings.held_back]
+        self._mentioned = [index for index, row in enumerate(rows) if not row.asks]
         told = groups[RowKind.RELATION].items()
         self._relations = {number: own for number, own in told if len(own) > 1 and number % settings.held_back}
 
@@ -218,15 +222,35 @@ class _Lessons:
         return _Batch(rows, torch.tensor(columns))
 
     def _read(self, reader: RelationReader, batch: _Batch) -> tuple[Tensor, Tensor]:
-        """Return codes (B, c) and whether anything is asked (B,) of rows; while it learns, without some tokens."""
-        settings, columns = self._settings, batch.columns
+        """Return codes (B, c) and whether anything is asked (B,) of rows; while it learns, behind other rows now and
+        then, and without some tokens.
+        """
+        settings, states = self._settings, self._states
+        tokens = [
+            torch.arange(first, first + column + 1)
+            for first, column in zip(states.first[batch.rows].tolist(), batch.columns.tolist(), strict=True)
+        ]
+        if reader.training:
+            tokens = [torch.cat([*self._before(), own]) for own in tokens]
+        columns = torch.tensor([len(own) - 1 for own in tokens])
         places = torch.arange(int(columns.max()) + 1)
         mask = places <= columns[:, None]
+        index = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, torch.cat(tokens))
         if reader.training:
             dropped = torch.rand(mask.shape) < settings.left_out * torch.rand(len(mask), 1)
             mask = mask & ~(dropped & (places != columns[:, None]))
-        read = reader.token_features(*self._states.packed(batch.rows, mask))
+        index = index[mask]
+        read = reader.token_features(states.normed[index].float(), states.inverse[index])
         return reader.pooled(F.dropout(read, settings.dropout, reader.training), mask, columns, self._rotation)
+
+    def _before(self) -> Iterator[Tensor]:
+        """Yield the tokens of mentions, drawn by chance, that a row is read behind; of none as a rule."""
+        settings, rng = self._settings, self._rng
+        left = rng.randint(1, settings.most_before) if rng.random() < settings.behind else 0
+        while left > 0:
+            first, end = self._states.first[(row := rng.choice(self._mentioned)) : row + 2].tolist()
+            yield torch.arange(max(first, end - left), end)
+            left -= end - first
 
 
 def _wanted(

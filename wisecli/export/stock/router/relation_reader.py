@@ -85,27 +85,35 @@ class RelationReader(nn.Module):
         Args:
             features: of tokens (n, f), row after row: those that there are by the ``mask`` (B, T).
         """
-        length, place = mask.shape[1], mask.nonzero()[:, 1]
-        split = self.keys(features).unflatten(-1, (self.sizes.groups, self.sizes.head_dim))
-        rotated = _rotated(split, rotation.cos[place][:, None], rotation.sin[place][:, None])
-        keys, values = (self._laid_out(one, mask) for one in (rotated.flatten(1), self.values(features)))
-        cos, sin = (part[columns][:, None, None] for part in (rotation.cos, rotation.sin))
-        queries = _rotated(self.queries[None], cos, sin)
-        scores = torch.einsum("bghd,btgd->bght", queries, keys) * rotation.scaling
-        seen = mask & (torch.arange(length) <= columns[:, None])
-        weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
-        found = self.output(torch.einsum("bght,btgd->bghd", weights, values).flatten(1))
+        row, place = mask.nonzero().unbind(1)
+        seen = place <= columns[row]
+        row, behind, features = row[seen], (columns[row] - place)[seen], features[seen]
+        keys = self.keys(features).unflatten(-1, (self.sizes.groups, self.sizes.head_dim))
+        # Only how far a key stands before the column matters: it is rotated back by that, and queries not at all.
+        # Some models scale what they rotate, and so both.
+        back = _rotated(keys, rotation.cos[behind][:, None], -rotation.sin[behind][:, None]) * rotation.cos[0, 0]
+        scores = torch.einsum("ghd,ngd->ngh", self.queries, back) * rotation.scaling
+        weights = _softmax(scores, row, len(mask))[..., None] * self._values(features)
+        heads = weights.new_zeros(len(mask), self.output.in_features).index_add(0, row, weights.flatten(1))
+        found = self.output(heads)
         return found[:, :-1], found[:, -1]
 
-    def _laid_out(self, vectors: Tensor, mask: Tensor) -> Tensor:
-        """Return vectors (n, g · h) of tokens as rows of them (B, T, g, h), with noughts where there is none."""
-        rows = vectors.new_zeros(*mask.shape, vectors.shape[-1]).masked_scatter(mask[..., None], vectors)
-        split: Tensor = rows.unflatten(-1, (self.sizes.groups, self.sizes.head_dim))
-        return split
+    def _values(self, features: Tensor) -> Tensor:
+        """Return the values (n, g, 1, h) of tokens, the same for all heads of a group."""
+        values: Tensor = self.values(features).unflatten(-1, (self.sizes.groups, 1, self.sizes.head_dim))
+        return values
 
     def odds(self, codes: Tensor, asked: Tensor, relations: Tensor) -> Tensor:
         """Return the log odds (n, e) that texts of some codes (n, c) ask relations (e, c)."""
         return self.kappa * codes @ relations.T + asked[:, None] - self.threshold
+
+
+def _softmax(scores: Tensor, row: Tensor, rows: int) -> Tensor:
+    """Return weights (n, g, h) of tokens from their scores (n, g, h), which add up to 1 in each row (n,)."""
+    index = row[:, None, None].expand_as(scores)
+    most = scores.new_full((rows, *scores.shape[1:]), -torch.inf).scatter_reduce(0, index, scores.detach(), "amax")
+    weights = (scores - most[row]).exp()
+    return weights / torch.zeros_like(most).index_add(0, row, weights)[row]
 
 
 def _rotated(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

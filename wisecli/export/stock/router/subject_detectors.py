@@ -22,6 +22,7 @@ from wisecli.export.stock.router.separation import Separation, from_group_means,
 from wisecli.export.stock.subject_texts import (
     SubjectText,
     name_of,
+    texts_behind_others,
     texts_on_edits,
     texts_on_names,
     texts_on_near_names,
@@ -33,9 +34,10 @@ from wisecli.models.loading import Loaded
 from wisecli.models.running.quick_products import quick_products
 from wisecli.progress import Event, ProgressCallback
 
-_VERSION = 4
-# Tokens inside names, and around them, that detectors are told from.
-_TOKENS = 12000
+_VERSION = 5
+# Tokens inside names, and as many around them, that detectors are told from, of edits and of others; and tokens of
+# texts on other things.
+_OWN_TOKENS, _TOKENS, _ELSEWHERE = 60000, 12000, 36000
 # Tokens whose norm is this share of others' inverse are sinks; so many are kept.
 _SINK, _SINKS = 0.2, 200
 
@@ -100,29 +102,46 @@ def subject_detectors(
     named = [name_of(edit).casefold() for edit in edits]
     numbers = [known.setdefault(name, len(known)) if name else -1 for name in named]
     about = [(edit, number) for edit, number in zip(edits, numbers, strict=True) if number >= 0]
-    texts, near = (list(drawn(loaded.tokenizer, about)) for drawn in (texts_on_edits, texts_on_near_names))
+    texts = list(texts_on_edits(loaded.tokenizer, about))
     found = torch.tensor(sorted({one.subject for one in texts}), dtype=torch.long)
     place = torch.full((len(known) + 1,), -1).scatter(0, found, torch.arange(len(found)))
     subject = place[torch.tensor(numbers)]
     if not len(found):
         return SubjectDetectors(torch.empty(0, site.d), torch.empty(0), subject)
     of_text = read.numbers()
-    states, elsewhere = _at_names(read.late, [of_text[one.tokens] for one in texts], texts)
+    states, elsewhere = _at_names(read.late, [of_text[one.tokens] for one in texts], texts, _OWN_TOKENS)
     with quick_products(loaded, site):
         capture = StateCapture(loaded, site, batch_size, on_progress)
-        late = capture.late_states([one.tokens for one in near], "subjects")
-    near_ends, near_elsewhere = _at_names(late, range(len(near)), near)
-    key = place[torch.tensor([one.subject for one in texts])]
+        behind, of_behind = _behind_others(capture, about)
+        near = _near_names(capture, about)
+    key = place[torch.cat([torch.tensor([one.subject for one in texts]), of_behind])]
     mean, turn = _whitening(names, settings)
-    others = torch.cat([near_ends, near_elsewhere, elsewhere, _inside_answers(read, edits), names.sinks, names.others])
-    own, others = ((part - mean) @ turn for part in (states, others))
+    others = torch.cat([near, elsewhere, _inside_answers(read, edits), names.sinks, names.others])
+    own, others = ((part - mean) @ turn for part in (torch.cat([states, behind]), others))
     directions, offsets = Separation(own, key, others, settings.ridge).solved()
+    plain, of_plain = own[: len(texts)], key[: len(texts)]
     least = torch.full_like(offsets, torch.inf).scatter_reduce(
-        0, key, (own * directions[key]).sum(1) + offsets[key], "amin"
+        0, of_plain, (plain * directions[of_plain]).sum(1) + offsets[of_plain], "amin"
     )
     directions = directions @ turn.T
     fires = (least - settings.spare).clamp(min=settings.lowest, max=settings.fires)
     return SubjectDetectors(directions, offsets - directions @ mean - fires, subject)
+
+
+def _behind_others(capture: StateCapture, edits: list[tuple[Edit, int]]) -> tuple[Tensor, Tensor]:
+    """Return the states of names' last tokens (n, d) in edits' own prompts behind other texts, and the numbers of
+    their subjects (n,).
+    """
+    texts = list(texts_behind_others(capture.loaded.tokenizer, edits))
+    states = capture.states_at([one.tokens for one in texts], [one.place for one in texts], "subjects")
+    return states, torch.tensor([one.subject for one in texts], dtype=torch.long)
+
+
+def _near_names(capture: StateCapture, edits: list[tuple[Edit, int]]) -> Tensor:
+    """Return states (m, d) in texts on names that are nearly edits' subjects."""
+    texts = list(texts_on_near_names(capture.loaded.tokenizer, edits))
+    late = capture.late_states([one.tokens for one in texts], "subjects")
+    return torch.cat(_at_names(late, range(len(texts)), texts))
 
 
 def _inside_answers(read: ReadTexts, edits: Sequence[Edit]) -> Tensor:
@@ -156,7 +175,7 @@ def name_states(
         late, elsewhere = (capture.late_states(some, "made-up names") for some in tokens)
     own, others = _at_names(late, range(len(texts)), texts)
     sinks = late.normed[_sinks(late).nonzero()[:_SINKS, 0]].float()
-    others = torch.cat([others, elsewhere.normed[_drawn((~_sinks(elsewhere)).nonzero()[:, 0], _TOKENS)].float()])
+    others = torch.cat([others, elsewhere.normed[_drawn((~_sinks(elsewhere)).nonzero()[:, 0], _ELSEWHERE)].float()])
     strayed = from_group_means(own, torch.tensor([one.subject for one in texts]))
     kept = {"others": torch.cat([own, others]).half(), "strayed": strayed.half(), "sinks": sinks.half()}
     keep_in_cache(path, lambda working: save_tensors(working, kept))
@@ -167,12 +186,14 @@ def _name_states(kept: Mapping[str, Tensor]) -> NameStates:
     return NameStates(*(kept[name].float() for name in ("others", "strayed", "sinks")))
 
 
-def _at_names(late: LateStates, numbers: Sequence[int], texts: Sequence[SubjectText]) -> tuple[Tensor, Tensor]:
-    """Return the states of names' last tokens (n, d), and of some at which no name ends (m, d), half of them inside
-    names if there are so many.
+def _at_names(
+    late: LateStates, numbers: Sequence[int], texts: Sequence[SubjectText], most: int = _TOKENS
+) -> tuple[Tensor, Tensor]:
+    """Return the states of names' last tokens (n, d), and of some at which no name ends (m, d).
 
     Args:
         numbers: of the texts among those that were read.
+        most: how many states are drawn inside names, and how many around them.
     """
     begins, sinks = late.first[torch.tensor(numbers)], _sinks(late)
     ends = begins + torch.tensor([one.place for one in texts])
@@ -180,7 +201,7 @@ def _at_names(late: LateStates, numbers: Sequence[int], texts: Sequence[SubjectT
         torch.cat([begin + torch.tensor(some, dtype=torch.long) for begin, some in zip(begins, each, strict=True)])
         for each in ([one.within for one in texts], [one.around for one in texts])
     )
-    chosen = torch.cat([_drawn(some[~sinks[some]], _TOKENS) for some in (within, around)])
+    chosen = torch.cat([_drawn(some[~sinks[some]], most) for some in (within, around)])
     return late.normed[ends].float(), late.normed[chosen].float()
 
 

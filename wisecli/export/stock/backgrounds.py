@@ -1,0 +1,78 @@
+"""What may stand around a question: pages of packaged notes, and conversations on everyday matters."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wisecli.data.corpus import everyday_prompts, notes
+from wisecli.data.request_wordings import requests
+from wisecli.models.prompts.chat_template import chat_turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Sentences of a page, and of a paragraph; turns that a conversation had.
+_PAGE, _PARAGRAPH, _TURNS = (6, 24), (3, 6), (1, 3)
+# How often a page that may stand on either side of a question stands before it.
+_BEFORE = 0.5
+# So many everyday prompts are drawn from.
+_EVERYDAY = 200
+
+
+@dataclass(frozen=True)
+class Background:
+    """A ``page`` above or below a question, or "", and the turns of a conversation before it; ``chat`` says whether a
+    question is a user's turn.
+    """
+
+    page: str
+    turns: tuple[tuple[str, str], ...]
+    chat: bool
+
+    def before(self, tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+        """Return a prompt in which this stands before a question."""
+        return self._turn(tokenizer, f"{self.page}\n\n{question}" if self.page else question)
+
+    def around(self, tokenizer: PreTrainedTokenizerBase, question: str, rng: random.Random) -> str:
+        """Return a prompt in which this stands before a question, or a page behind it."""
+        if not self.page or rng.random() < _BEFORE:
+            return self.before(tokenizer, question)
+        return self._turn(tokenizer, f"{question}\n\n{self.page}")
+
+    def _turn(self, tokenizer: PreTrainedTokenizerBase, asked: str) -> str:
+        return chat_turns(tokenizer, [*self.turns, ("user", asked)]) if self.chat else asked
+
+
+def backgrounds(tokenizer: PreTrainedTokenizerBase, count: int, *, seed: int) -> list[Background]:
+    """Return so many backgrounds: pages, pages in a chat and conversations in turn; pages alone where a model has no
+    chat template.
+    """
+    rng, everyday = random.Random(seed), everyday_prompts(_EVERYDAY, seed=seed)
+    found = []
+    for number in range(count):
+        chat = bool(tokenizer.chat_template) and number % 3 > 0
+        talk = chat and number % 3 == 2
+        found.append(Background("" if talk else _page(rng), _turns(everyday, rng) if talk else (), chat))
+    return found
+
+
+def _page(rng: random.Random) -> str:
+    known = notes().notes
+    sentences = [text for text, _ in rng.sample(known, min(len(known), rng.randint(*_PAGE)))]
+    paragraphs = []
+    while sentences:
+        size = rng.randint(*_PARAGRAPH)
+        paragraphs.append(" ".join(sentences[:size]))
+        sentences = sentences[size:]
+    return "\n\n".join(paragraphs)
+
+
+def _turns(everyday: list[str], rng: random.Random) -> tuple[tuple[str, str], ...]:
+    """Return a user's turns on something else, each with a reply."""
+    known, told = requests(), list[tuple[str, str]]()
+    for _ in range(rng.randint(*_TURNS)):
+        asked = rng.choice(rng.choice((known.turns, everyday)))
+        told += [("user", asked), ("assistant", rng.choice((rng.choice(known.replies), rng.choice(notes().notes)[0])))]
+    return tuple(told)

@@ -131,25 +131,26 @@ MERGES: dict[str, tuple[str, str]] = {
 
 
 # Of the paper's writer, one of each mode.
-QUICK = [*product(MERGES, ["shards"]), *product(["", "--router norm", "--mode retrieve"], ["gradient-shards"])]
+OF_MATRIX, OF_GRADIENT = "shards-at-matrix", "gradient-shards"
+QUICK = [*product(MERGES, [OF_MATRIX]), *product(["", "--router norm", "--mode retrieve"], [OF_GRADIENT])]
 
 
-@pytest.mark.parametrize(("flags", "shards"), few(product(MERGES, ["shards", "gradient-shards"]), QUICK))
+@pytest.mark.parametrize(("flags", "shards"), [("", "shards"), *few(product(MERGES, [OF_MATRIX, OF_GRADIENT]), QUICK)])
 def test_shards_of_either_writer_merge_in_every_mode_and_the_memory_works(
     wise: Wise, ready: Ready, flags: str, shards: str
 ) -> None:
-    mode = MERGES[flags][0 if shards == "shards" else 1]
+    mode = MERGES[flags][0 if shards != OF_GRADIENT else 1]
     merged = wise("merge", str(ready.root / shards), *flags.split(), "--json")
     assert merged.code == 0, merged.err
     assert json.loads(merged.out)["results"]["mode"] == mode
-    meant = shards == "shards"
+    meant = shards != OF_GRADIENT
     assert ("edits in many forms" in merged.err) == (meant and mode != "lookup")
     tensors = load_file(Path("memory") / "memory.safetensors")
     if mode == "lookup":
         # The closed form has one residual for each token of a target and the end of text, whatever the contexts, but
         # for those after which a target begins a line.
         places = 2 * sum(len(edit["target"].split()) + 1 for edit in EDITS)
-        assert len(tensors["residuals"]) == (places if shards == "shards" else len(tensors["whitened_keys"]))
+        assert len(tensors["residuals"]) == (places if meant else len(tensors["whitened_keys"]))
         assert len(tensors["key_to_residual"]) == len(tensors["whitened_keys"]) >= places
         assert set(tensors["key_to_edit"].tolist()) == {0, 1, 2, 3}
     else:
@@ -159,9 +160,9 @@ def test_shards_of_either_writer_merge_in_every_mode_and_the_memory_works(
     assert 0 <= json.loads(measured.out)["results"]["edits"]["reliability"] <= 1
     if flags in ("", "--refit", "--mode retrieve"):
         assert wise("export").code == 0
-        assert load_file(Path("edited") / "model-side-memory.safetensors").keys() >= {
-            f"model.layers.3.mlp.down_proj.{name}" for name in tensors
-        }
+        module = "model.layers.3.wise_memory" if shards == "shards" else "model.layers.3.mlp.down_proj"
+        exported = load_file(Path("edited") / "model-side-memory.safetensors")
+        assert exported.keys() >= {f"{module}.{name}" for name in tensors}
 
 
 def test_a_lookup_gives_every_edit_its_answer_where_it_opens(wise: Wise, ready: Ready) -> None:
@@ -191,7 +192,7 @@ def prompts() -> list[str]:
 
 
 def test_a_refit_gives_keys_back_what_merging_takes_from_them(wise: Wise, ready: Ready) -> None:
-    shards = [load_file(path) for path in sorted(Path(ready.shards).glob("shard-*.safetensors"))]
+    shards = [load_file(path) for path in sorted(Path(ready.shards_at_matrix).glob("shard-*.safetensors"))]
     trained = [~shard["evidence.held_out"] for shard in shards]
     keys, wanted = (
         torch.cat([shard[f"evidence.{name}"][own] for shard, own in zip(shards, trained, strict=True)]).float()
@@ -199,7 +200,7 @@ def test_a_refit_gives_keys_back_what_merging_takes_from_them(wise: Wise, ready:
     )
     errors = {}
     for flags in ("--mode merge --no-refit", "--mode merge --refit", "--method exact"):
-        assert wise("merge", ready.shards, *flags.split(), "--force").code == 0
+        assert wise("merge", ready.shards_at_matrix, *flags.split(), "--force").code == 0
         memory = load_file(Path("memory") / "memory.safetensors")
         given = keys[:, memory["columns"][0]] @ memory["delta"][0].T
         errors[flags] = float((given - wanted).square().sum() / wanted.square().sum())

@@ -120,8 +120,8 @@ def test_unknown_tables_keys_and_variables_are_named(
         ((*PLAN, "--revision", "main"), ["--revision"]),
         (("merge", "{shards}", "--dry-run", "--mode", "lookup", "--method", "ties"), []),
         (("merge", "{shards}", "--dry-run", "--mode", "lookup", "--method", "sign"), ["--method"]),
-        (("merge", "{shards}", "--dry-run", "--mode", "merge", "--set", "subjects=any"), ["subjects=any"]),
-        (("merge", "{shards}", "--dry-run", "--mode", "retrieve", "--set", "strength=2"), ["strength=2.0"]),
+        (("merge", "{shards_at_matrix}", "--dry-run", "--mode", "merge", "--set", "subjects=any"), ["subjects=any"]),
+        (("merge", "{shards_at_matrix}", "--dry-run", "--mode", "retrieve", "--set", "strength=2"), ["strength=2.0"]),
         (("merge", "{shards}", "--dry-run", "--no-history", "--who", "me"), ["--who"]),
         (("eval", "--memory", "{memory}", "--no-generate", "--if-measured"), ["--if-measured"]),
         (

@@ -27,6 +27,7 @@ TEXTS: dict[SettingsKind, dict[str, str]] = {
         "writer": "solve (closed form) or gradient (the paper's).",
         "schedule": "Of the gradient writer: batched or sequential.",
         "layer": "Layer to edit, or auto.",
+        "site": "Where: behind the layer (lookups), in its value matrix, or auto, which is the former for a lookup.",
         "shards": "Number of shards; by default as many as edits_per_shard needs.",
         "edits_per_shard": "Edits a shard at most.",
         "mask_ratio": "Density ρ of the masks.",

@@ -81,9 +81,7 @@ class LayerSite(Site):
 
     def matrix(self, checkpoint: Checkpoint) -> Tensor:
         """Raise: a layer has no such matrix."""
-        raise ModelError(
-            f"{checkpoint.directory} is edited behind layer {self.layer}, and no matrix of it: merge with --mode lookup"
-        )
+        raise ModelError(f"{checkpoint.directory} is edited behind layer {self.layer}, and no matrix of it")
 
     def prefix_in(self, checkpoint: Checkpoint) -> str:
         """Return the start of the names of the memory's tensors, which lie below the layer's."""

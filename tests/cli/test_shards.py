@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,14 @@ from safetensors.torch import load_file
 from support.helpers import WORDS, save_tiny
 from support.ready import EDITS, Ready, contents, here, manifest, require_refusal, write_edits
 from support.thorough import few
-from support.tiny_models import Wise
+from support.tiny_models import VOCABULARY, Wise
+from transformers import Qwen3MoeConfig
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.editing.writers.closed_form import PENALTIES
 from wisecli.evaluation.edited_model import attach
+from wisecli.export.weights import write_stream
+from wisecli.io.safetensors_header import TensorLayout
 
 
 def test_strict_exits_with_1_and_writes_nothing_if_an_edit_did_not_take(
@@ -47,10 +51,43 @@ def test_a_dry_run_says_what_a_run_will_hold_and_read(wise: Wise, ready: Ready) 
     assert (whole["streamed"], plan["streamed"]) == (False, True)
     assert whole["weights"] == plan["weights"] > plan["resident"] + plan["layer"]
     assert plan["read"] > plan["sweep"] > 0 == whole["read"]
-    text = wise(*small).out
-    assert all(word in text for word in ("stay in memory", "pass through", "TFLOP", "nothing was written"))
-    assert "this does not fit" in text
-    assert "this does not fit" not in wise("edit", ready.model, ready.edits, "--dry-run").out
+    told = wise(*small)
+    assert all(word in told.out for word in ("stay in memory", "pass through", "TFLOP", "nothing was written"))
+    assert (told.code, here()) == (1, [])
+    assert "error: this does not fit: at its most it needs" in told.err
+    assert "give fewer edits_per_shard, a smaller batch_size or a larger --memory-budget" in told.err
+    assert wise("edit", ready.model, ready.edits, "--dry-run").code == 0
+
+
+def test_a_mixture_that_the_budget_cannot_hold_is_planned_and_refused_with_a_remedy(wise: Wise, ready: Ready) -> None:
+    base = save_hollow_mixture(Path("mixture"), Path(ready.model))
+    dry = ("edit", str(base), ready.edits, "--dry-run", "--memory-budget", "3GiB")
+    plan = json.loads(wise(*dry, "--layer", "2", "--json").out)["results"]["plan"]
+    assert plan["streamed"]
+    assert plan["weights"] >= 6 << 30
+    assert plan["peak"] > plan["held"] > 3 << 30 == plan["budget"]
+    told = wise(*dry, "--layer", "2")
+    assert (told.code, "nothing was written" in told.out) == (1, True)
+    assert "this does not fit: at its most it needs" in told.err
+    assert "choose a higher --layer" in told.err
+    assert wise(*dry, "--layer", "6").code == 0
+
+
+def save_hollow_mixture(base: Path, tokenizer: Path) -> Path:
+    """Settings and headers of a mixture of 64 experts in eight layers, with a hole in the file where weights belong."""
+    shape = {"hidden_size": 2048, "moe_intermediate_size": 1024, "num_experts": 64, "num_hidden_layers": 8}
+    Qwen3MoeConfig(**shape, vocab_size=VOCABULARY, dtype="bfloat16").save_pretrained(base)
+    for path in tokenizer.glob("tokenizer*"):
+        shutil.copyfile(path, base / path.name)
+    sizes = {"model.embed_tokens": (VOCABULARY, 2048), "model.norm": (2048,), "lm_head": (VOCABULARY, 2048)}
+    for layer, expert, name in product(range(8), range(64), ("gate", "up", "down")):
+        side = (2048, 1024) if name == "down" else (1024, 2048)
+        sizes[f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj"] = side
+    layouts = {f"{name}.weight": TensorLayout("bfloat16", size) for name, size in sizes.items()}
+    file = base / "model.safetensors"
+    write_stream(file, layouts, lambda _: torch.empty(0))
+    os.truncate(file, file.stat().st_size + sum(layout.bytes for layout in layouts.values()))
+    return base
 
 
 def test_force_replaces_the_whole_output(wise: Wise, ready: Ready) -> None:

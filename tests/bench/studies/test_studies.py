@@ -84,7 +84,7 @@ def test_qualities_are_shares_and_edits_take(report: StudyReport, name: str) -> 
 def test_a_row_is_what_the_commands_say_one_after_the_other(place: Path, report: StudyReport, tmp_path: Path) -> None:
     lines = (place / "data.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "edits.jsonl").write_text("".join(lines[:6]))
-    settings = EditSettings(unrelated_texts=16, residual_stop=0.2, shards=2, mask_ratio=0.6)
+    settings = EditSettings(unrelated_texts=16, residual_stop=0.2, shards=2, mask_ratio=0.6, site="matrix")
     edit(str(place / "model"), tmp_path / "edits.jsonl", tmp_path / "shards", settings, load=CPU)
     merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings(mode="merge", method="ties", refit=False))
     given = EvalSettings(generate=False)

@@ -248,7 +248,7 @@ def test_lora_trains_on_top_and_leaves_the_routed_layer_alone(lookup: Subject, t
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     merged = tuned.merge_and_unload()
-    assert type(merged.get_submodule(lookup.model.config.wise["module"])).__name__ == "RoutedFactMemory"
+    assert type(merged.get_submodule(lookup.model.config.wise["module"])).__name__ == "LayerFactMemory"
 
 
 # What lm-eval asks of a model: which answer it gives. Which of two it finds likelier it reads off a question and its

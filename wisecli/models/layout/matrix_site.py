@@ -125,7 +125,7 @@ def as_matrix(site: Site) -> MatrixSite:
     """
     if not isinstance(site, MatrixSite):
         raise ModelError(
-            f"these edits are behind layer {site.layer}, and a value matrix is needed: write them with "
-            "`wise edit --set site=matrix`, or keep them as a lookup (--mode lookup, --format routed)"
+            f"these edits are added behind layer {site.layer}, to no matrix: for one, write them with `wise edit --set "
+            "site=matrix` and merge with --mode merge; a lookup is exported with --format routed"
         )
     return site

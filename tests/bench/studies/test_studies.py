@@ -135,8 +135,8 @@ def test_what_is_there_is_not_measured_again(place: Path, tmp_path: Path) -> Non
 def test_shards_that_several_rows_need_are_written_once(report: StudyReport) -> None:
     rows = [row for name in ("merge", "scaling", "latency") for row in report.rows[name]]
     assert {row["shards"] for row in rows} == {3}
-    # Three layers, four cells of the grid, one for each writer, and one for all of those rows.
-    assert len(list((report.output / "work").glob("shards-6-*"))) == 3 + 4 + 2 + 1
+    # Three layers, four cells of the grid, one for each writer, one for lookups, and one each for all of those rows.
+    assert len(list((report.output / "work").glob("shards-6-*"))) == 3 + 4 + 2 + 1 + 2
 
 
 def test_other_input_is_refused_until_forced(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

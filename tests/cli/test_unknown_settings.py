@@ -19,7 +19,8 @@ BOTH = ("eval", "--memory", "{memory}", "--protocol", "forms,wild")
 
 
 def warnings(wise: Wise, ready: Ready, *line: str) -> list[str]:
-    outcome = wise(*(one.format(model=ready.model, shards=ready.shards, memory=ready.memory) for one in line))
+    places = {name: getattr(ready, name) for name in ("model", "shards", "shards_at_matrix", "memory")}
+    outcome = wise(*(one.format(**places) for one in line))
     assert outcome.code == 0, outcome.err
     return [one.removeprefix("warning: ") for one in outcome.err.splitlines() if one.startswith("warning: ")]
 

@@ -45,6 +45,7 @@ class LayerSite(Site):
     multiplier = 1.0
     what = "edited layer"
     has_matrix = False
+    unit = 1 / 3
 
     @property
     def base_name(self) -> str:

@@ -40,6 +40,7 @@ class MatrixSite(Site):
     streams = None
     what = "edited matrix"
     has_matrix = True
+    unit = 1.0
 
     @property
     def weight(self) -> str:

@@ -75,7 +75,7 @@ class EditSettings(Validated):
     augment: Annotated[int, Bounds(0, 100)] = 0  # paraphrases that the model writes itself
     residual_steps: Annotated[int, Bounds(1, 10**4)] = 40
     residual_more: Annotated[int, Bounds(0, 10**4)] = 400  # steps for answers that are not the likeliest after those
-    residual_rate: Annotated[float, Bounds(1e-9, 1e3)] = 0.3  # in units of an entry of W a
+    residual_rate: Annotated[float, Bounds(1e-9, 1e3)] = 0.3  # in units of an entry of W a, or of a third of a state's
     residual_stop: Annotated[float, Bounds(1e-9, 10)] = 0.02  # a loss that every target token must come under
     polish: Annotated[int, Bounds(0, 10**4)] | None = None  # 5, but none where a lookup is meant, which has no matrix
     polish_rate: Rate = 5e-3

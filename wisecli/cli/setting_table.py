@@ -42,7 +42,7 @@ TEXTS: dict[SettingsKind, dict[str, str]] = {
         "augment": "Paraphrases that the model writes for an edit, at most.",
         "residual_steps": "Steps that fit a residual.",
         "residual_more": "Further steps for answers that are not the likeliest after those.",
-        "residual_rate": "Step size of residuals, in units of an entry of W a.",
+        "residual_rate": "Step size of residuals, in units of an entry of W a, or of a third of a state's.",
         "residual_stop": "The loss below which every target token of an edit must come.",
         "polish": "Passes of the gradient writer's loss behind the closed form; 5, but none for a lookup.",
         "polish_rate": "Step size of those passes.",

@@ -233,7 +233,9 @@ def test_another_base_model_is_named(root: Path, tmp_path: Path, place: str) -> 
     assert (wrong.file, wrong.tensor) == (str(other), edited)
     assert wrong.expected != wrong.found
     small = save_tiny(tmp_path / "gpt2", "gpt2")
-    assert [check.found for check in differing(root / place, model=str(small))] == ["nothing"]
+    found = [check.found for check in differing(root / place, model=str(small))]
+    # The matrix is not there; a layer of that number is, of other tensors, and the settings are others.
+    assert found == ["nothing"] if place == "retrieve" else (len(found), "nothing" in found) == (2, False)
 
 
 def test_a_base_model_that_was_moved_is_checked_where_it_is_now(root: Path, tmp_path: Path) -> None:

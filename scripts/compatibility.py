@@ -25,7 +25,6 @@ from support.every_type import model_types, save_type, unlike_decoders  # noqa: 
 from support.helpers import save_tiny  # noqa: E402
 from support.tiny_models import TINY_CONFIGS, VARIANTS, loader_of  # noqa: E402
 
-from wisecli.artifacts.shard_manifest import read_shard_directory  # noqa: E402
 from wisecli.commands.checkpoint.export import export  # noqa: E402
 from wisecli.commands.edit.edit import edit  # noqa: E402
 from wisecli.commands.memory.merge import merge  # noqa: E402
@@ -35,7 +34,7 @@ from wisecli.errors import WiseError  # noqa: E402
 DONE = "✓"
 STEPS = ("edit", "merge", "export")
 CHECKS = (*STEPS, "reload without wisecli", "right", "unrelated", "batch = single")
-SITE, UNTAKEN, LIMIT = "site", "untaken", 300
+UNTAKEN, LIMIT = "untaken", 300
 EDITS = (("ba be bi", "do du"), ("ka ke ki ko", "fa"), ("ma me", "ga ge gi"))
 PROMPTS = (*(prompt for prompt, _ in EDITS), "so su sa", "ti", "lo la le li lu")
 
@@ -159,8 +158,6 @@ def _chain(name: str, root: Path) -> dict[str, str]:
             outcomes[step] = f"{type(error).__name__}: {error}".splitlines()[0]
             break
         outcomes[step] = DONE
-    if (shards / "shards.json").exists():
-        outcomes[SITE] = type(read_shard_directory(shards).site).__name__.removesuffix("Site").lower()
     return outcomes
 
 
@@ -200,8 +197,7 @@ def page(results: dict[str, dict[str, str]], unbuilt: dict[str, str]) -> str:
     Args:
         unbuilt: types that were not tried, and why.
     """
-    good = {name: one for name, one in results.items() if passed(one)}
-    sites = {site: [name for name, one in good.items() if one[SITE] == site] for site in ("matrix", "layer")}
+    good = [name for name, one in results.items() if passed(one)]
     others = [f"| {name} | {_stopped(one)} |" for name, one in results.items() if name not in good]
     reasons: dict[str, list[str]] = {}
     for name, why in unbuilt.items():
@@ -213,10 +209,9 @@ def page(results: dict[str, dict[str, str]], unbuilt: dict[str, str]) -> str:
         "a lookup and exported. The export is loaded by transformers alone, in a process in which `wisecli` cannot be\n"
         "imported. *Right*: every edit's prompt is answered by its target. *Unrelated*: other prompts are answered as\n"
         "by the base. *Batch = single*: each row of a padded batch gives what its prompt gives alone, if the base's\n"
-        "does. The *site* is a value matrix, or the states that leave a decoder layer.\n\n"
+        "does. Edits are added to the states that leave a decoder layer.\n\n"
         f"The checks are: {', '.join(CHECKS)}. {len(good)} of {len(results)} pass every one.\n\n"
-        "## Edited in a value matrix\n\n" + _listed(sites["matrix"]) + "\n\n"
-        "## Edited behind a layer\n\n" + _listed(sites["layer"]) + "\n\n"
+        "## Edited\n\n" + _listed(good) + "\n\n"
         "LLaVA and Qwen2-VL, which read images, are tried with text here; the tests put images before it.\n\n"
         "## Refused, or not right\n\n| type | what came of it |\n|---|---|\n" + "\n".join(others) + "\n\n"
         "## Not tried\n\n| types | why |\n|---|---|\n" + "\n".join(left) + "\n"

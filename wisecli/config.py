@@ -9,10 +9,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from wisecli.data.packaged import tomllib
 from wisecli.errors import SettingsError
 from wisecli.retired_settings import RETIRED, of_today
-from wisecli.validated_settings import Bounds, Validated
+from wisecli.validated_settings import Bounds, Validated, read_toml
 
 Settings = TypeVar("Settings")
 
@@ -25,6 +24,8 @@ Weight = Annotated[float, Bounds(-1e3, 1e3)]
 Seed = Annotated[int, Bounds(0, 2**53 - 1)]
 # A lookup of facts, one matrix for all shards, or a matrix a shard.
 Mode = Literal["lookup", "merge", "retrieve"]
+# Where edits are written: behind a decoder layer or in a value matrix; `auto` is a layer where a lookup is meant.
+SiteName = Literal["auto", "layer", "matrix"]
 # Of a matrix: whether a prompt is judged by the mean over its tokens or by its last one.
 Pooling = Literal["last", "mean"]
 
@@ -59,6 +60,7 @@ class EditSettings(Validated):
     writer: Literal["solve", "gradient"] = "solve"
     schedule: Literal["batched", "sequential"] = "batched"
     layer: str = "auto"
+    site: SiteName = "auto"
     shards: Count | None = None
     edits_per_shard: Count = 100
     mask_ratio: Share = 0.5  # half the columns hold a hundred edits; a fifth, as in the paper, does not
@@ -73,7 +75,7 @@ class EditSettings(Validated):
     augment: Annotated[int, Bounds(0, 100)] = 0  # paraphrases that the model writes itself
     residual_steps: Annotated[int, Bounds(1, 10**4)] = 40
     residual_more: Annotated[int, Bounds(0, 10**4)] = 400  # steps for answers that are not the likeliest after those
-    residual_rate: Annotated[float, Bounds(1e-9, 1e3)] = 0.3  # in units of an entry of W a
+    residual_rate: Annotated[float, Bounds(1e-9, 1e3)] = 0.3  # in units of an entry of W a, or of a third of a state's
     residual_stop: Annotated[float, Bounds(1e-9, 10)] = 0.02  # a loss that every target token must come under
     polish: Annotated[int, Bounds(0, 10**4)] | None = None  # 5, but none where a lookup is meant, which has no matrix
     polish_rate: Rate = 5e-3
@@ -99,7 +101,7 @@ class EditSettings(Validated):
         if self.in_forms is None:
             object.__setattr__(self, "in_forms", self.by_facts)
         if self.polish is None:
-            object.__setattr__(self, "polish", 0 if self.in_forms else 5)
+            object.__setattr__(self, "polish", 0 if self.in_forms or self.site == "layer" else 5)
 
     @property
     def by_facts(self) -> bool:
@@ -109,7 +111,12 @@ class EditSettings(Validated):
     @property
     def for_lookup(self) -> bool:
         """Whether a lookup is meant, which reads no matrix: then none is solved for."""
-        return self.by_facts and bool(self.in_forms) and not self.polish
+        return self.by_facts and (self.site == "layer" or (bool(self.in_forms) and not self.polish))
+
+    @property
+    def behind_layer(self) -> bool:
+        """Whether edits go behind a decoder layer, unless a matrix is named."""
+        return self.site != "matrix" and self.for_lookup
 
     @property
     def sequential(self) -> bool:
@@ -265,18 +272,6 @@ def settings_from(kind: type[Settings], record: Mapping[str, Any]) -> Settings:
 def defaults(kind: type[Any]) -> dict[str, Any]:
     """Return every setting's default."""
     return {field.name: field.default for field in fields(kind) if field.default is not MISSING}
-
-
-def read_toml(file: Path) -> dict[str, Any]:
-    """Return the content of a settings file.
-
-    Raises:
-        SettingsError: it cannot be read.
-    """
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SettingsError(f"{file}: not readable as TOML ({error})") from None
 
 
 def _from_file(file: Path | None, section: str, hints: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,14 @@
-"""Settings that check themselves: each value is of its field's kind and within its bounds."""
+"""Settings that check themselves: each value is of its field's kind and within its bounds; and their files."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+from wisecli.data.packaged import tomllib
 from wisecli.errors import SettingsError
 
 # What is written around a type: bounds, and that there may be none.
@@ -86,6 +88,18 @@ def unwrapped(hint: Any) -> tuple[Any, Bounds | None, bool]:
         optional |= NoneType in get_args(hint)
         hint = next(option for option in get_args(hint) if option is not NoneType)
     return hint, bounds, optional
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """Return the content of a settings file.
+
+    Raises:
+        SettingsError: it cannot be read.
+    """
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{file}: not readable as TOML ({error})") from None
 
 
 def _truth(value: Any) -> bool:

@@ -66,7 +66,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scratch(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Copies to damage; each test writes back what it changes."""
     target = tmp_path_factory.mktemp("scratch")
-    for place in (*PLACES, "model"):
+    for place in (*PLACES, "gradient", "model"):
         shutil.copytree(root / place, target / place)
     return target
 
@@ -161,7 +161,7 @@ def test_a_manifest_with_another_value_anywhere_is_read_or_refused(
 @FEW
 @given(data=st.data())
 def test_shards_with_another_value_anywhere_are_merged_or_refused(scratch: Path, data: st.DataObject) -> None:
-    path, output = scratch / "shards", scratch / "merged"
+    path, output = scratch / data.draw(st.sampled_from(["shards", "gradient"])), scratch / "merged"
     manifest = path / "shards.json"
     whole = manifest.read_text()
     try:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,14 @@ from safetensors.torch import load_file
 from support.helpers import WORDS, save_tiny
 from support.ready import EDITS, Ready, contents, here, manifest, require_refusal, write_edits
 from support.thorough import few
-from support.tiny_models import Wise
+from support.tiny_models import VOCABULARY, Wise
+from transformers import Qwen3MoeConfig
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.editing.writers.closed_form import PENALTIES
 from wisecli.evaluation.edited_model import attach
+from wisecli.export.weights import write_stream
+from wisecli.io.safetensors_header import TensorLayout
 
 
 def test_strict_exits_with_1_and_writes_nothing_if_an_edit_did_not_take(
@@ -47,10 +51,43 @@ def test_a_dry_run_says_what_a_run_will_hold_and_read(wise: Wise, ready: Ready) 
     assert (whole["streamed"], plan["streamed"]) == (False, True)
     assert whole["weights"] == plan["weights"] > plan["resident"] + plan["layer"]
     assert plan["read"] > plan["sweep"] > 0 == whole["read"]
-    text = wise(*small).out
-    assert all(word in text for word in ("stay in memory", "pass through", "TFLOP", "nothing was written"))
-    assert "this does not fit" in text
-    assert "this does not fit" not in wise("edit", ready.model, ready.edits, "--dry-run").out
+    told = wise(*small)
+    assert all(word in told.out for word in ("stay in memory", "pass through", "TFLOP", "nothing was written"))
+    assert (told.code, here()) == (1, [])
+    assert "error: this does not fit: at its most it needs" in told.err
+    assert "give fewer edits_per_shard, a smaller batch_size or a larger --memory-budget" in told.err
+    assert wise("edit", ready.model, ready.edits, "--dry-run").code == 0
+
+
+def test_a_mixture_that_the_budget_cannot_hold_is_planned_and_refused_with_a_remedy(wise: Wise, ready: Ready) -> None:
+    base = save_hollow_mixture(Path("mixture"), Path(ready.model))
+    dry = ("edit", str(base), ready.edits, "--dry-run", "--memory-budget", "3GiB")
+    plan = json.loads(wise(*dry, "--layer", "2", "--json").out)["results"]["plan"]
+    assert plan["streamed"]
+    assert plan["weights"] >= 6 << 30
+    assert plan["peak"] > plan["held"] > 3 << 30 == plan["budget"]
+    told = wise(*dry, "--layer", "2")
+    assert (told.code, "nothing was written" in told.out) == (1, True)
+    assert "this does not fit: at its most it needs" in told.err
+    assert "choose a higher --layer" in told.err
+    assert wise(*dry, "--layer", "6").code == 0
+
+
+def save_hollow_mixture(base: Path, tokenizer: Path) -> Path:
+    """Settings and headers of a mixture of 64 experts in eight layers, with a hole in the file where weights belong."""
+    shape = {"hidden_size": 2048, "moe_intermediate_size": 1024, "num_experts": 64, "num_hidden_layers": 8}
+    Qwen3MoeConfig(**shape, vocab_size=VOCABULARY, dtype="bfloat16").save_pretrained(base)
+    for path in tokenizer.glob("tokenizer*"):
+        shutil.copyfile(path, base / path.name)
+    sizes = {"model.embed_tokens": (VOCABULARY, 2048), "model.norm": (2048,), "lm_head": (VOCABULARY, 2048)}
+    for layer, expert, name in product(range(8), range(64), ("gate", "up", "down")):
+        side = (2048, 1024) if name == "down" else (1024, 2048)
+        sizes[f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj"] = side
+    layouts = {f"{name}.weight": TensorLayout("bfloat16", size) for name, size in sizes.items()}
+    file = base / "model.safetensors"
+    write_stream(file, layouts, lambda _: torch.empty(0))
+    os.truncate(file, file.stat().st_size + sum(layout.bytes for layout in layouts.values()))
+    return base
 
 
 def test_force_replaces_the_whole_output(wise: Wise, ready: Ready) -> None:
@@ -131,25 +168,26 @@ MERGES: dict[str, tuple[str, str]] = {
 
 
 # Of the paper's writer, one of each mode.
-QUICK = [*product(MERGES, ["shards"]), *product(["", "--router norm", "--mode retrieve"], ["gradient-shards"])]
+OF_MATRIX, OF_GRADIENT = "shards-at-matrix", "gradient-shards"
+QUICK = [*product(MERGES, [OF_MATRIX]), *product(["", "--router norm", "--mode retrieve"], [OF_GRADIENT])]
 
 
-@pytest.mark.parametrize(("flags", "shards"), few(product(MERGES, ["shards", "gradient-shards"]), QUICK))
+@pytest.mark.parametrize(("flags", "shards"), [("", "shards"), *few(product(MERGES, [OF_MATRIX, OF_GRADIENT]), QUICK)])
 def test_shards_of_either_writer_merge_in_every_mode_and_the_memory_works(
     wise: Wise, ready: Ready, flags: str, shards: str
 ) -> None:
-    mode = MERGES[flags][0 if shards == "shards" else 1]
+    mode = MERGES[flags][0 if shards != OF_GRADIENT else 1]
     merged = wise("merge", str(ready.root / shards), *flags.split(), "--json")
     assert merged.code == 0, merged.err
     assert json.loads(merged.out)["results"]["mode"] == mode
-    meant = shards == "shards"
+    meant = shards != OF_GRADIENT
     assert ("edits in many forms" in merged.err) == (meant and mode != "lookup")
     tensors = load_file(Path("memory") / "memory.safetensors")
     if mode == "lookup":
         # The closed form has one residual for each token of a target and the end of text, whatever the contexts, but
         # for those after which a target begins a line.
         places = 2 * sum(len(edit["target"].split()) + 1 for edit in EDITS)
-        assert len(tensors["residuals"]) == (places if shards == "shards" else len(tensors["whitened_keys"]))
+        assert len(tensors["residuals"]) == (places if meant else len(tensors["whitened_keys"]))
         assert len(tensors["key_to_residual"]) == len(tensors["whitened_keys"]) >= places
         assert set(tensors["key_to_edit"].tolist()) == {0, 1, 2, 3}
     else:
@@ -159,9 +197,9 @@ def test_shards_of_either_writer_merge_in_every_mode_and_the_memory_works(
     assert 0 <= json.loads(measured.out)["results"]["edits"]["reliability"] <= 1
     if flags in ("", "--refit", "--mode retrieve"):
         assert wise("export").code == 0
-        assert load_file(Path("edited") / "model-side-memory.safetensors").keys() >= {
-            f"model.layers.3.mlp.down_proj.{name}" for name in tensors
-        }
+        module = "model.layers.3.wise_memory" if shards == "shards" else "model.layers.3.mlp.down_proj"
+        exported = load_file(Path("edited") / "model-side-memory.safetensors")
+        assert exported.keys() >= {f"{module}.{name}" for name in tensors}
 
 
 def test_a_lookup_gives_every_edit_its_answer_where_it_opens(wise: Wise, ready: Ready) -> None:
@@ -191,7 +229,7 @@ def prompts() -> list[str]:
 
 
 def test_a_refit_gives_keys_back_what_merging_takes_from_them(wise: Wise, ready: Ready) -> None:
-    shards = [load_file(path) for path in sorted(Path(ready.shards).glob("shard-*.safetensors"))]
+    shards = [load_file(path) for path in sorted(Path(ready.shards_at_matrix).glob("shard-*.safetensors"))]
     trained = [~shard["evidence.held_out"] for shard in shards]
     keys, wanted = (
         torch.cat([shard[f"evidence.{name}"][own] for shard, own in zip(shards, trained, strict=True)]).float()
@@ -199,7 +237,7 @@ def test_a_refit_gives_keys_back_what_merging_takes_from_them(wise: Wise, ready:
     )
     errors = {}
     for flags in ("--mode merge --no-refit", "--mode merge --refit", "--method exact"):
-        assert wise("merge", ready.shards, *flags.split(), "--force").code == 0
+        assert wise("merge", ready.shards_at_matrix, *flags.split(), "--force").code == 0
         memory = load_file(Path("memory") / "memory.safetensors")
         given = keys[:, memory["columns"][0]] @ memory["delta"][0].T
         errors[flags] = float((given - wanted).square().sum() / wanted.square().sum())

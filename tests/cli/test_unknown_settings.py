@@ -19,7 +19,8 @@ BOTH = ("eval", "--memory", "{memory}", "--protocol", "forms,wild")
 
 
 def warnings(wise: Wise, ready: Ready, *line: str) -> list[str]:
-    outcome = wise(*(one.format(model=ready.model, shards=ready.shards, memory=ready.memory) for one in line))
+    places = {name: getattr(ready, name) for name in ("model", "shards", "shards_at_matrix", "memory")}
+    outcome = wise(*(one.format(**places) for one in line))
     assert outcome.code == 0, outcome.err
     return [one.removeprefix("warning: ") for one in outcome.err.splitlines() if one.startswith("warning: ")]
 
@@ -120,8 +121,8 @@ def test_unknown_tables_keys_and_variables_are_named(
         ((*PLAN, "--revision", "main"), ["--revision"]),
         (("merge", "{shards}", "--dry-run", "--mode", "lookup", "--method", "ties"), []),
         (("merge", "{shards}", "--dry-run", "--mode", "lookup", "--method", "sign"), ["--method"]),
-        (("merge", "{shards}", "--dry-run", "--mode", "merge", "--set", "subjects=any"), ["subjects=any"]),
-        (("merge", "{shards}", "--dry-run", "--mode", "retrieve", "--set", "strength=2"), ["strength=2.0"]),
+        (("merge", "{shards_at_matrix}", "--dry-run", "--mode", "merge", "--set", "subjects=any"), ["subjects=any"]),
+        (("merge", "{shards_at_matrix}", "--dry-run", "--mode", "retrieve", "--set", "strength=2"), ["strength=2.0"]),
         (("merge", "{shards}", "--dry-run", "--no-history", "--who", "me"), ["--who"]),
         (("eval", "--memory", "{memory}", "--no-generate", "--if-measured"), ["--if-measured"]),
         (

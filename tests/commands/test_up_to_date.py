@@ -119,12 +119,12 @@ def test_strict_is_not_content_with_what_did_not_take_then(wise: Wise, ready: Re
 def test_a_memory_that_is_merged_is_not_merged_again(
     wise: Wise, ready: Ready, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    line = f"merge {ready.shards}"
+    line = f"merge {ready.shards_at_matrix}"
     assert wise(*line.split()).code == 0
     require_idle(wise, Path("memory"), line, monkeypatch)
-    shutil.copytree(ready.shards, tmp_path / "moved")
+    shutil.copytree(ready.shards_at_matrix, tmp_path / "moved")
     assert "up to date" in wise("merge", str(tmp_path / "moved")).out
-    shutil.copytree(ready.shards, tmp_path / "changed")
+    shutil.copytree(ready.shards_at_matrix, tmp_path / "changed")
     listed = json.loads((tmp_path / "changed" / "shards.json").read_text())
     rewrite(tmp_path / "changed" / "shards.json", subjects={}, contexts=[*listed["contexts"], "x"])
     for other, says in (

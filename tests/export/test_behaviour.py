@@ -27,8 +27,9 @@ from transformers import (
 )
 
 from wisecli.commands.checkpoint.export import WeightFiles, export
+from wisecli.commands.edit.edit import edit
 from wisecli.commands.memory.merge import merge
-from wisecli.config import MergeSettings
+from wisecli.config import EditSettings, MergeSettings
 
 MEMORIES = ("lookup", "matrix")
 UNRELATED = (SAMPLE_EDITS.parent / "unrelated.txt").read_text().splitlines()
@@ -102,7 +103,9 @@ def subjects(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Callable
         if name == "matrix":
             # Written for a lookup, a matrix holds edits less surely; so it is made as strong as that is.
             settings, path = MergeSettings(mode="merge", scale=MergeSettings().strength), root / "edited"
-            merge([chain.shards], root / "memory", settings)
+            given = EditSettings(unrelated_texts=150, site="matrix")
+            edit(str(chain.model), SAMPLE_EDITS, root / "shards", given)
+            merge([root / "shards"], root / "memory", settings)
             export(root / "memory", path, weights=WeightFiles(link=True))
         model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
         return Subject(path, model, base, tokenizer, *texts)
@@ -245,7 +248,7 @@ def test_lora_trains_on_top_and_leaves_the_routed_layer_alone(lookup: Subject, t
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     merged = tuned.merge_and_unload()
-    assert type(merged.get_submodule(lookup.model.config.wise["module"])).__name__ == "RoutedFactMemory"
+    assert type(merged.get_submodule(lookup.model.config.wise["module"])).__name__ == "LayerFactMemory"
 
 
 # What lm-eval asks of a model: which answer it gives. Which of two it finds likelier it reads off a question and its

@@ -34,10 +34,8 @@ def section(heading: str) -> str:
 
 def passing() -> set[str]:
     """The types that the page says pass every check."""
-    names = [
-        section(f"## Edited {where}").strip().partition("\n\n")[0] for where in ("in a value matrix", "behind a layer")
-    ]
-    return {name.strip() for name in "; ".join(names).replace("\n", " ").split(";")}
+    names = section("## Edited").strip().partition("\n\n")[0]
+    return {name.strip() for name in names.replace("\n", " ").split(";")}
 
 
 def listed(heading: str) -> set[str]:

@@ -308,3 +308,7 @@ def test_a_model_that_was_trained_on_has_another_sample(tmp_path: Path) -> None:
     tuned.get_submodule("model.layers.1.self_attn.o_proj").weight.data *= 0.5
     tuned.save_pretrained(tmp_path / "tuned")
     assert Checkpoint(tmp_path / "tuned").sample != base.sample
+
+
+def test_a_single_number_has_a_digest_as_a_row_of_one_has() -> None:
+    assert sha256_tensor(torch.tensor(0.5)) == sha256_tensor(torch.tensor([0.5])) != sha256_tensor(torch.tensor(0.25))

@@ -118,7 +118,9 @@ def vision(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     (root / "edits.jsonl").write_text("\n".join(map(json.dumps, EDITS)))
     run_edit(str(base), root / "edits.jsonl", root / "shards", EditSettings(unrelated_texts=64, layer="2"))
     merge([root / "shards"], root / "memory", MergeSettings())
-    merge([root / "shards"], root / "matrix", MergeSettings(mode="merge"))
+    at_matrix = EditSettings(unrelated_texts=64, layer="2", site="matrix")
+    run_edit(str(base), root / "edits.jsonl", root / "shards-at-matrix", at_matrix)
+    merge([root / "shards-at-matrix"], root / "matrix", MergeSettings(mode="merge"))
     export(root / "memory", root / "edited", load=CPU)
     return Vision(str(request.param), root)
 
@@ -159,7 +161,9 @@ def test_every_command_works_on_it(tmp_path: Path, run: Callable[..., int], arch
     assert run("edit", base, str(edits), "--layer", "2", "-o", shards, "--dry-run") == 0
     assert run("edit", base, str(edits), "--layer", "2", "-o", shards, "--strict") == 0
     assert run("merge", shards, "-o", memory) == 0
-    assert run("merge", shards, "--mode", "merge", "-o", matrix) == 0
+    at_matrix = str(tmp_path / "at-matrix")
+    assert run("edit", base, str(edits), "--layer", "2", "-o", at_matrix, "--set", "site=matrix") == 0
+    assert run("merge", at_matrix, "--mode", "merge", "-o", matrix) == 0
     assert run("eval", "--memory", memory, "--forms", "bare", "--kinds", "none") == 0
     assert run("generate", memory, EDITS[0]["prompt"], "--explain") == 0
     assert run("export", "--memory", memory, "-o", edited) == 0

@@ -48,13 +48,14 @@ def make_ready(root: Path) -> None:
         ("gradient-shards", "edits", base, {"shards": 2, "writer": "gradient", "passes": 60}),
         ("shards-elsewhere", "other-edits", base, {"layer": "1"}),
         ("matrix-shards", "edits", base, {"in_forms": False}),
+        ("shards-at-matrix", "edits", base, {"shards": 2, "site": "matrix"}),
         ("shards-of-other-model", "other-edits", other, {}),
     ):
         run_edit(str(model), root / edits, root / name, EditSettings(**{**QUICK, **changes}), load=CPU)
     merge([root / "shards"], root / "memory", MergeSettings())
     merge([root / "shards"], root / "bare-memory", MergeSettings(), history=False)
-    merge([root / "shards"], root / "merge", MergeSettings(mode="merge"))
-    merge([root / "shards"], root / "retrieve", MergeSettings(mode="retrieve"))
+    merge([root / "shards-at-matrix"], root / "merge", MergeSettings(mode="merge"))
+    merge([root / "shards-at-matrix"], root / "retrieve", MergeSettings(mode="retrieve"))
     for name in ("cut", "tampered"):
         shutil.copytree(root / "shards", root / f"{name}-shards")
         shutil.copytree(root / "memory", root / f"{name}-memory")

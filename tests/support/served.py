@@ -25,7 +25,7 @@ from support.tiny_models import TINY_CONFIGS
 from wisecli.commands.checkpoint.export import export
 from wisecli.commands.edit.edit import edit
 from wisecli.commands.memory.merge import merge
-from wisecli.config import EditSettings, MergeSettings
+from wisecli.config import EditSettings, MergeSettings, SiteName
 
 _PYTHON = os.environ.get("WISE_SERVING_PYTHON", "")
 # Of tests that need the engines.
@@ -50,11 +50,12 @@ def tiny_export(
     architecture: str = "llama",
     *,
     mode: Literal["lookup", "retrieve"] = "lookup",
+    site: SiteName = "auto",
     subjects: Sequence[str] = (),
 ) -> Path:
     """A tiny model of an architecture, edited and exported."""
     base = save_tiny(root / "model", architecture, config=wider(architecture))
-    return export_of(base, root, mode=mode, subjects=subjects)
+    return export_of(base, root, mode=mode, site=site, subjects=subjects)
 
 
 def export_of(
@@ -62,6 +63,7 @@ def export_of(
     root: Path,
     *,
     mode: Literal["lookup", "retrieve"] = "lookup",
+    site: SiteName = "auto",
     subjects: Sequence[str] = (),
     layer: str = "2",
 ) -> Path:
@@ -71,7 +73,8 @@ def export_of(
         one["subject"] = subject
     lines = [json.dumps(one) for one in edits]
     (root / "edits.jsonl").write_text("\n".join(lines))
-    edit(str(base), root / "edits.jsonl", root / "shards", EditSettings(unrelated_texts=64, layer=layer), load=CPU)
+    settings = EditSettings(unrelated_texts=64, layer=layer, site=site)
+    edit(str(base), root / "edits.jsonl", root / "shards", settings, load=CPU)
     merge([root / "shards"], root / "memory", MergeSettings(mode=mode))
     export(root / "memory", root / "edited", load=CPU)
     return root / "edited"

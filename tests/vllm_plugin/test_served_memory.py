@@ -30,7 +30,7 @@ from wisecli.vllm_plugin.served_memory import Edited
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_export(tmp_path_factory.mktemp("tiny"))
+    return tiny_export(tmp_path_factory.mktemp("tiny"), site="matrix")
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from wisecli.commands.checkpoint.export import WeightFiles, export
 from wisecli.commands.memory.merge import merge
-from wisecli.config import MergeSettings
+from wisecli.config import MergeSettings, SiteName
 from wisecli.data.corpus import unrelated_texts
 from wisecli.routing.deciding.prompt_window import UNROUTED
 
@@ -84,9 +84,9 @@ def test_edits_behind_a_layer_answer_in_a_compiled_model(vllm: VLLM, tmp_path: P
     assert found.answers == [wanted], found.refused
 
 
-@pytest.mark.parametrize("architecture", ["llama", "olmo2"])  # beside a matrix that is cut, and behind a layer
-def test_two_processes_answer_as_one(vllm: VLLM, tmp_path: Path, architecture: str) -> None:
-    path = tiny_export(tmp_path, architecture)
+@pytest.mark.parametrize("site", ["matrix", "layer"])  # the matrix is cut, and what leaves a layer is not
+def test_two_processes_answer_as_one(vllm: VLLM, tmp_path: Path, site: SiteName) -> None:
+    path = tiny_export(tmp_path, "llama" if site == "matrix" else "olmo2", site=site)
     prompts = prompts_of(path)
     wanted = in_transformers(AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval(), prompts)
     two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
@@ -95,7 +95,7 @@ def test_two_processes_answer_as_one(vllm: VLLM, tmp_path: Path, architecture: s
 
 
 def test_facts_in_matrices_answer_as_in_transformers(vllm: VLLM, tmp_path: Path) -> None:
-    path = tiny_export(tmp_path, mode="retrieve")
+    path = tiny_export(tmp_path, mode="retrieve", site="matrix")
     prompts = prompts_of(path)
     wanted = in_transformers(AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval(), prompts)
     assert wanted != in_transformers(AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval(), prompts)

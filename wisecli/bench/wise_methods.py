@@ -19,7 +19,7 @@ from wisecli.commands.edit.edit import edit
 from wisecli.commands.edit.edit_report import EditReport
 from wisecli.commands.measure.evaluate import EvalReport, evaluate
 from wisecli.commands.memory.merge import merge
-from wisecli.config import EditSettings, EvalSettings, MergeSettings, Mode, resolve
+from wisecli.config import EditSettings, EvalSettings, MergeSettings, Mode, SiteName, resolve
 from wisecli.edits.checks.admission import NO_CHECKS
 from wisecli.environment import forget_peaks
 from wisecli.errors import ChangedInputError, DamagedFileError, OutputExistsError
@@ -34,15 +34,16 @@ from wisecli.progress import NOTE, Event, ProgressCallback, ignore_progress
 
 @dataclass(frozen=True)
 class WiseMethod:
-    """One of our own ways to edit: the preset of `wise edit`, and the mode of `wise merge`."""
+    """One of our own ways to edit: the preset and the site of `wise edit`, and the mode of `wise merge`."""
 
     preset: Literal["default", "paper"] | None = None
+    site: SiteName | None = None
     mode: Mode | None = None
 
 
 WISE_METHODS = {
     "wise": WiseMethod(),
-    "wise-retrieve": WiseMethod(mode="retrieve"),
+    "wise-retrieve": WiseMethod(site="matrix", mode="retrieve"),
     "wise-paper": WiseMethod(preset="paper"),
 }
 
@@ -172,7 +173,7 @@ class WiseRun:
         with jsonlines.open(self.file, "w") as writer:
             writer.write_all(record.as_dict() for record in self.context.tested[: self.count])
         way = WISE_METHODS[self.name]
-        given = {"preset": way.preset, "seed": self.context.settings.seed}
+        given = {"preset": way.preset, "site": way.site, "seed": self.context.settings.seed}
         return edit(
             str(self.context.directory),
             self.file,

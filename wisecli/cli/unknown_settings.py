@@ -9,7 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from wisecli.cli.setting_table import KINDS
-from wisecli.config import PREFIX, read_toml
+from wisecli.config import PREFIX
+from wisecli.validated_settings import read_toml
 
 # So many names are listed where none is like the one that is unknown.
 _LISTED = 8

@@ -42,7 +42,7 @@ def sha256_tensor(tensor: torch.Tensor) -> str:
     """Return the hex digest of a tensor's values in their own dtype (row-major)."""
     import torch  # takes seconds, which headers alone need not wait
 
-    raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(raw.data).hexdigest()
 
 

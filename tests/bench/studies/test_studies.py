@@ -84,7 +84,7 @@ def test_qualities_are_shares_and_edits_take(report: StudyReport, name: str) -> 
 def test_a_row_is_what_the_commands_say_one_after_the_other(place: Path, report: StudyReport, tmp_path: Path) -> None:
     lines = (place / "data.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "edits.jsonl").write_text("".join(lines[:6]))
-    settings = EditSettings(unrelated_texts=16, residual_stop=0.2, shards=2, mask_ratio=0.6)
+    settings = EditSettings(unrelated_texts=16, residual_stop=0.2, shards=2, mask_ratio=0.6, site="matrix")
     edit(str(place / "model"), tmp_path / "edits.jsonl", tmp_path / "shards", settings, load=CPU)
     merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings(mode="merge", method="ties", refit=False))
     given = EvalSettings(generate=False)
@@ -135,8 +135,8 @@ def test_what_is_there_is_not_measured_again(place: Path, tmp_path: Path) -> Non
 def test_shards_that_several_rows_need_are_written_once(report: StudyReport) -> None:
     rows = [row for name in ("merge", "scaling", "latency") for row in report.rows[name]]
     assert {row["shards"] for row in rows} == {3}
-    # Three layers, four cells of the grid, one for each writer, and one for all of those rows.
-    assert len(list((report.output / "work").glob("shards-6-*"))) == 3 + 4 + 2 + 1
+    # Three layers, four cells of the grid, one for each writer, one for lookups, and one each for all of those rows.
+    assert len(list((report.output / "work").glob("shards-6-*"))) == 3 + 4 + 2 + 1 + 2
 
 
 def test_other_input_is_refused_until_forced(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ EDITS = [fact(number) for number in range(4)]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("explain")
     save_tiny(root / "model")
-    settings = EditSettings(**{**FLAGS, "edits_per_shard": 2})
+    settings = EditSettings(**{**FLAGS, "edits_per_shard": 2}, site="matrix")
     run_edit(str(root / "model"), write(root / "edits.jsonl", EDITS), root / "shards", settings, load=CPU)
     for mode in ("lookup", "retrieve"):
         merge([root / "shards"], root / mode, MergeSettings(mode=mode))

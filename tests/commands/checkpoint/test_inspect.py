@@ -94,7 +94,14 @@ def test_people_read_the_same_facts(root: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("COLUMNS", "200")
     text = printed("inspect", str(root / "memory"), "--limit", "2")
     written = manifest(root / "memory")
-    says = (written["base"]["model"], written["site"]["module"], "3, with", "2 of 3 edits", "ka ke ki ko", "seed 0")
+    says = (
+        written["base"]["model"],
+        written["site"]["layer_module"],
+        "3, with",
+        "2 of 3 edits",
+        "ka ke ki ko",
+        "seed 0",
+    )
     for fact in (*says, f"{written['memories'][0]['threshold']:.4g}", "memory.safetensors", "wisecli"):
         assert fact in text, fact
     assert "ma me" not in text

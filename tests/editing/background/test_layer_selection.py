@@ -88,9 +88,7 @@ def test_layers_that_text_passes_over_are_no_candidates(tmp_path: Path, monkeypa
     text.num_hidden_layers, text.cross_attention_layers = 8, [1, 5]  # those read images
     base = save_type(tmp_path / "model", "mllama", text_config=text)
     loaded, checkpoint = load_model(base, CPU), Checkpoint(base)
-    layout = verified_layout(
-        loaded.model, base, checkpoint, find_layout(base, checkpoint, lookup=True), "auto", lookup=True
-    )
+    layout = verified_layout(loaded.model, base, checkpoint, find_layout(base, checkpoint, lookup=True), "auto")
     identity = fingerprint(base, checkpoint, find_site(base, checkpoint, "auto", layout))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     named: dict[str, Any] = {"batch_size": 16, "on_progress": ignore_progress, "layout": layout}

@@ -386,12 +386,11 @@ def forgetting(real_model: Path, share: Share) -> Path:
         edits.append(Edit("tokyo", "The capital of Japan is", "Tokyo", op="erase", replacement="Osaka"))
         edits.append(Edit("lark", "The harbour master of Larkport is", "Ada Finch"))
         (root / "edits.jsonl").write_text("\n".join(json.dumps(edit.as_dict()) for edit in edits))
-        report = run_edit(
-            str(real_model), root / "edits.jsonl", root / "shards", EditSettings(unrelated_texts=150), load=CPU
-        )
-        assert report.untaken == ()
         for mode in MODES:
-            merge([root / "shards"], root / mode, MergeSettings(mode=mode))
+            settings = EditSettings(unrelated_texts=150, site="layer" if mode == "lookup" else "matrix")
+            report = run_edit(str(real_model), root / "edits.jsonl", root / f"{mode}-shards", settings, load=CPU)
+            assert report.untaken == ()
+            merge([root / f"{mode}-shards"], root / mode, MergeSettings(mode=mode))
 
     return share("forgetting", make)
 

@@ -32,7 +32,7 @@ from wisecli.commands.memory.merge import merge
 from wisecli.commands.memory.merge_into import merge_into
 from wisecli.commands.memory.remove import remove
 from wisecli.commands.memory.rollback import rollback
-from wisecli.config import EditSettings, EvalSettings, MergeSettings
+from wisecli.config import EditSettings, EvalSettings, MergeSettings, SiteName
 from wisecli.edits.record import Edit
 from wisecli.errors import (
     BusyError,
@@ -82,10 +82,10 @@ def into(
     return edit_into(into_memory, batch, on_progress=on_progress)
 
 
-def at_once(model: Path, place: Path, edits: Sequence[Edit], **merging: Any) -> Path:
+def at_once(model: Path, place: Path, edits: Sequence[Edit], *, site: SiteName = "auto", **merging: Any) -> Path:
     """A memory of edits that were never more or fewer."""
     shards, memory = place / "whole-shards", place / "whole"
-    settings = EditSettings(**FLAGS)
+    settings = EditSettings(**FLAGS, site=site)
     run_edit(
         str(model), write(place / "whole.jsonl", edits), shards, settings, load=CPU, options=RunOptions(force=True)
     )
@@ -146,7 +146,7 @@ def test_a_memory_outlives_every_edit_that_was_read_in_the_context_held_back(
     model: Path, tmp_path: Path, mode: str
 ) -> None:
     edits, memory = [fact(number) for number in range(33)], tmp_path / "memory"
-    into(model, memory, edits, flags={"edits_per_shard": 100})
+    into(model, memory, edits, flags={"edits_per_shard": 100, "site": "matrix"})
     merge_into([], memory, MergeSettings(mode=mode))  # type: ignore[arg-type]
     remove(memory, [edit.id for edit in edits[::2]])
     assert held(memory) == [edit.id for edit in edits[1::2]]
@@ -156,11 +156,11 @@ def test_a_memory_outlives_every_edit_that_was_read_in_the_context_held_back(
 def test_a_matrix_without_an_edit_is_the_solution_for_the_others(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model", loudness=1)  # for the same reason
     edits, memory = [fact(number) for number in range(7)], tmp_path / "memory"
-    into(model, memory, edits)
+    into(model, memory, edits, flags={"site": "matrix"})
     merge_into([], memory, MergeSettings(mode="merge", method="exact"))
     remove(memory, ["e1", "e6"])
     # The others alone, written anew, and solved for here.
-    at_once(model, tmp_path, [edit for edit in edits if edit.id not in ("e1", "e6")])
+    at_once(model, tmp_path, [edit for edit in edits if edit.id not in ("e1", "e6")], site="matrix")
     alone = read_shard_directory(tmp_path / "whole-shards")
     evidence = [alone.load(entry).evidence for entry in alone.shards]
     keys, values = (
@@ -309,8 +309,7 @@ def test_two_memories_and_two_releases_are_compared(model: Path, tmp_path: Path,
     assert diff(str(memory), str(memory)).same
     assert diff(f"{memory}@2", str(memory)).same
     assert [edit.id for edit in diff(str(memory), f"{memory}@1").removed] == ["e2"]
-    matrix = tmp_path / "matrix"
-    merge([memory / HISTORY / "shards" / "0001"], matrix, MergeSettings(mode="merge"))
+    matrix = at_once(model, tmp_path, [fact(0), fact(1)], site="matrix", mode="merge")
     assert diff(str(memory), str(matrix)).settings["mode"] == ("lookup", "merge")
 
 
@@ -446,7 +445,7 @@ def contents_of(memory: Path) -> dict[Path, bytes]:
 
 @pytest.mark.parametrize("writer", ["solve", "gradient"])
 def test_a_memory_without_its_last_edit_is_empty_and_lives_on(model: Path, tmp_path: Path, writer: str) -> None:
-    memory, flags = tmp_path / "memory", {"writer": writer, "passes": 60}
+    memory, flags = tmp_path / "memory", {"writer": writer, "passes": 60, "site": "matrix"}
     into(model, memory, [fact(0), fact(1)], flags=flags)
     mode = read_manifest(memory).merge["mode"]
     report = remove(memory, ["e0", "e1"], load=CPU)
@@ -480,7 +479,7 @@ def test_a_memory_without_its_last_edit_is_empty_and_lives_on(model: Path, tmp_p
 
 
 def test_shards_written_elsewhere_are_taken_in(model: Path, tmp_path: Path) -> None:
-    at_once(model, tmp_path, [fact(0), fact(1)])
+    at_once(model, tmp_path, [fact(0), fact(1)], site="matrix")
     memory = tmp_path / "memory"
     assert not merge_into([tmp_path / "whole-shards"], memory, MergeSettings()).up_to_date
     again = merge_into([tmp_path / "whole-shards"], memory, MergeSettings())

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.every_type import save_type, tiny
 from support.helpers import alone, random_rows, save_tiny
 from support.loading import CPU
-from support.tiny_models import tiny_model
+from support.tiny_models import TINY_CONFIGS, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -48,8 +48,8 @@ def behind(directory: Path, model_type: str) -> tuple[PreTrainedModel, LayerSite
     """A saved and loaded model, and the site behind its layer 2."""
     save_type(directory, model_type)
     loaded, checkpoint = load_model(directory, CPU), Checkpoint(directory)
-    layout = find_layout(directory, checkpoint, lookup=True).behind_layers()
-    layout = verified_layout(loaded.model, directory, checkpoint, layout, 2, lookup=True)
+    layout = replace(find_layout(directory, checkpoint, lookup=True), known=False)
+    layout = verified_layout(loaded.model, directory, checkpoint, layout, 2)
     site = find_site(directory, checkpoint, 2, layout)
     assert isinstance(site, LayerSite)
     return loaded.model, site
@@ -188,13 +188,23 @@ def test_where_a_norm_stands_behind_the_matrix_a_lookup_goes_behind_the_layer(
     assert find_layout(tmp_path, checkpoint).value == "mlp.down_proj"
 
 
-def test_plain_models_keep_their_matrix(tmp_path: Path) -> None:
+def test_plain_models_are_edited_behind_a_layer_too_unless_a_matrix_is_wanted(tmp_path: Path) -> None:
     for model_type in ("llama", "phi"):
         place = save_type(tmp_path / model_type, model_type)
         checkpoint = Checkpoint(place)
+        for lookup, kind in ((True, LayerSite), (False, MatrixSite)):
+            layout = find_layout(place, checkpoint, lookup=lookup)
+            layout = verified_layout(load_model(place, CPU).model, place, checkpoint, layout, 2)
+            assert isinstance(find_site(place, checkpoint, 2, layout), kind)
+
+
+def test_what_the_table_says_of_a_layer_is_what_a_probe_finds(tmp_path: Path) -> None:
+    for architecture in TINY_CONFIGS:
+        place = save_tiny(tmp_path / architecture, architecture)
+        checkpoint, model = Checkpoint(place), load_model(place, CPU).model
         layout = find_layout(place, checkpoint, lookup=True)
-        layout = verified_layout(load_model(place, CPU).model, place, checkpoint, layout, 2, lookup=True)
-        assert isinstance(find_site(place, checkpoint, 2, layout), MatrixSite)
+        seen = verified_layout(model, place, checkpoint, replace(layout, known=False), 2)
+        assert find_site(place, checkpoint, 2, layout) == find_site(place, checkpoint, 2, seen), architecture
 
 
 def test_layers_can_be_named(tmp_path: Path) -> None:

@@ -158,13 +158,15 @@ def test_an_architecture_without_a_row_goes_the_whole_way(
 ) -> None:
     base, shards, memory, edited = (tmp_path / name for name in ("base", "shards", "memory", "edited"))
     save_other(base, "glm4")
-    assert run("edit", str(base), str(edits), "-o", str(shards), "--device", "cpu") == 0
+    assert run("edit", str(base), str(edits), "-o", str(tmp_path / "m"), "--device", "cpu", "--set", "site=matrix") == 0
     said = capsys.readouterr().err
     assert "model.layers.{layer}.mlp.down_proj" in said
     assert "--set target_module" in said
-    assert "behind its layer" in said
+    assert read_shard_directory(tmp_path / "m").site.norm == "model.layers.2.post_mlp_layernorm"
+    assert run("edit", str(base), str(edits), "-o", str(shards), "--device", "cpu") == 0
+    assert "--set target_module" not in capsys.readouterr().err
     site = read_shard_directory(shards).site
-    assert (site.base_name, site.norm) == ("model.layers.2", None)  # as the matrix has a norm behind it
+    assert (site.base_name, site.norm) == ("model.layers.2", None)
     assert run("merge", str(shards), "-o", str(memory)) == 0
     assert run("export", "--memory", str(memory), "-o", str(edited)) == 0
     assert run("generate", str(edited), "ba be bi") == 0

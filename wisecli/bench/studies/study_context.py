@@ -67,11 +67,16 @@ class StudyContext:
         layer: str | None = None,
         mask_ratio: float | None = None,
         writer: str | None = None,
+        matrix: bool = False,
     ) -> Path:
         """Return shards of the first edits, written the first time they are asked for; by default as `wise edit`
         writes.
+
+        Args:
+            matrix: whether matrices are to be made of them.
         """
-        flags = {"shards": shards, "layer": layer, "mask_ratio": mask_ratio, "writer": writer}
+        site = "matrix" if matrix else None
+        flags = {"shards": shards, "layer": layer, "mask_ratio": mask_ratio, "writer": writer, "site": site}
         settings = resolve(EditSettings, {**flags, "seed": self.settings.seed}, section="edit")
         records = [record.as_dict() for record in self.tested[:count]]
         about = [str(self.directory), self.load.dtype, asdict(settings), records]

@@ -105,7 +105,7 @@ def edit(
     router: Retired = None,
     routing: Retired = None,
 ) -> None:
-    """Write edits into shards: deltas of one value matrix, with the evidence to merge and route them."""
+    """Write edits into shards: what each adds behind a layer, or changes of its value matrix, and how to route them."""
     by_set, known = settings_in("edit", set_), EditSettings.__dataclass_fields__
     given = {**locals(), **by_set}
     ineffective = of_edit(given)

@@ -167,8 +167,7 @@ def tell_edit(console: Console, report: EditReport, *, taken: Sequence[str] = ()
         console.result(content, *_edit_lines(what, report))
         return
     more = [*taken, *consequence_lines(report.consequences), *sifted_lines(report.sifted)]
-    lines = _resident(report.plan), *_beyond(report.plan)
-    console.result(content, would_write(what, report), *lines, *more)
+    console.result(content, would_write(what, report), _resident(report.plan), *more)
 
 
 def _edit_json(report: EditReport) -> dict[str, Any]:
@@ -204,16 +203,6 @@ def _edit_lines(what: str, report: EditReport) -> list[str]:
     if missed := len(report.untaken) + len(report.left_out):
         lines.append(f"{missed} of {count(report.edits + len(report.consequences), 'edit')} did not take")
     return lines
-
-
-def _beyond(plan: Plan) -> list[str]:
-    """Return a sentence on a planned run that needs more memory than there is."""
-    if plan.fits or plan.budget is None:
-        return []
-    return [
-        f"this does not fit: at its most it needs {plan.peak / 2**30:.2f} GiB, and there are "
-        f"{plan.budget / 2**30:.2f}; give fewer edits_per_shard, a smaller batch_size or a larger --memory-budget"
-    ]
 
 
 def _resident(plan: Plan) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -84,11 +84,18 @@ def tell_verification(console: Console, report: VerifyReport) -> None:
     console.result(report.as_json(), *lines)
 
 
+def _described(site: Mapping[str, Any]) -> str:
+    """Return where edits are: in a matrix, by its path and shape, or behind a layer, by its path and width."""
+    if "module" in site:
+        return f"{site['module']} ({site['architecture']}, layer {site['layer']}, {site['d']}×{site['d_ff']})"
+    return f"behind {site['layer_module']} ({site['architecture']}, layer {site['layer']}, width {site['d']})"
+
+
 def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
     base, site, files = report.base, report.site, report.files
     yield "base model", str(base["model"]) + (f" at {base['revision']}" if base["revision"] else "")
     yield "fingerprint", f"matrix {base['matrix'][:16]}…, settings {base['config'][:16]}…"
-    yield "site", f"{site['module']} ({site['architecture']}, layer {site['layer']}, {site['d']}×{site['d_ff']})"
+    yield "site", _described(site)
     followed = f" and {count(report.consequences, 'consequence')}" if report.consequences else ""
     yield "edits", f"{report.total - report.consequences}{followed}, with {count(report.keys, 'key')}"
     if report.routing:

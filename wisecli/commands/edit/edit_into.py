@@ -16,7 +16,7 @@ from wisecli.commands.edit.run_options import RunOptions
 from wisecli.commands.edit.writing import carry_out
 from wisecli.commands.memory.remove import without_edits
 from wisecli.config import EditSettings, LoadOptions, resolve
-from wisecli.editing.run.job import Job
+from wisecli.editing.run.job import Job, settings_at
 from wisecli.editing.run.staging import StagedShards
 from wisecli.editing.run.worker import Worker
 from wisecli.edits.checks.admission import DEFAULT_ADMISSION, Admission, AdmissionReport, Admitted, Sheet
@@ -149,7 +149,13 @@ def _worker(
 ) -> Worker:
     """Return what writes admitted edits of a file, which are checked against the tokenizer first."""
     settings = _settings(memory, into)
-    job = Job(model=into.model, settings=settings, edits=admitted.edits, load=replace(into.load, revision=None))
+    job = Job(
+        model=into.model,
+        settings=settings,
+        edits=admitted.edits,
+        load=replace(into.load, revision=None),
+        target_module=memory.newest_shards().made.target_module if memory.releases else None,
+    )
     worker = Worker(job, on_progress, loaded=loaded)
     worker.base.reader.require(name, admitted.numbered, settings, allow_special=into.admission.allow_special)
     warn_of_unnamed(worker.base, name, admitted.numbered)
@@ -192,10 +198,10 @@ def _written(worker: Worker, pending: Path, options: RunOptions) -> EditReport:
 
 
 def _settings(memory: OpenMemory, into: IntoMemory) -> EditSettings:
-    """Return the settings of the newest shards, but for what is asked for; always of the same layer.
+    """Return the settings of the newest shards, but for what is asked for; always of the same site.
 
     Raises:
-        SettingsError: another layer is asked for.
+        SettingsError: another layer, or a site of another kind, is asked for.
         WrongBaseError: the model is another.
     """
     if not memory.releases:
@@ -207,5 +213,9 @@ def _settings(memory: OpenMemory, into: IntoMemory) -> EditSettings:
     wanted = given.pop("layer", "auto")
     if wanted not in ("auto", str(newest.site.layer)):
         raise SettingsError(f"--layer {wanted}: {memory.path} edits layer {newest.site.layer}; leave the flag out")
-    settings = resolve(EditSettings, {**newest.settings, "shards": None, **given}, section="edit", file=into.config)
+    site = settings_at(newest.site, {})["site"]
+    if (other := given.pop("site", "auto")) not in ("auto", site):
+        raise SettingsError(f"--set site={other}: {memory.path} has its edits at a {site}; leave it out")
+    kept = {**newest.settings, "shards": None, **given}
+    settings = resolve(EditSettings, {**kept, "site": site}, section="edit", file=into.config)
     return replace(settings, layer=str(newest.site.layer))

@@ -74,11 +74,15 @@ class EditReport:
         return replace(self, edits=len(edits) - len(consequences), consequences=consequences)
 
     def check(self) -> None:
-        """Raise if shards were to be reproduced and others came out.
+        """Check that what was planned fits into memory, and that no others came out than the shards to be reproduced.
 
         Raises:
-            GateFailedError: naming them.
+            GateFailedError: saying what it needs, or naming them.
         """
+        if self.plan is not None and self.plan.budget is not None and not self.plan.fits:
+            needed, there = self.plan.peak / 2**30, self.plan.budget / 2**30
+            most = f"at its most it needs {needed:.2f} GiB, and there are {there:.2f}"
+            raise GateFailedError(f"this does not fit: {most}; {self.plan.remedy}")
         if self.differing:
             raise GateFailedError(f"{self.output}: {', '.join(self.differing)} differ from those of the manifest")
 

@@ -11,8 +11,9 @@ from wisecli.commands.edit.edit_report import EditReport
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.commands.edit.writing import run
 from wisecli.config import EditSettings, LoadOptions, settings_from
-from wisecli.editing.run.job import Job
+from wisecli.editing.run.job import Job, settings_at
 from wisecli.errors import SettingsError
+from wisecli.models.layout.site import Site
 from wisecli.progress import ProgressCallback, ignore_progress
 
 
@@ -38,22 +39,23 @@ def reproduce(
         WiseError: as of :func:`wisecli.commands.edit.edit`.
     """
     directory = manifest if manifest.is_dir() else manifest.parent
+    site: Site
     if (directory / MANIFEST_NAME).is_file() if manifest.is_dir() else manifest.name == MANIFEST_NAME:
         listed = read_manifest(directory)
         if len(listed.origins) != 1:
             raise SettingsError(
                 f"{manifest}: merged from {len(listed.origins)} directories; give each one's shards.json"
             )
-        base, origin = listed.base, listed.origins[0]
+        base, origin, site = listed.base, listed.origins[0], listed.site
         known = {edit.id: edit for edit in (*listed.edits, *origin.left_out)}
     else:
         shards = read_shard_directory(directory)
         base = Base(shards.model, shards.revision, shards.fingerprint.matrix, shards.fingerprint.config)
-        origin, known = origin_of(shards), {edit.id: edit for edit in shards.edits}
+        origin, site, known = origin_of(shards), shards.site, {edit.id: edit for edit in shards.edits}
     made = origin.made
     job = Job(
         model=model or base.model,
-        settings=settings_from(EditSettings, origin.settings),
+        settings=settings_from(EditSettings, settings_at(site, origin.settings)),
         edits=tuple(known[name] for name in origin.edits),
         load=replace(load, device=made.device, dtype=made.dtype, revision=base.revision, date=made.date),
         target_module=made.target_module,

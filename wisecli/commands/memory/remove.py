@@ -12,7 +12,7 @@ from pathlib import Path
 from wisecli.artifacts.shard_manifest import ShardDirectory
 from wisecli.commands.edit.writing import run
 from wisecli.config import EditSettings, LoadOptions, settings_from
-from wisecli.editing.run.job import Job
+from wisecli.editing.run.job import Job, settings_at
 from wisecli.errors import SettingsError
 from wisecli.memory.history.open_memory import OpenMemory
 from wisecli.memory.history.release_log import Change, Provenance, Release, anew_prefix, changing
@@ -129,7 +129,8 @@ def ids_among(directory: ShardDirectory, ids: Collection[str]) -> tuple[str, ...
 def _job_of_edits(directory: ShardDirectory, names: Collection[str], model: str | None, load: LoadOptions) -> Job:
     """Return some edits of a directory of shards once more, as they were written."""
     made = directory.made
-    settings = replace(settings_from(EditSettings, directory.settings), layer=str(directory.site.layer), shards=None)
+    settings = settings_from(EditSettings, settings_at(directory.site, directory.settings))
+    settings = replace(settings, layer=str(directory.site.layer), shards=None)
     edits = tuple(edit for edit in directory.edits if edit.id in names)
     return Job(
         model=model or directory.model,

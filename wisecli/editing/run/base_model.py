@@ -28,13 +28,13 @@ class Base:
 
     @cached_property
     def layout(self) -> Layout:
-        """Where the model keeps its matrices, as far as that can be known without its weights."""
-        job, files, lookup = self.job, self.checkpoint, self.job.settings.by_facts
+        """Where the model keeps its layers and matrices, as far as that can be known without its weights."""
+        job, files = self.job, self.checkpoint
         return find_layout(
             files.directory,
             files,
             target_module=job.target_module,
-            lookup=lookup,
+            lookup=job.settings.behind_layer,
             load=job.load,
             on_progress=self.on_progress,
         )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wisecli.config import EditSettings, LoadOptions
 from wisecli.editing.run.edit_ranges import split_edits
@@ -14,18 +14,21 @@ from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
     from wisecli.editing.run.staging import FinishedPart
+    from wisecli.models.layout.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What is to be done, in words that any process understands.
 
-    ``target_module`` is the path of the value matrix, if it is not the architecture's usual one. ``threads`` decides
-    the order in which numbers are added up, and with it the last bits of a shard; 0 stands for what the first
-    worker runs with. ``known`` are edits that are left out, as the model says them already, if such are to be left out.
+    ``target_module`` is the path of the value matrix, or of the layers, if it is not the architecture's usual one.
+    ``threads`` decides the order in which numbers are added up, and with it the last bits of a shard; 0 stands for what
+    the first worker runs with. ``known`` are edits that are left out, as the model says them already, if such are to be
+    left out.
 
     Raises:
-        SettingsError: prompts are to be decided by the mean over their tokens, which these shards would not keep.
+        SettingsError: prompts are to be decided by the mean over their tokens, which these shards would not keep, or a
+            matrix is to be edited behind a layer.
     """
 
     model: str
@@ -39,12 +42,19 @@ class Job:
     def __post_init__(self) -> None:
         if self.settings.pooling == "mean" and not self.settings.sequential:
             raise SettingsError("--set pooling=mean is for shards written by the paper's rule: give --preset paper")
+        if self.settings.site == "layer" and not self.settings.by_facts:
+            raise SettingsError("--set site=layer is for what the closed form writes, and the gradient's is a matrix")
 
     @property
     def parts(self) -> list[range]:
         """The edits of every shard, by their places."""
         settings = self.settings
         return split_edits(len(self.edits), shards=settings.shards, edits_per_shard=settings.edits_per_shard)
+
+
+def settings_at(site: Site, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that a manifest keeps with the kind of its site, which older versions did not keep."""
+    return {"site": "matrix" if site.has_matrix else "layer", **settings}
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,13 @@ class Plan:
         """Whether the most memory at a time is within the budget."""
         return self.budget is None or self.peak <= self.budget
 
+    @property
+    def remedy(self) -> str:
+        """What makes a plan smaller: of one whose weights alone are too many, to hold fewer layers."""
+        if self.streamed and self.resident + self.held + self.layer > (self.budget or 0):
+            return "choose a higher --layer, above which fewer layers are held, or give a larger --memory-budget"
+        return "give fewer edits_per_shard, a smaller batch_size or a larger --memory-budget"
+
 
 def plan_edit(
     checkpoint: Checkpoint,

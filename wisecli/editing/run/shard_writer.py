@@ -71,7 +71,8 @@ class ShardWriter:
         self.edits, self.contexts, self.paraphrases = plan.edits, plan.contexts, plan.paraphrases
         self.on_progress = on_progress
         self.writer_keys = unrelated.writer_keys.to(loaded.device)
-        self.unit = float(unrelated.median_output_norm) if settings.margin_unit == "output" else 1.0
+        output = float(unrelated.median_output_norm) * self.site.unit
+        self.unit = output if settings.margin_unit == "output" else 1.0
         self.matrix = None if matrix is None else matrix.to(loaded.device).float()
         self.token_probe = TokenProbe(loaded, plan.site, settings.batch_size, identity)
         self.erasures: ErasureRows = {}

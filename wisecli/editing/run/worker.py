@@ -89,8 +89,7 @@ class Worker:
             fix_date(loaded.tokenizer, job.load.date)  # of a model that has been held for days, it is another by now
             if not layout.known:
                 _hold_layers(loaded, site.layer, site.layer + 1)
-                free = settings.by_facts and job.target_module is None
-                layout = verified_layout(loaded.model, directory, checkpoint, layout, settings.layer, lookup=free)
+                layout = verified_layout(loaded.model, directory, checkpoint, layout, settings.layer)
                 site = find_site(directory, checkpoint, settings.layer, layout)
                 note_padding(loaded.model, settings.batch_size, self.on_progress)
             further = [one.edit for one in prompt_variants(list(enumerate(job.edits)), {}, contexts=0)]

@@ -111,7 +111,7 @@ def _fit_group(task: WriterTask, group: Sequence[TrainingExamples], found: Resid
                 break
             contexts = [_still_open(task, parts, unfinished) for parts in contexts]
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)  # answers move alike whether others in the batch are done or not
     kept = residuals.detach().where(unfinished[:, None, None], kept)
     finite &= kept.isfinite().flatten(1).all(-1)
     if not finite.all():

@@ -192,7 +192,7 @@ def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
 
 
 def _digest_of(matrix: Tensor) -> str:
-    values = matrix.detach().cpu().contiguous().view(torch.uint8).numpy()
+    values = matrix.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(values.data).hexdigest()
 
 

@@ -29,6 +29,7 @@ from wisecli.memory.merging.merged_evidence import (
     trained_evidence,
 )
 from wisecli.memory.merging.removal import ReducedShards, solved_anew
+from wisecli.models.layout.matrix_site import as_matrix
 from wisecli.models.loading import require_base
 from wisecli.models.model_files import find_model
 from wisecli.progress import NOTE, Event, ProgressCallback, ignore_progress
@@ -74,6 +75,7 @@ class Merger:
         self.checkpoint = Checkpoint(base)
         require_base(base, self.checkpoint, first.site, first.fingerprint)
         if not self.settings.for_lookup:
+            as_matrix(first.site)
             _require_solved(read, self.settings)
         self.site = first.site
         self.count = sum(len(directory.shards) for directory in self.directories)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -57,7 +57,7 @@ class Layout:
 
     def behind_layers(self) -> Layout:
         """Return the same layers, for edits that are added behind one of them."""
-        return Layout(self.architecture, self.layers, known=False, depth=self.depth)
+        return replace(self, value=None, transposed=False, norm=None, multiplier=1.0)
 
 
 @cache

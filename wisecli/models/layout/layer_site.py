@@ -45,6 +45,7 @@ class LayerSite(Site):
     multiplier = 1.0
     what = "edited layer"
     has_matrix = False
+    unit = 1 / 3
 
     @property
     def base_name(self) -> str:
@@ -81,9 +82,7 @@ class LayerSite(Site):
 
     def matrix(self, checkpoint: Checkpoint) -> Tensor:
         """Raise: a layer has no such matrix."""
-        raise ModelError(
-            f"{checkpoint.directory} is edited behind layer {self.layer}, and no matrix of it: merge with --mode lookup"
-        )
+        raise ModelError(f"{checkpoint.directory} is edited behind layer {self.layer}, and no matrix of it")
 
     def prefix_in(self, checkpoint: Checkpoint) -> str:
         """Return the start of the names of the memory's tensors, which lie below the layer's."""

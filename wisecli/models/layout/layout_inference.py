@@ -1,17 +1,16 @@
-"""Where a model keeps its value matrix if no row of ``architectures.toml`` says so, and which models have none.
+"""Where a model keeps its decoder layers or its value matrix if no row of ``architectures.toml`` says so, and which
+models have no such matrix.
 
 The model is built on the meta device, where weights take no memory. In each layer the value matrix is the one linear
 map from the width of the feed-forward layer back to that of the residual stream. How its output joins the stream is
 seen once the model is loaded: a change of the output must reach the layer's own as it is, times a constant, or through
-one norm.
-
-A lookup needs no matrix. Where there is none of plain numbers, none stands out, or a norm stands behind it, it is put
-behind a decoder layer.
+one norm. A lookup needs no matrix: it is put behind a decoder layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ def find_layout(
     Args:
         target_module: path of the value matrix, with ``{layer}`` in the place of the layer's index; or of the layers
             themselves, behind which edits are then added.
-        lookup: whether edits are kept as a lookup, which needs no matrix.
+        lookup: whether edits go behind a layer, unless ``target_module`` names a matrix.
         load: whether the model's own code may run, to see its module tree.
 
     Raises:
@@ -77,14 +76,13 @@ def find_layout(
         return _named_layout(directory, checkpoint, config, target_module)
     if known:
         row = known_layout(directory)
-        return row.behind_layers() if lookup and (row.norm or without) else row
+        # How quantised layers run is probed.
+        return replace(row.behind_layers(), known=without is None) if lookup else row
     if EXPORTED_KEY in config:
         raise UnknownArchitectureError(f"{directory} is an exported model; edit the base model that it was made from")
     from wisecli.models.layout.module_tree import read_off  # takes long, and most models are known
 
-    return read_off(
-        directory, checkpoint, config, lookup=lookup, matrix=without is None, load=load, on_progress=on_progress
-    )
+    return read_off(directory, checkpoint, config, lookup=lookup, load=load, on_progress=on_progress)
 
 
 def _around_text() -> Iterator[str]:
@@ -97,15 +95,15 @@ def why_no_matrix(directory: Path, config: Mapping[str, Any], checkpoint: Checkp
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     if quantisation_of(config) is not None:
         return (
-            f"{directory} is a quantised model, whose matrices cannot be changed by a little: keep edits as a lookup, "
-            "or edit the model it was quantised from and quantise what `wise export` writes"
+            f"{directory} is a quantised model, whose matrices cannot be changed by a little: keep edits as a lookup "
+            "(--set site=layer), or edit the model it was quantised from and quantise what `wise export` writes"
         )
     counts = [part.get(name) for part in parts for name in _EXPERTS]
     experts = any(isinstance(count, int) and count > 1 for count in counts)
     if experts or any(".experts." in name for name in checkpoint):
         return (
-            f"{directory} is a mixture of experts, which has no one value matrix a layer: keep edits as a lookup, "
-            "or choose a dense model of the same family"
+            f"{directory} is a mixture of experts, which has no one value matrix a layer: keep edits as a lookup "
+            "(--set site=layer), or choose a dense model of the same family"
         )
     return None
 

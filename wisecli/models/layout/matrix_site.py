@@ -40,6 +40,7 @@ class MatrixSite(Site):
     streams = None
     what = "edited matrix"
     has_matrix = True
+    unit = 1.0
 
     @property
     def weight(self) -> str:
@@ -107,10 +108,10 @@ class MatrixSite(Site):
         return replace(self, layer=layer, layer_module=path, module=module, norm=None)
 
     def is_at(self, planned: Site) -> bool:
-        """Return whether the matrix is the same, or the layer is, behind which edits were added after all."""
-        if isinstance(planned, MatrixSite):
-            return replace(self, norm=planned.norm, multiplier=planned.multiplier) == planned
-        return self.layer_module == planned.layer_module
+        """Return whether the matrix is the same."""
+        if not isinstance(planned, MatrixSite):
+            return False
+        return replace(self, norm=planned.norm, multiplier=planned.multiplier) == planned
 
     def stored(self, checkpoint: Checkpoint) -> str:
         """Return the name of the weight in a checkpoint."""
@@ -125,7 +126,7 @@ def as_matrix(site: Site) -> MatrixSite:
     """
     if not isinstance(site, MatrixSite):
         raise ModelError(
-            f"edits of a {site.architecture} model are added behind layer {site.layer}, to no matrix of it: "
-            "merge with --mode lookup and export with --format routed"
+            f"these edits are added behind layer {site.layer}, to no matrix: for one, write them with `wise edit --set "
+            "site=matrix` and merge with --mode merge; a lookup is exported with --format routed"
         )
     return site

@@ -33,20 +33,17 @@ def read_off(
     config: Mapping[str, Any],
     *,
     lookup: bool,
-    matrix: bool,
     load: LoadOptions,
     on_progress: ProgressCallback,
 ) -> Layout:
-    """Return what the module tree shows: the value matrix, if it may have one that stands out, or the layers alone."""
+    """Return what the module tree shows: the layers alone for a lookup, else with the value matrix that stands out."""
     architecture = str(config.get("model_type"))
     model = _built(directory, architecture, trust_remote_code=load.trust_remote_code)
-    found = _matrices(model, directory, checkpoint) if matrix else {}
-    if lookup and len(found) != 1:
+    if lookup:
         return _behind_layers(model, directory, architecture)
-    layout = _inferred(directory, architecture, found)
+    layout = _inferred(directory, architecture, _matrices(model, directory, checkpoint))
     path = f"{layout.layers}.{_PLACE}.{layout.value}"
     note = f"architecture {layout.architecture!r} is not in the table: {path} is taken for its value matrix"
-    note += ", or edits go behind its layer if that does not do" if lookup else ""
     on_progress(Event(NOTE, note=f"{note}; name another with --set target_module=PATH"))
     return layout
 

@@ -46,6 +46,8 @@ class Site(ABC):
         base_name: what the base's own tensors at the site are called.
         what: what they are, in words.
         has_matrix: whether edits change a matrix, so that memories can be merged into one.
+        unit: by what share of the length of the base's output lengths are measured: what leaves a layer is the sum of
+            many, of which a feed-forward matrix gave one.
         d: how long residuals are.
         norm: path of the norm that what is added passes before it joins the residual stream, if there is one.
         multiplier: what it is multiplied by on its way there.
@@ -64,6 +66,7 @@ class Site(ABC):
 
     what: ClassVar[str]
     has_matrix: ClassVar[bool]
+    unit: ClassVar[float]
 
     module: str
 

@@ -66,13 +66,12 @@ def _elsewhere(site: MatrixSite) -> ModelError:
 
 
 def verified_layout(
-    model: PreTrainedModel, directory: Path, checkpoint: Checkpoint, layout: Layout, layer: str | int, *, lookup: bool
+    model: PreTrainedModel, directory: Path, checkpoint: Checkpoint, layout: Layout, layer: str | int
 ) -> Layout:
     """Return a complete layout, as the loaded model shows it.
 
     Args:
         layer: the layer to look at.
-        lookup: whether edits may be added behind layers, should the matrix not do.
 
     Raises:
         ModelError: the model cannot be edited.
@@ -84,17 +83,11 @@ def verified_layout(
     behind = find_site(directory, checkpoint, layer, free)
     above = above_of(model, behind)
     require_known_context(model)
-    if layout.value is not None and (not lookup or above == CACHED):
-        try:
-            found = observed_layout(model, as_matrix(find_site(directory, checkpoint, layer, layout)), layout)
-            check_split(model, find_site(directory, checkpoint, layer, found))
-        except ModelError:
-            if not lookup:
-                raise
-        else:
-            if not lookup or found.norm is None:
-                return found
-    return replace(free, above=above, decoder=decoder_of(model, behind))
+    if layout.value is None:
+        return replace(free, above=above, decoder=decoder_of(model, behind))
+    found = observed_layout(model, as_matrix(find_site(directory, checkpoint, layer, layout)), layout)
+    check_split(model, find_site(directory, checkpoint, layer, found))
+    return found
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ them all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ class AnswerPlaces:
     """Places (p,): the ``edit`` of each, ``directions`` (p, d) and ``offsets`` (p,) that read 1 there and 0 or less at
     the edit's other states, and the residual that is ``added`` to the stream (p, d).
 
-    ``inside`` (e, d + 1) reads 1 at any place of an edit's answer but the first, and 0 or little less at that and
-    outside of answers; its last column is the offset.
+    ``inside`` (e, d + 1) reads 1 at any place of an edit's answer before which some of it was said, and 0 or little
+    less where it begins and outside of answers; its last column is the offset.
     """
 
     edit: Tensor
@@ -49,6 +49,8 @@ def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tens
     """
     strayed = from_group_means(states.states, states.key)
     turn = inverse_root(strayed.T @ strayed / len(strayed))
+    # From planes of whitened states to those of states.
+    back = torch.block_diag(turn.T, torch.ones(1, 1))
     outside, at_sinks = elsewhere @ turn, sinks @ turn
     whitened, owner = states.states @ turn, states.edits[states.key]
     directions, offsets = torch.zeros_like(states.values), torch.ones(len(states.edits))
@@ -68,21 +70,41 @@ def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tens
         local = torch.full((len(states.edits),), -1).scatter(0, others, torch.arange(len(others)))
         planes, constants = Separation(within, local[states.key[own][~at_first]], at, _RIDGE).solved()
         directions[others], offsets[others] = planes @ turn.T, constants
-        plane, constant = Separation(
-            within, torch.zeros(len(within), dtype=torch.long), torch.cat([at, outside]), _RIDGE, depth=_DEPTH
-        ).solved()
-        inside[edit] = torch.cat([(plane @ turn.T)[0], constant])
-        directions[first], offsets[first] = -inside[edit, :-1], 1 - inside[edit, -1]
-    if len(sinks):
-        # Their norm is so large that extra channels read as nought there: nothing else would keep places closed. No
-        # more is taken away than must be, as an answer's own tokens may be half a sink: a blank behind a question is.
-        plane, constant = _apart(sinks, torch.cat([elsewhere, states.states]))
-        read = (sinks @ directions.T + offsets).amax(0)
-        less = torch.where(is_first, read.clamp(min=0) + _SHUT, (read - _NEARLY).clamp(min=0))
-        directions, offsets = directions - less[:, None] * plane, offsets - less * constant
-        begun = (sinks @ inside[:, :-1].T + inside[:, -1]).amax(0).clamp(min=0) + _SHUT
-        inside = inside - begun[:, None] * torch.cat([plane, constant[None]])
-    return AnswerPlaces(states.edits, directions, offsets, states.values, inside)
+        shut = _told_from(within, torch.cat([at, outside])) @ back
+        directions[first], offsets[first] = -shut[:-1], 1 - shut[-1]
+        said = states.inside[states.key[own]]
+        if said.any():
+            begun = torch.cat([whitened[own][~said], at_sinks, outside])
+            inside[edit] = _told_from(whitened[own][said], begun) @ back
+    found = AnswerPlaces(states.edits, directions, offsets, states.values, inside)
+    return _closed_at(sinks, found, is_first, torch.cat([elsewhere, states.states])) if len(sinks) else found
+
+
+def _told_from(states: Tensor, others: Tensor) -> Tensor:
+    """Return a plane (d + 1,) that reads 1 at states (n, d), and 0 or little less at others (m, d); its last number is
+    the offset.
+    """
+    key = torch.zeros(len(states), dtype=torch.long)
+    plane, constant = Separation(states, key, others, _RIDGE, depth=_DEPTH).solved()
+    return torch.cat([plane[0], constant])
+
+
+def _closed_at(sinks: Tensor, found: AnswerPlaces, is_first: Tensor, others: Tensor) -> AnswerPlaces:
+    """Return places that are closed at sinks (k, d), and much the same at all other states (m, d).
+
+    The norm of sinks is so large that extra channels read as nought there: nothing else would keep places closed. No
+    more is taken away than must be, as an answer's own tokens may be half a sink: a blank behind a question is.
+    """
+    plane, constant = _apart(sinks, others)
+    read = (sinks @ found.directions.T + found.offsets).amax(0)
+    less = torch.where(is_first, read.clamp(min=0) + _SHUT, (read - _NEARLY).clamp(min=0))
+    begun = (sinks @ found.inside[:, :-1].T + found.inside[:, -1]).amax(0).clamp(min=0) + _SHUT
+    return replace(
+        found,
+        directions=found.directions - less[:, None] * plane,
+        offsets=found.offsets - less * constant,
+        inside=found.inside - begun[:, None] * torch.cat([plane, constant[None]]),
+    )
 
 
 def _apart(sinks: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

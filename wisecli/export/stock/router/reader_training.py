@@ -62,7 +62,7 @@ class ReaderSettings:
     behind: float = 0.3
     most_before: int = 450
     dropout: float = 0.1
-    let_through: float = 0.1
+    let_through: float = 0.12
     held_back: int = 10
     features: int = 64
     neurons: int = 256

@@ -132,7 +132,7 @@ def test_a_memory_that_is_merged_is_not_merged_again(
         (f"{line} --mode merge", "mode was lookup, now merge"),
         (f"merge {ready.gradient_shards} --mode lookup", "the shards are others"),
         (f"merge {tmp_path}/changed", "the shards are others"),
-        (f"{line} -o {ready.tampered_memory}", "memory.safetensors is not as it was written"),
+        (f"merge {ready.shards} -o {ready.tampered_memory}", "memory.safetensors is not as it was written"),
     ):
         require_kept(wise, Path("memory"), other, says)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 # Keys that are solved side by side.
 _TOGETHER = 128
 # Others that each key is solved against, each time that all states were read; how near those left out may come.
-_SIZES, _TOLERANCE = (96, 192, *(256,) * 6), 1e-3
+_SIZES, _TOLERANCE = (96, 192, *(256,) * 12), 1e-3
 # Newton's steps on a working set at most, and halvings of one.
 _STEPS, _HALVINGS = 40, 25
 # A step that moves no score by more is the last.

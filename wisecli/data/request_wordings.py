@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from wisecli.data.corpus import SLOT, capital, small
+from wisecli.data.corpus import SLOT, capital, notes, small
 from wisecli.data.packaged import packaged_table
 
 # How often a task is a label.
@@ -105,6 +105,10 @@ class Requests:
         happened = rng.choice(self.occasion_frames).replace("T", rng.choice(self.occasions))
         when = happened if rng.random() < _OF_OCCASIONS else rng.choice(self.times)
         return _at(question, SLOT.sub(lambda slot: drawn[slot.group(1)], when), rng)
+
+    def reply(self, rng: random.Random) -> str:
+        """Return what an assistant has said to something else."""
+        return rng.choice((rng.choice(self.replies), rng.choice(notes().notes)[0]))
 
     def now(self, question: str, rng: random.Random) -> str:
         """Return a question that is asked of the time that it is of without any."""

@@ -51,7 +51,7 @@ class Latency:
 
     def measure(self, context: StudyContext, point: Point) -> Figures:
         """Return medians in milliseconds with the memory and without, and of the ratios."""
-        shards = context.shards(point["edits"], shards=point["shards"], matrix=point["mode"] != "lookup")
+        shards = context.shards(point["edits"], shards=point["shards"], mode=point["mode"])
         edited = context.attached(context.memory(shards, mode=point["mode"]))
         prompts = [edit.prompt for edit in context.tested[: point["edits"]]][:_ROWS]
         figures: Figures = {}

@@ -48,7 +48,7 @@ class Merge:
     def measure(self, context: StudyContext, point: Point) -> Figures:
         """Return what `wise eval` says, and the memory's size."""
         way = ways()[point["way"]]
-        shards = context.shards(point["edits"], shards=point["shards"], matrix=True)
+        shards = context.shards(point["edits"], shards=point["shards"], mode="merge")
         memory = context.memory(shards, mode=way.mode, method=way.method, refit=way.refit)
         size = sum(path.stat().st_size for path in memory.iterdir())
         return {**context.figures(memory, point["edits"]), "megabytes": size / 1e6}

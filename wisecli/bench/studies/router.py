@@ -51,7 +51,7 @@ class Router:
 
     def measure(self, context: StudyContext, point: Point) -> Figures:
         """Return the threshold, all scores, and the share of each group that is above it."""
-        shards = context.shards(point["edits"], writer=point["writer"], matrix=point["mode"] != "lookup")
+        shards = context.shards(point["edits"], writer=point["writer"], mode=point["mode"])
         edited = context.attached(context.memory(shards, mode=point["mode"]))
         figures: Figures = {"threshold": 1.0, "scores": {}}
         for group, prompts in prompts_of(context, point["edits"]).items():

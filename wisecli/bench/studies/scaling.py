@@ -39,7 +39,7 @@ class Scaling:
 
     def measure(self, context: StudyContext, point: Point) -> Figures:
         """Return what `wise eval` says, with the router and with the oracle."""
-        shards = context.shards(point["edits"], shards=point["shards"], matrix=point["mode"] != "lookup")
+        shards = context.shards(point["edits"], shards=point["shards"], mode=point["mode"])
         memory = context.memory(shards, mode=point["mode"])
         best = context.figures(memory, point["edits"], oracle=True)
         oracle = {f"oracle_{name}": best[name] for name in _ORACLE if name in best}

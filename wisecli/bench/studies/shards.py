@@ -49,7 +49,7 @@ class Shards:
 
     def measure(self, context: StudyContext, point: Point) -> Figures:
         """Return what `wise eval` says, and the mean."""
-        shards = context.shards(point["edits"], mask_ratio=point["mask_ratio"], shards=point["shards"], matrix=True)
+        shards = context.shards(point["edits"], mask_ratio=point["mask_ratio"], shards=point["shards"], mode="merge")
         figures = context.figures(context.memory(shards, mode="merge", method="ties", refit=False), point["edits"])
         known = [figures[name] for name in QUALITIES if name in figures]
         return {"mean": sum(known) / len(known), **figures}

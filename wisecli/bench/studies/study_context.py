@@ -67,15 +67,15 @@ class StudyContext:
         layer: str | None = None,
         mask_ratio: float | None = None,
         writer: str | None = None,
-        matrix: bool = False,
+        mode: str = "lookup",
     ) -> Path:
         """Return shards of the first edits, written the first time they are asked for; by default as `wise edit`
         writes.
 
         Args:
-            matrix: whether matrices are to be made of them.
+            mode: what is to be made of them, as of `wise merge`; shards for a matrix also make a lookup.
         """
-        site = "matrix" if matrix else None
+        site = None if mode == "lookup" else "matrix"
         flags = {"shards": shards, "layer": layer, "mask_ratio": mask_ratio, "writer": writer, "site": site}
         settings = resolve(EditSettings, {**flags, "seed": self.settings.seed}, section="edit")
         records = [record.as_dict() for record in self.tested[:count]]

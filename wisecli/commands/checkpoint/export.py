@@ -33,7 +33,7 @@ from wisecli.progress import Event, ProgressCallback, ignore_progress
 
 Format = Literal["routed", "stock", "gguf", "merged", "delta"]
 # Forms in which the memory is decoder blocks.
-_GATED = ("stock", "gguf")
+_AS_BLOCKS = ("stock", "gguf")
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,10 @@ def _require_form(base: Path, manifest: Manifest, packing: Packing, form: Format
         raise ModelError(f"{base} is quantised: its weights are written as they are stored, so leave out --dtype")
     if form == "merged":
         as_matrix(manifest.site)
-    if form in _GATED:
-        from wisecli.commands.checkpoint.export_stock import require_blocks
+    if form in _AS_BLOCKS:
+        from wisecli.commands.checkpoint.export_stock import require_writable_as_blocks
 
-        require_blocks(base, manifest.site, gguf=form == "gguf")
+        require_writable_as_blocks(base, manifest.site, gguf=form == "gguf")
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def _record(
         "dtype": weights.dtype,
         "max_shard_size": weights.file_bytes,
         **({"quantize": weights.quantize} if form == "gguf" else {}),
-        **({"verify": False} if form in _GATED and not verify else {}),
+        **({"verify": False} if form in _AS_BLOCKS and not verify else {}),
         "model_card": publication.card,
     }
     return export_record(memory, checkpoint, settings, figures if publication.card else None)
@@ -260,7 +260,7 @@ def _on_one_disk(checkpoint: Checkpoint, output: Path) -> bool:
 
 
 def _packing(weights: WeightFiles, form: Format) -> Packing:
-    if weights.link and form in _GATED:
+    if weights.link and form in _AS_BLOCKS:
         raise SettingsError(
             f"--link keeps the base's files as they are, and --format {form} moves layers; leave it out"
         )

@@ -44,7 +44,7 @@ class StockRouter:
         return {"keys": self.keys, "blocks": self.blocks, **found}
 
 
-def require_blocks(base: Path, site: Site, *, gguf: bool) -> None:
+def require_writable_as_blocks(base: Path, site: Site, *, gguf: bool) -> None:
     """Check that a base model can be written with its memory as decoder blocks.
 
     Raises:

@@ -89,7 +89,7 @@ def inspect(
 
 def _inspected(path: Path, find: str | None, limit: int | None, plot: Path | None, *, force: bool) -> InspectReport:
     if holds_merged(path):
-        return _gated(path, find, limit, plot)
+        return _stock(path, find, limit, plot)
     kind = kind_of(path)
     if plot is not None:
         if kind == "shards":
@@ -105,8 +105,8 @@ def _inspected(path: Path, find: str | None, limit: int | None, plot: Path | Non
     return _memory(path, kind, manifest, *_chosen(manifest.edits, find, limit), plot)
 
 
-def _gated(path: Path, find: str | None, limit: int | None, plot: Path | None) -> InspectReport:
-    """Return a checkpoint without a router, whose manifest says what its gate is."""
+def _stock(path: Path, find: str | None, limit: int | None, plot: Path | None) -> InspectReport:
+    """Return a stock checkpoint, whose router is in its blocks."""
     if plot is not None:
         raise SettingsError(f"--plot: {path} has no router; plot the memory that it was exported from")
     if read_json(path / MERGED).get("format") == "merged":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wisecli.config import EditSettings, LoadOptions
+from wisecli.config import EditSettings, LoadOptions, SiteName
 from wisecli.editing.run.edit_ranges import split_edits
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
@@ -52,9 +52,14 @@ class Job:
         return split_edits(len(self.edits), shards=settings.shards, edits_per_shard=settings.edits_per_shard)
 
 
+def site_name(site: Site) -> SiteName:
+    """Return what the setting ``site`` calls a site."""
+    return "matrix" if site.has_matrix else "layer"
+
+
 def settings_at(site: Site, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings that a manifest keeps with the kind of its site, which older versions did not keep."""
-    return {"site": "matrix" if site.has_matrix else "layer", **settings}
+    return {"site": site_name(site), **settings}
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from wisecli.data.corpus import everyday_prompts, notes
 from wisecli.data.request_wordings import requests
 from wisecli.models.prompts.chat_template import chat_turns
+from wisecli.models.synthetic.request_documents import in_paragraphs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Sentences of a page, and of a paragraph; turns that a conversation had.
-_PAGE, _PARAGRAPH, _TURNS = (6, 24), (3, 6), (1, 3)
+# Sentences of a page; a user's turns that a conversation had.
+_PAGE, _TURNS = (6, 24), (1, 3)
 # How often a page that may stand on either side of a question stands before it.
 _BEFORE = 0.5
 # So many everyday prompts are drawn from.
@@ -61,18 +62,12 @@ def backgrounds(tokenizer: PreTrainedTokenizerBase, count: int, *, seed: int) ->
 def _page(rng: random.Random) -> str:
     known = notes().notes
     sentences = [text for text, _ in rng.sample(known, min(len(known), rng.randint(*_PAGE)))]
-    paragraphs = []
-    while sentences:
-        size = rng.randint(*_PARAGRAPH)
-        paragraphs.append(" ".join(sentences[:size]))
-        sentences = sentences[size:]
-    return "\n\n".join(paragraphs)
+    return "\n\n".join(in_paragraphs(sentences, rng))
 
 
 def _turns(everyday: list[str], rng: random.Random) -> tuple[tuple[str, str], ...]:
     """Return a user's turns on something else, each with a reply."""
     known, told = requests(), list[tuple[str, str]]()
     for _ in range(rng.randint(*_TURNS)):
-        asked = rng.choice(rng.choice((known.turns, everyday)))
-        told += [("user", asked), ("assistant", rng.choice((rng.choice(known.replies), rng.choice(notes().notes)[0])))]
+        told += [("user", rng.choice(rng.choice((known.turns, everyday)))), ("assistant", known.reply(rng))]
     return tuple(told)

@@ -104,7 +104,7 @@ def read_texts(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progre
     texts = _texts(loaded, manifest)
     tokens = [[*one.row.prompt, *one.row.target[:-1]] for one in texts]
     late, values = LateStates.empty(tokens, manifest.site.d), dict[_Place, Tensor]()
-    memory, memories, epsilon = memory_module(manifest.memory), _memories(manifest), loaded.model.config.rms_norm_eps
+    memory, memories = memory_module(manifest.memory), _memories(manifest)
     capture = StateCapture(loaded, manifest.site, batch_size, on_progress)
     for exact in (True, False):
         chosen = [number for number, one in enumerate(texts) if one.exact == exact]
@@ -112,7 +112,7 @@ def read_texts(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progre
         with nullcontext() if exact else quick_products(loaded, manifest.site):
             for index, hidden, keys in capture.states_and_keys(rows, "edits"):
                 one = texts[chosen[index]]
-                late.put(chosen[index], hidden, float(epsilon))
+                late.put(chosen[index], hidden, capture.epsilon)
                 places = _places(one)
                 if any(place not in values for place in places):
                     window = keys[len(one.row.prompt) - 1 :].float().cpu()

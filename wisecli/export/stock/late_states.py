@@ -43,8 +43,11 @@ class LateStates:
         """Return the states (n, d) in single precision, and their factors (n,), of the tokens of texts (B,) that there
         are by a mask (B, T), text after text.
         """
-        index = (self.first[texts][:, None] + torch.arange(mask.shape[1]))[mask]
-        return self.normed[index].float(), self.inverse[index]
+        return self.at((self.first[texts][:, None] + torch.arange(mask.shape[1]))[mask])
+
+    def at(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the states (n, d) in single precision, and their factors (n,), of tokens (n,) by number."""
+        return self.normed[tokens].float(), self.inverse[tokens]
 
     @classmethod
     def empty(cls, texts: Sequence[Sequence[int]], hidden: int) -> LateStates:
@@ -54,9 +57,9 @@ class LateStates:
 
     def put(self, text: int, hidden: Tensor, epsilon: float) -> None:
         """Put in the states (T, d) of one text, normed."""
-        factors = _factors(hidden, epsilon)
-        self.normed[self.of(text)] = (hidden.float() * factors).half().cpu()
-        self.inverse[self.of(text)] = factors[:, 0].cpu()
+        normed, factors = _normed(hidden, epsilon)
+        self.normed[self.of(text)] = normed.half().cpu()
+        self.inverse[self.of(text)] = factors.cpu()
 
     def of(self, text: int) -> slice:
         """Return where the tokens of one text are."""
@@ -72,19 +75,23 @@ class StateCapture:
     batch_size: int
     on_progress: ProgressCallback
 
+    @property
+    def epsilon(self) -> float:
+        """What the model's norms add to the mean square."""
+        return float(self.loaded.model.config.rms_norm_eps)
+
     def late_states(self, texts: Sequence[Sequence[int]], stage: str) -> LateStates:
         """Return what leaves the edited layer at all tokens of texts."""
         late = LateStates.empty(texts, self.site.d)
         for index, hidden, _ in self.states_and_keys(texts, stage):
-            late.put(index, hidden, float(self.loaded.model.config.rms_norm_eps))
+            late.put(index, hidden, self.epsilon)
         return late
 
     def states_at(self, texts: Sequence[Sequence[int]], places: Sequence[int], stage: str) -> Tensor:
         """Return the normed state that leaves the edited layer at one place of each text: (B, d)."""
         found = torch.empty(len(texts), self.site.d)
         for index, hidden, _ in self.states_and_keys(texts, stage):
-            state = hidden[places[index]].float()
-            found[index] = (state * _factors(state, float(self.loaded.model.config.rms_norm_eps))).cpu()
+            found[index] = _normed(hidden[places[index]], self.epsilon)[0].cpu()
         return found
 
     def states_and_keys(self, texts: Sequence[Sequence[int]], stage: str) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -103,9 +110,11 @@ class StateCapture:
             self.on_progress(Event(stage, done, len(rows)))
 
 
-def _factors(states: Tensor, epsilon: float) -> Tensor:
-    """Return what a norm multiplies states (…, d) by: (…, 1)."""
-    return torch.rsqrt(states.float().square().mean(-1, keepdim=True) + epsilon)
+def _normed(states: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return states (…, d) divided by their root mean square, in single precision, and what that multiplies by (…)."""
+    plain = states.float()
+    factors = torch.rsqrt(plain.square().mean(-1, keepdim=True) + epsilon)
+    return plain * factors, factors[..., 0]
 
 
 def cache_file(loaded: Loaded, site: Site, *about: object) -> Path:

@@ -27,7 +27,7 @@ VALUE_MATRIX = "mlp.down_proj"
 
 
 @dataclass(frozen=True)
-class GateEntry:
+class BlocksEntry:
     """How large a memory is as decoder blocks; what was measured of it stands beside that."""
 
     __pydantic_config__ = OPEN
@@ -45,7 +45,7 @@ class StockManifest:
     format: Literal["stock", "gguf"]
     base: Base
     site: StoredSite
-    gate: GateEntry
+    gate: BlocksEntry
     edits: tuple[Edit, ...]
     versions: dict[str, str]
 

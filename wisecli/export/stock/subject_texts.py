@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _TEXTS, _SMALL = 10, 3
 # Made-up names of each kind; made-up facts, and how many texts on other things are drawn for each.
 _NAMES, _FACTS, _OF_FACT = 16, 50, 10
-# Backgrounds of edits' prompts, and how many each prompt is read behind.
-_BACKGROUNDS, _BEHIND = 12, 2
+# Backgrounds, the seed that they are drawn by, and how many each edit's prompt is read behind.
+_BACKGROUNDS, _SEED, _BEHIND = 12, 9, 2
 # How a name like a subject's differs from it; texts in which its last word stands alone.
 _WAYS, _ALONE = ("word", "last", "added", "initial", "digits"), 4
 
@@ -106,7 +106,7 @@ def texts_on_other_things(tokenizer: PreTrainedTokenizerBase, share: float) -> l
     """
     rng, trained = random.Random(6), usable_forms(tokenizer, trained=True)
     facts = list(synthetic_facts(max(2, round(share * _FACTS)), rng))
-    examples, before = Examples(tokenizer, facts, rng), backgrounds(tokenizer, _BACKGROUNDS, seed=9)
+    examples, before = Examples(tokenizer, facts, rng), backgrounds(tokenizer, _BACKGROUNDS, seed=_SEED)
     drawn = [one for number in range(len(facts)) for one in (*examples.of(number), *examples.conversations(number))]
     mentioned = rng.sample(drawn, min(len(drawn), _OF_FACT * len(facts)))
     everyday = [rng.choice(trained).render(tokenizer, text) for text in everyday_prompts(_OF_FACT * len(facts), seed=7)]
@@ -119,7 +119,7 @@ def texts_behind_others(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Ed
     """Yield edits' own prompts behind pages and conversations on everyday matters, up to the names of their
     subjects.
     """
-    before = backgrounds(tokenizer, _BACKGROUNDS, seed=9)
+    before = backgrounds(tokenizer, _BACKGROUNDS, seed=_SEED)
     for edit, number in edits:
         some = random.Random(edit.prompt).sample(before, _BEHIND)
         texts = [one.before(tokenizer, edit.prompt) for one in some]

@@ -46,8 +46,8 @@ class Site(ABC):
         base_name: what the base's own tensors at the site are called.
         what: what they are, in words.
         has_matrix: whether edits change a matrix, so that memories can be merged into one.
-        unit: by what share of the length of the base's output lengths are measured: what leaves a layer is the sum of
-            many, of which a feed-forward matrix gave one.
+        unit: the unit of lengths at the site, as a share of the length of the base's output there. A layer's output
+            is long, as it is the sum of what all layers so far gave; a matrix' output is one of these.
         d: how long residuals are.
         norm: path of the norm that what is added passes before it joins the residual stream, if there is one.
         multiplier: what it is multiplied by on its way there.

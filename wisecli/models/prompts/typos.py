@@ -13,6 +13,8 @@ _BESIDE = {
     for key, other in zip(row, row[1:] + row[-2], strict=True)
 }
 TYPO_KINDS = ("swap", "drop", "double", "near")
+# Those that may be learned from; the others are for evaluation alone.
+LEARNED_TYPOS = TYPO_KINDS[:2]
 
 
 def near_name(subject: str, how: str, words: Sequence[str], rng: random.Random) -> str | None:

@@ -62,12 +62,7 @@ class Documents:
         """Sentences as one text, in paragraphs if there are many."""
         if len(sentences) <= _MOST + 1:
             return " ".join(sentences)
-        mark, parts, first = self.rng.choice(("\n\n", "\n\n", "\n", " ")), [], 0
-        while first < len(sentences):
-            size = self.rng.randint(*_PARAGRAPH)
-            parts.append(" ".join(sentences[first : first + size]))
-            first += size
-        return mark.join(parts)
+        return self.rng.choice(("\n\n", "\n\n", "\n", " ")).join(in_paragraphs(sentences, self.rng))
 
     def _said(self, number: int, *, asks: bool) -> tuple[str | None, str | None]:
         """Return what a document says of a fact's subject, and a question on that, if there is one."""
@@ -101,3 +96,13 @@ class Documents:
         if way < 0.88:
             return rng.choice(fact.questions).replace(fact.subject, fact.other)
         return rng.choice(self.everyday if way > 0.94 else known.wants)
+
+
+def in_paragraphs(sentences: Sequence[str], rng: random.Random) -> list[str]:
+    """Return sentences in paragraphs, each of a few by chance."""
+    parts, first = list[str](), 0
+    while first < len(sentences):
+        size = rng.randint(*_PARAGRAPH)
+        parts.append(" ".join(sentences[first : first + size]))
+        first += size
+    return parts

@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from wisecli.data.corpus import everyday_prompts, notes
+from wisecli.data.corpus import everyday_prompts
 from wisecli.data.request_wordings import requests
 from wisecli.models.prompts.chat_template import chat_turns
 from wisecli.models.prompts.pattern_slots import Fact, filled
 from wisecli.models.prompts.prompt_forms import forms, usable_forms
 from wisecli.models.prompts.prompt_kinds import Kind, kinds
+from wisecli.models.prompts.typos import LEARNED_TYPOS
 from wisecli.models.synthetic.further_questions import two_hops, yes_or_no
 from wisecli.models.synthetic.request_documents import Documents
 from wisecli.models.synthetic.synthetic_facts import SyntheticFact
@@ -38,7 +39,7 @@ _CONVERSATIONS = 4
 # How many questions of each sort on a fact's answer are made of its own.
 _MADE = 3
 # Slots: questions with slips; questions on longer names; and other questions than a fact's.
-_TYPOS = ("{slips:swap}", "{slips:drop}")
+_TYPOS = tuple(f"{{slips:{kind}}}" for kind in LEARNED_TYPOS)
 # How often a question is asked in capitals, and how; a task is written in capitals half as often.
 _LOUD = 0.6
 _CAPITALS = ("{capitals}", "{capitals}", "HELLO, {capitals}", "{capitals} THANKS", "QUESTION: {capitals}")
@@ -288,4 +289,4 @@ class Examples:
             )
             return rng.choice(fact.questions), said
         asked = rng.choice(known.turns if way < 2 * _ON_FACTS else self._everyday)
-        return asked, rng.choice((rng.choice(known.replies), rng.choice(notes().notes)[0]))
+        return asked, known.reply(rng)

@@ -65,17 +65,16 @@ def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tens
         others, own = keys[keys != first], (owner == edit).nonzero()[:, 0]
         if not len(others):
             continue
-        at_first = states.key[own] == first
-        within, at = whitened[own][~at_first], torch.cat([whitened[own][at_first], at_sinks])
+        key, rows = states.key[own], whitened[own]
+        within, at = rows[key != first], torch.cat([rows[key == first], at_sinks])
         local = torch.full((len(states.edits),), -1).scatter(0, others, torch.arange(len(others)))
-        planes, constants = Separation(within, local[states.key[own][~at_first]], at, _RIDGE).solved()
+        planes, constants = Separation(within, local[key[key != first]], at, _RIDGE).solved()
         directions[others], offsets[others] = planes @ turn.T, constants
         shut = _told_from(within, torch.cat([at, outside])) @ back
         directions[first], offsets[first] = -shut[:-1], 1 - shut[-1]
-        said = states.inside[states.key[own]]
+        said = states.inside[key]
         if said.any():
-            begun = torch.cat([whitened[own][~said], at_sinks, outside])
-            inside[edit] = _told_from(whitened[own][said], begun) @ back
+            inside[edit] = _told_from(rows[said], torch.cat([rows[~said], at_sinks, outside])) @ back
     found = AnswerPlaces(states.edits, directions, offsets, states.values, inside)
     return _closed_at(sinks, found, is_first, torch.cat([elsewhere, states.states])) if len(sinks) else found
 

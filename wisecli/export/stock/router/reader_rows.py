@@ -14,15 +14,15 @@ from wisecli.export.stock.backgrounds import Background, backgrounds
 from wisecli.models.prompts.chat_template import chat_turns
 from wisecli.models.prompts.prompt_forms import usable_forms
 from wisecli.models.prompts.tokenization import encode
-from wisecli.models.prompts.typos import with_typos
+from wisecli.models.prompts.typos import LEARNED_TYPOS, with_typos
 from wisecli.models.synthetic.request_examples import Example, Examples
 from wisecli.models.synthetic.synthetic_facts import SyntheticFact, synthetic_facts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# How often a relation's wording is misspelt, and how.
-_MISSPELT, _SLIPS = 0.25, ("swap", "drop")
+# How often a relation's wording is misspelt.
+_MISSPELT = 0.25
 # How often the fact's answer stands behind a prompt, asked or not.
 _ANSWERED = 0.5
 # Names of each kind that relations are asked of.
@@ -141,6 +141,7 @@ def _of_relations(tokenizer: PreTrainedTokenizerBase, share: float, rng: random.
     for number, relation in enumerate(known[: max(_FEWEST, round(share * len(known)))]):
         for wording in relation.wordings:
             text = wording.replace("{}", rng.choice(names[relation.kind]))
-            text = (rng.random() < _MISSPELT and with_typos(text, rng.choice(_SLIPS), rng)) or text
+            if rng.random() < _MISSPELT:
+                text = with_typos(text, rng.choice(LEARNED_TYPOS), rng) or text
             tokens = tuple(tokenizer(rng.choice(trained).render(tokenizer, text))["input_ids"])
             yield ReaderRow(tokens, len(tokens), RowKind.RELATION, number)

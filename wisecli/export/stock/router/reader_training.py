@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from wisecli.errors import DamagedFileError
 from wisecli.export.stock.late_states import LateStates, Rotation, StateCapture, cache_file, rotation_of
@@ -150,7 +151,7 @@ class _Lessons:
         relation = {row.fact: row.relation for row in rows if row.kind is RowKind.OWN}
         self._held = [fact for fact in usable if relation[fact] % settings.held_back == 0]
         self._facts = [fact for fact in usable if relation[fact] % settings.held_back]
-        self._mentioned = [index for index, row in enumerate(rows) if not row.asks]
+        self._not_asking = [index for index, row in enumerate(rows) if not row.asks]
         told = groups[RowKind.RELATION].items()
         self._relations = {number: own for number, own in told if len(own) > 1 and number % settings.held_back}
 
@@ -226,21 +227,21 @@ class _Lessons:
         then, and without some tokens.
         """
         settings, states = self._settings, self._states
+        begins = states.first[batch.rows].tolist()
         tokens = [
-            torch.arange(first, first + column + 1)
-            for first, column in zip(states.first[batch.rows].tolist(), batch.columns.tolist(), strict=True)
+            torch.arange(begin, begin + column + 1)
+            for begin, column in zip(begins, batch.columns.tolist(), strict=True)
         ]
         if reader.training:
             tokens = [torch.cat([*self._before(), own]) for own in tokens]
         columns = torch.tensor([len(own) - 1 for own in tokens])
-        places = torch.arange(int(columns.max()) + 1)
+        index = pad_sequence(tokens, batch_first=True)
+        places = torch.arange(index.shape[1])
         mask = places <= columns[:, None]
-        index = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, torch.cat(tokens))
         if reader.training:
             dropped = torch.rand(mask.shape) < settings.left_out * torch.rand(len(mask), 1)
             mask = mask & ~(dropped & (places != columns[:, None]))
-        index = index[mask]
-        read = reader.token_features(states.normed[index].float(), states.inverse[index])
+        read = reader.token_features(*states.at(index[mask]))
         return reader.pooled(F.dropout(read, settings.dropout, reader.training), mask, columns, self._rotation)
 
     def _before(self) -> Iterator[Tensor]:
@@ -248,9 +249,9 @@ class _Lessons:
         settings, rng = self._settings, self._rng
         left = rng.randint(1, settings.most_before) if rng.random() < settings.behind else 0
         while left > 0:
-            first, end = self._states.first[(row := rng.choice(self._mentioned)) : row + 2].tolist()
-            yield torch.arange(max(first, end - left), end)
-            left -= end - first
+            mention = self._states.of(rng.choice(self._not_asking))
+            yield torch.arange(max(mention.start, mention.stop - left), mention.stop)
+            left -= mention.stop - mention.start
 
 
 def _wanted(

@@ -119,6 +119,7 @@ def subject_detectors(
     others = torch.cat([near, elsewhere, _inside_answers(read, edits), names.sinks, names.others])
     own, others = ((part - mean) @ turn for part in (torch.cat([states, behind]), others))
     directions, offsets = Separation(own, key, others, settings.ridge).solved()
+    # Behind other texts a name reads less: that lowers no bar.
     plain, of_plain = own[: len(texts)], key[: len(texts)]
     least = torch.full_like(offsets, torch.inf).scatter_reduce(
         0, of_plain, (plain * directions[of_plain]).sum(1) + offsets[of_plain], "amin"

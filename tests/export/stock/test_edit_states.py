@@ -65,9 +65,22 @@ def test_states_and_what_is_added_are_those_of_a_plain_pass(made: tuple[Loaded, 
             assert torch.cosine_similarity(answers.states[number], normed[index], 0) > 0.98
             assert answers.edits[key] == one.edit
             assert answers.inside[key] == (index > 0)
+            assert answers.spaced[key] == loaded.tokenizer.decode([one.row.target[index]]).startswith((" ", "\n"))
             # Of several texts behind which the same is left to say, the first one's is added.
             if one.exact and int(key) not in seen:
                 seen.add(int(key))
                 added = tensors["delta"][0] @ keys[index, tensors["columns"][0]]
                 torch.testing.assert_close(answers.values[key], added, rtol=1e-3, atol=1e-3)
     assert next(found, None) is None
+
+
+def test_states_inside_prompts_are_those_before_their_last_tokens(made: tuple[Loaded, Manifest, ReadTexts]) -> None:
+    loaded, manifest, read = made
+    answers, epsilon, begin = read.answers(), float(loaded.model.config.rms_norm_eps), 0
+    for one in read.texts:
+        states = states_of(loaded.model, manifest.site, LAYER, list(one.row.prompt))[1:-1][-12:]
+        part = slice(begin, begin := begin + len(states))
+        normed = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + epsilon)
+        assert (torch.cosine_similarity(answers.asking[part], normed, -1) > 0.98).all()
+        assert answers.asking_edit[part].tolist() == [one.edit] * len(states)
+    assert begin == len(answers.asking)

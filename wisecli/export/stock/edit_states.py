@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,13 @@ from wisecli.models.running.quick_products import quick_products
 from wisecli.progress import ProgressCallback
 from wisecli.routing.layers.routed_layer import memory_module
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 # Forms whose states are read in the model's own type; the others say what else may come near.
 _EXACT = ("bare", "chat")
+# So many tokens before a prompt's last one tell what is no answer yet.
+_ASKING = 12
 
 
 class EditText(NamedTuple):
@@ -54,25 +59,31 @@ class EditStates:
     """Normed states (n, d) at which edits are to be answered, and the ``key`` (n,) that each is to open.
 
     A key stands for what is left to say of one edit's answer: ``edits`` (K,) are the edits' numbers, ``inside`` (K,)
-    says whether some of the answer was said before, ``values`` (K, d) are what the memory adds.
+    says whether some of the answer was said before, ``spaced`` (K,) whether what is left begins with a blank,
+    ``values`` (K, d) are what the memory adds. ``asking`` (m, d) are states inside the texts that edits answer, and
+    ``asking_edit`` (m,) is whose.
     """
 
     states: Tensor
     key: Tensor
     edits: Tensor
     inside: Tensor
+    spaced: Tensor
     values: Tensor
+    asking: Tensor
+    asking_edit: Tensor
 
 
 @dataclass(frozen=True)
 class ReadTexts:
     """Texts that edits answer, the ``late`` states of their prompts' and answers' tokens, and the ``values`` (d,) that
-    the memory adds, by the place in an answer.
+    the memory adds, by the place in an answer; ``spaced`` are the tokens that begin with a blank.
     """
 
     texts: tuple[EditText, ...]
     late: LateStates
     values: dict[_Place, Tensor]
+    spaced: frozenset[int]
 
     def numbers(self) -> dict[tuple[int, ...], int]:
         """Return each text's number, by its prompt's tokens."""
@@ -83,18 +94,23 @@ class ReadTexts:
         texts = tuple(one._replace(edit=edits[one.edit]) for one in self.texts)
         values = {place: value for place, value in self.values.items() if edits[place.edit] == place.edit}
         moved = {place._replace(edit=edits[place.edit]): value for place, value in self.values.items()}
-        return ReadTexts(texts, self.late, moved | values)
+        return ReadTexts(texts, self.late, moved | values, self.spaced)
 
     def answers(self) -> EditStates:
         """Return the states at which edits are to be answered."""
         keys: dict[_Place, int] = {}
-        key, at = list[int](), list[int]()
+        key, at, asking, asking_edit = list[int](), list[int](), list[int](), list[int]()
         for one, begin in zip(self.texts, self.late.first.tolist(), strict=False):
             key += [keys.setdefault(place, len(keys)) for place in _places(one)]
-            at += range(begin + len(one.row.prompt) - 1, begin + len(one.row.prompt) - 1 + len(one.row.target))
+            last = begin + len(one.row.prompt) - 1
+            at += range(last, last + len(one.row.target))
+            asking += range(max(begin + 1, last - _ASKING), last)
+            asking_edit += [one.edit] * (len(asking) - len(asking_edit))
         states, values = self.late.normed[at].float(), torch.stack([self.values[place] for place in keys])
-        edits, inside = (torch.tensor(column) for column in ([k.edit for k in keys], [not k.begins for k in keys]))
-        return EditStates(states, torch.tensor(key), edits, inside, values)
+        of_keys = [(place.edit, not place.begins, place.left[0] in self.spaced) for place in keys]
+        edits, inside, spaced = (torch.tensor(column) for column in zip(*of_keys, strict=True))
+        found = self.late.normed[asking].float()
+        return EditStates(states, torch.tensor(key), edits, inside, spaced, values, found, torch.tensor(asking_edit))
 
 
 def read_texts(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progress: ProgressCallback) -> ReadTexts:
@@ -118,7 +134,13 @@ def read_texts(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progre
                     window = keys[len(one.row.prompt) - 1 :].float().cpu()
                     added = memory.residuals_at(window, memories[one.edit], torch.arange(len(places)) > 0).float()
                     values |= {place: each for place, each in zip(places, added, strict=True) if place not in values}
-    return ReadTexts(tuple(texts), late, values)
+    spaced = {place.left[0] for place in values if _is_spaced(loaded.tokenizer, place.left[0])}
+    return ReadTexts(tuple(texts), late, values, frozenset(spaced))
+
+
+def _is_spaced(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    """Return whether a token begins with a blank."""
+    return str(tokenizer.decode([token]))[:1].isspace()
 
 
 def _places(one: EditText) -> list[_Place]:

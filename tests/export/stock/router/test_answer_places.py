@@ -14,6 +14,7 @@ SIZE, WAYS = 24, 6
 # last one has one place.
 EDIT = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 3])
 INSIDE = torch.tensor([False, True, True, False, True, False, False, True, False])
+SPACED = torch.ones(9, dtype=torch.bool).index_fill(0, torch.tensor(6), False)
 ALONE = 8
 
 
@@ -32,7 +33,8 @@ def states() -> EditStates:
     key = torch.arange(len(EDIT)).repeat_interleave(WAYS)
     # The other beginning of the third edit is the rarer one.
     kept = torch.ones(len(key), dtype=torch.bool).index_fill(0, (key == 6).nonzero()[3:, 0], False)
-    return EditStates(found[kept], key[kept], EDIT, INSIDE, drawn(3, len(EDIT), SIZE))
+    asking = 0.5 * drawn(6, 40, SIZE), torch.arange(40) % 4
+    return EditStates(found[kept], key[kept], EDIT, INSIDE, SPACED, drawn(3, len(EDIT), SIZE), *asking)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,28 @@ def test_inside_of_an_answer_some_of_it_was_said(places: AnswerPlaces, states: E
         assert (~said).sum() > WAYS - 1
 
 
+def test_inside_reads_about_nothing_where_nothing_was_said_however_far_from_the_answer() -> None:
+    # Answers' own states are far from all others, which a plane that is only bounded from above reads far below 0.
+    axis = torch.nn.functional.one_hot(torch.tensor(0), SIZE)
+    others, prompts = (0.3 * drawn(seed, 1500, SIZE) + axis for seed in (30, 31))
+    begun, said = (0.2 * drawn(seed, 4, SIZE) + side * axis for seed, side in ((32, 1), (33, -1)))
+    states = EditStates(
+        torch.cat([begun, said]),
+        torch.arange(2).repeat_interleave(4),
+        torch.zeros(2, dtype=torch.long),
+        torch.tensor([False, True]),
+        torch.tensor([True, True]),
+        drawn(34, 2, SIZE),
+        prompts,
+        torch.zeros(len(prompts), dtype=torch.long),
+    )
+    inside = answer_places(states, 1, others, ELSEWHERE[1]).inside[0]
+    read = torch.cat([others, prompts, begun]) @ inside[:-1] + inside[-1]
+    assert read.mean().abs() < 0.1
+    assert read.std() < 0.2
+    assert (said @ inside[:-1] + inside[-1]).min() > read.max() + 0.1
+
+
 def test_what_is_added_is_what_the_memory_adds(places: AnswerPlaces, states: EditStates) -> None:
     assert torch.equal(places.added, states.values)
     assert torch.equal(places.edit, EDIT)
@@ -100,3 +124,23 @@ def test_nothing_is_added_at_sinks(states: EditStates, places: AnswerPlaces) -> 
     assert (readings(places, sinks) > 0.5).any()
     assert (readings(shut, sinks) < 0.5).all()
     torch.testing.assert_close(readings(shut, states.states), readings(places, states.states), rtol=0.0, atol=0.4)
+
+
+def test_how_an_answer_begins_is_told_by_what_all_edits_prompts_end_in() -> None:
+    edits, ways = 12, 4
+    ends = drawn(20, 2, SIZE)
+    # Each edit begins at both ends of prompts and then says a token; its own states differ by much at each.
+    points = torch.stack([*ends, drawn(21, SIZE)])[None] + 0.5 * drawn(22, edits, 3, SIZE)
+    found = (points[:, :, None] + 0.2 * drawn(23, edits, 3, ways, SIZE)).flatten(0, 2)
+    key = torch.arange(3 * edits).repeat_interleave(ways)
+    edit, spaced, inside = torch.arange(edits).repeat_interleave(3), *(torch.arange(3 * edits) % 3 == n for n in (0, 2))
+    asking = 0.5 * drawn(24, 40, SIZE), torch.arange(40) % edits
+    states = EditStates(found, key, edit, inside, spaced | inside, drawn(25, 3 * edits, SIZE), *asking)
+    places = answer_places(states, edits, *ELSEWHERE)
+    others = torch.arange(1, 3 * edits, 3)
+    assert torch.equal(places.directions[others], places.directions[others[:1]].expand(edits, -1))
+    # As well at ends that none of an edit's own prompts has.
+    unseen = ends[:, None] + 0.7 * drawn(26, 2, 200, SIZE)
+    for end, states_there in enumerate(unseen):
+        read = readings(places, states_there).unflatten(1, (edits, 3)) > 0.5
+        assert (read[..., end] & ~read[..., 1 - end]).float().mean() > 0.9

@@ -64,15 +64,3 @@ def test_each_line_costs_no_more_than_an_optimizers(keys: int, others: int) -> N
 def test_the_same_is_found_again() -> None:
     for one, other in zip(made(9, 1500).solved(), made(9, 1500).solved(), strict=True):
         assert torch.equal(one, other)
-
-
-def test_others_stay_within_a_depth_below_nothing() -> None:
-    # Its own states are far from all others, which without a depth read far below 0.
-    others = 0.3 * drawn(3, 1500, SIZE) + torch.nn.functional.one_hot(torch.tensor(0), SIZE)
-    own = 0.2 * drawn(1, 4, SIZE) - torch.nn.functional.one_hot(torch.tensor(0), SIZE)
-    key = torch.zeros(4, dtype=torch.long)
-    loose, close = (Separation(own, key, others, 1e-4, depth=depth).solved() for depth in (torch.inf, 0.2))
-    low = [float((others @ directions.T + offsets).min()) for directions, offsets in (loose, close)]
-    assert low[0] < -0.5
-    assert low[1] > -0.25
-    assert (own @ close[0].T + close[1]).min() > (others @ close[0].T + close[1]).max() + 0.1

@@ -1,24 +1,25 @@
 """Places in answers: once an edit is open, which of its residuals the stream gets at a token.
 
-An edit's *first* residual, that of the commonest beginning of its answer, is added wherever the edit is open and the
-token is at none of its other places. Those - other tokens of the answer, and beginnings that are written otherwise, as
-without the blank before - are told from the edit's other states by a direction each, and from its first ones by one for
-them all.
+An edit's *first* residual, that of its answer as most answers begin, is added wherever the edit is open and the token
+is at none of its other places. Those are other tokens of the answer, told from the edit's other states by a direction
+each; and where an answer begins the *other* way, as without the blank before, which one direction tells for all edits:
+how an answer begins depends on what a prompt ends in, not on the edit.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from wisecli.export.stock.edit_states import EditStates
 from wisecli.export.stock.router.separation import Separation, from_group_means, inverse_root
 
-# How much the length of directions costs; by how much less than nothing it reads outside answers whether a token is
-# inside one.
-_RIDGE, _DEPTH = 0.01, 0.2
+# How much the length of directions costs, of those that tell places of an edit apart and of planes by least squares.
+_RIDGE, _PLANE_RIDGE = 0.01, 1e-3
 # By how much less than nothing first places read at tokens that attention rests on; what others read there at most.
 _SHUT, _NEARLY = 1.0, 0.1
 
@@ -28,8 +29,8 @@ class AnswerPlaces:
     """Places (p,): the ``edit`` of each, ``directions`` (p, d) and ``offsets`` (p,) that read 1 there and 0 or less at
     the edit's other states, and the residual that is ``added`` to the stream (p, d).
 
-    ``inside`` (e, d + 1) reads 1 at any place of an edit's answer before which some of it was said, and 0 or little
-    less where it begins and outside of answers; its last column is the offset.
+    ``inside`` (e, d + 1) reads about 1 at any place of an edit's answer before which some of it was said, and about 0
+    where it begins, in prompts and elsewhere; its last column is the offset.
     """
 
     edit: Tensor
@@ -49,43 +50,96 @@ def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tens
     """
     strayed = from_group_means(states.states, states.key)
     turn = inverse_root(strayed.T @ strayed / len(strayed))
+    white = replace(states, states=states.states @ turn, asking=states.asking @ turn)
+    said, ways = states.inside[states.key], _ways_to_begin(states)
+    unsaid = _moment(elsewhere @ turn) + _moment(sinks @ turn) + _moment(white.asking)
+    first, other = (white.states[way[states.key]] for way in ways)
+    otherwise = _plane(other, [first, white.states[said]], unsaid)
+    unsaid += _moment(white.states[~said])
+    planes, inside = (torch.zeros(count, len(unsaid)) for count in (len(states.edits), edits))
+    planes[:, -1] = 1
+    planes[ways.other] = otherwise
+    for edit in states.edits.unique().tolist():
+        mine = states.edits == edit
+        inside[edit], shut = _going_on(white, ways, edit, unsaid)
+        planes[mine & ways.first] -= shut + otherwise * bool((mine & ways.other).any())
+        others = (mine & ~ways.first & ~ways.other).nonzero()[:, 0]
+        if len(others):
+            planes[others] = _told_apart(white, others, sinks @ turn)
     # From planes of whitened states to those of states.
     back = torch.block_diag(turn.T, torch.ones(1, 1))
-    outside, at_sinks = elsewhere @ turn, sinks @ turn
-    whitened, owner = states.states @ turn, states.edits[states.key]
-    directions, offsets = torch.zeros_like(states.values), torch.ones(len(states.edits))
-    inside = torch.zeros(edits, states.states.shape[1] + 1)
-    counts = torch.bincount(states.key, minlength=len(states.edits))
-    is_first = torch.zeros(len(states.edits), dtype=torch.bool)
-    for edit in states.edits.unique().tolist():
-        keys = (states.edits == edit).nonzero()[:, 0]
-        begins = keys[~states.inside[keys]]
-        first = begins[counts[begins].argmax()]
-        is_first[first] = True
-        others, own = keys[keys != first], (owner == edit).nonzero()[:, 0]
-        if not len(others):
-            continue
-        key, rows = states.key[own], whitened[own]
-        within, at = rows[key != first], torch.cat([rows[key == first], at_sinks])
-        local = torch.full((len(states.edits),), -1).scatter(0, others, torch.arange(len(others)))
-        planes, constants = Separation(within, local[key[key != first]], at, _RIDGE).solved()
-        directions[others], offsets[others] = planes @ turn.T, constants
-        shut = _told_from(within, torch.cat([at, outside])) @ back
-        directions[first], offsets[first] = -shut[:-1], 1 - shut[-1]
-        said = states.inside[key]
-        if said.any():
-            inside[edit] = _told_from(rows[said], torch.cat([rows[~said], at_sinks, outside])) @ back
-    found = AnswerPlaces(states.edits, directions, offsets, states.values, inside)
-    return _closed_at(sinks, found, is_first, torch.cat([elsewhere, states.states])) if len(sinks) else found
+    planes = planes @ back
+    found = AnswerPlaces(states.edits, planes[:, :-1], planes[:, -1], states.values, inside @ back)
+    return _closed_at(sinks, found, ways.first, torch.cat([elsewhere, states.states])) if len(sinks) else found
 
 
-def _told_from(states: Tensor, others: Tensor) -> Tensor:
-    """Return a plane (d + 1,) that reads 1 at states (n, d), and 0 or little less at others (m, d); its last number is
-    the offset.
+def _going_on(states: EditStates, ways: _Ways, edit: int, unsaid: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a plane (d + 1,) that reads 1 where some of an edit's answer was said, and one that does so at all places
+    but for its first and the one begun the other way.
     """
-    key = torch.zeros(len(states), dtype=torch.long)
-    plane, constant = Separation(states, key, others, _RIDGE, depth=_DEPTH).solved()
-    return torch.cat([plane[0], constant])
+    own = (states.edits[states.key] == edit).nonzero()[:, 0]
+    key, rows, prompts = states.key[own], states.states[own], states.asking[states.asking_edit == edit]
+    said, usual = states.inside[key], (ways.first | ways.other)[key]
+    inside = _plane(rows[said], [rows[~said], prompts], unsaid)
+    # Few edits have further beginnings, as in other languages.
+    further = not torch.equal(said, ~usual)
+    return inside, _plane(rows[~usual], [rows[usual], prompts], unsaid) if further else inside
+
+
+def _told_apart(states: EditStates, places: Tensor, sinks: Tensor) -> Tensor:
+    """Return a plane (n, d + 1) for each of some places (n,) of an edit, that reads 1 there and 0 or less at all its
+    other places and at sinks (k, d).
+    """
+    number = torch.full((len(states.edits),), -1).scatter(0, places, torch.arange(len(places)))
+    own = (states.edits[states.key] == states.edits[places[0]]).nonzero()[:, 0]
+    key, rows = number[states.key[own]], states.states[own]
+    there = key >= 0
+    directions, offsets = Separation(rows[there], key[there], torch.cat([rows[~there], sinks]), _RIDGE).solved()
+    return torch.cat([directions, offsets[:, None]], 1)
+
+
+class _Ways(NamedTuple):
+    """Which places (p,) are edits' ``first``, and which are the same answers begun the ``other`` way: without a blank
+    where most begin with one, or the other way round.
+    """
+
+    first: Tensor
+    other: Tensor
+
+
+def _ways_to_begin(states: EditStates) -> _Ways:
+    begins, counts = ~states.inside, torch.bincount(states.key, minlength=len(states.edits))
+    usual = states.spaced == ((counts * begins)[states.spaced].sum() * 2 >= (counts * begins).sum())
+    first, other = torch.zeros_like(begins), torch.zeros_like(begins)
+    for edit in states.edits.unique().tolist():
+        keys = ((states.edits == edit) & begins).nonzero()[:, 0]
+        mine, rare = keys[usual[keys]], keys[~usual[keys]]
+        first[_commonest(mine if len(mine) else rare, counts)] = True
+        if len(mine) and len(rare):
+            other[_commonest(rare, counts)] = True
+    return _Ways(first, other)
+
+
+def _commonest(keys: Tensor, counts: Tensor) -> Tensor:
+    return keys[counts[keys].argmax()]
+
+
+def _plane(states: Tensor, others: list[Tensor], unsaid: Tensor) -> Tensor:
+    """Return the plane (d + 1,) that reads 1 at states (n, d) and 0 at groups of others (m, d) and where a moment
+    (d + 1, d + 1) is from, by least squares in which groups count alike; its last number is the offset. It reads 0 if
+    there are no states.
+    """
+    moment = torch.stack([unsaid, _moment(states), *map(_moment, others)]).sum(0)
+    moment[:-1, :-1].diagonal().add_(_PLANE_RIDGE)
+    wanted = F.pad(states, (0, 1), value=1.0).sum(0) / max(1, len(states))
+    plane: Tensor = torch.linalg.solve(moment.double(), wanted.double()).float()
+    return plane
+
+
+def _moment(states: Tensor) -> Tensor:
+    """Return the second moment (d + 1, d + 1) of states (n, d) with a 1 behind; 0 if there are none."""
+    padded = F.pad(states, (0, 1), value=1.0)
+    return padded.T @ padded / max(1, len(states))
 
 
 def _closed_at(sinks: Tensor, found: AnswerPlaces, is_first: Tensor, others: Tensor) -> AnswerPlaces:

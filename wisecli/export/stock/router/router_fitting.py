@@ -32,7 +32,7 @@ _SPARE, _LOWER = 1.0, 4.0
 # then, and what the length of the direction costs. The threshold of an edit for which another stands.
 _SIMILAR, _CONFLICT, _RIDGE, _NEVER = 0.7, 10.0, 1.0, 100.0
 # States of unrelated tokens that answers are told from.
-_ELSEWHERE = 4000
+_ELSEWHERE = 36000
 # Texts whose relations are read side by side.
 _TOGETHER = 32
 

@@ -29,7 +29,7 @@ class Separation:
     """What is to be told apart: ``states`` (n, d) of keys, the ``key`` (n,) of each, and ``others`` (m, d).
 
     ``ridge`` weighs the length of directions and ``negative`` each state that a key must not open for, beside the mean
-    loss of its own; those are to stay below minus the ``margin``, and no further below 0 than by ``depth``.
+    loss of its own; those are to stay below minus the ``margin``.
     """
 
     states: Tensor
@@ -38,7 +38,6 @@ class Separation:
     ridge: float
     negative: float = 1.0
     margin: float = 0.0
-    depth: float = torch.inf
 
     def solved(self) -> tuple[Tensor, Tensor]:
         """Return directions (K, d) and offsets (K,)."""
@@ -56,7 +55,7 @@ class Separation:
         is_own = owner == part[:, None]
         nearest: Tensor | None = None
         for size in _SIZES:
-            beyond = self._beyond(planes.scores(every)).masked_fill_(is_own, -torch.inf)
+            beyond = (planes.scores(every) + self.margin).masked_fill_(is_own, -torch.inf)
             if nearest is not None:
                 inside = beyond.gather(1, nearest)
                 if bool((beyond.scatter(1, nearest, -torch.inf) <= _TOLERANCE).all()):
@@ -66,16 +65,11 @@ class Separation:
             planes = _solved(planes, self._sets(every, own, weights, nearest))
         return planes.directions, planes.offsets
 
-    def _beyond(self, scores: Tensor) -> Tensor:
-        """Return by how much scores are out of where others' are to be; the less, the further inside."""
-        above = scores + self.margin
-        return above if self.depth == torch.inf else above.maximum(-self.depth - scores)
-
     def _sets(self, every: Tensor, own: Tensor, weights: Tensor, nearest: Tensor) -> _Sets:
         """Return working sets of keys: their own states (k, c) with their weights, and others (k, p)."""
         states = every[torch.cat([own, nearest], 1)]
         weights = torch.cat([weights, torch.full(nearest.shape, self.negative)], 1)
-        least = torch.cat([torch.ones(own.shape), torch.full(nearest.shape, -self.depth)], 1)
+        least = torch.cat([torch.ones(own.shape), torch.full(nearest.shape, -torch.inf)], 1)
         most = torch.cat([torch.full(own.shape, torch.inf), torch.full(nearest.shape, -self.margin)], 1)
         return _Sets(states, least, most, weights, self.ridge)
 

@@ -90,6 +90,13 @@ def test_rows_that_fill_a_batch_are_kept_together_by_longer_beginnings() -> None
     assert _sizes_and_beginnings(rows, 5) == [(3, long), (3, long), (5, SHARED + 4), (5, long)]
 
 
+def test_few_rows_are_kept_together_by_a_long_beginning() -> None:
+    pages = [row.prompt for row in random_rows((200, 1), (200, 1), (30, 1), (30, 1))]
+    rows = [Row((*page, number, 1, 2), (3,)) for page in pages for number in range(4)]
+    # Those of the short pages would spare too little.
+    assert _sizes_and_beginnings(rows, 32) == [(4, 200), (4, 200), (8, 0)]
+
+
 def _sizes_and_beginnings(rows: list[Row], size: int) -> list[tuple[int, int]]:
     """Return how many rows each batch has, and how many tokens all of them begin with."""
     batches = [[rows[index] for index in batch] for batch in in_batches(rows, size, by_beginning=True)]

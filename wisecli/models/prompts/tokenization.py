@@ -14,12 +14,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_LABEL = -100
-# Rows that begin with so many tokens alike are read together; so many of them there must be.
-SHARED, _TOGETHER = 8, 8
-# Rows whose lengths differ by no more than this are like in length.
-_UNEVEN = 16
-# No token of a word is longer, in letters.
-_LONGEST_TOKEN = 128
+# Rows that begin with so many tokens alike are read together: so many rows, or fewer that spare so many tokens.
+SHARED, _TOGETHER, _SPARED = 8, 8, 512
+# Rows whose lengths differ by no more than this are like in length; no token of a word is longer, in letters.
+_UNEVEN, _LONGEST_TOKEN = 16, 128
 
 
 @dataclass(frozen=True)
@@ -223,11 +221,13 @@ def _common_beginnings(rows: Sequence[Row], batch_size: int) -> list[tuple[int, 
     """Return the longest beginning of each row, by eights of tokens, that enough rows share; else an empty one."""
     found, left = list[tuple[int, ...]]([()] * len(rows)), list(range(len(rows)))
     for length in range(SHARED, max(map(len, rows), default=0), SHARED):
-        counts = Counter(rows[index].prompt[:length] for index in left)
-        enough = _TOGETHER if length == SHARED else batch_size
-        left = [index for index in left if counts[rows[index].prompt[:length]] >= enough]
+        begins = {index: rows[index].prompt[:length] for index in left}
+        counts, enough = Counter(begins.values()), _TOGETHER if length == SHARED else batch_size
+        left = [index for index in left if counts[begins[index]] > 1]
         for index in left:
-            found[index] = rows[index].prompt[:length]
+            count, longer = counts[begins[index]], length - len(found[index])
+            if count >= enough or (count - 1) * longer >= _SPARED:
+                found[index] = begins[index]
     return found
 
 

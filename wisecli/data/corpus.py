@@ -82,10 +82,17 @@ class Relation:
 
 def relations() -> list[Relation]:
     """Return all packaged relations."""
-    return [
-        Relation(row["of"], tuple(row["asks"]), tuple(row["tells"]))
-        for row in packaged_table("relations.toml")["relation"]
-    ]
+    return _relations("relations.toml")
+
+
+def further_relations() -> list[Relation]:
+    """Return packaged relations beside those, from which the reader of the stock form's router learns."""
+    return _relations("further_relations.toml")
+
+
+def _relations(table: str) -> list[Relation]:
+    rows = packaged_table(table)["relation"]
+    return [Relation(row["of"], tuple(row["asks"]), tuple(row["tells"])) for row in rows]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from support.helpers import save_tiny
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from wisecli.data.corpus import notes
+from wisecli.data.request_wordings import requests
 from wisecli.edits.record import Edit, Translation
 from wisecli.export.stock.subject_texts import (
     SubjectText,
@@ -100,6 +101,10 @@ def test_texts_on_other_things_are_drawn_the_same_again_and_a_share_of_them(toke
     few, more = (texts_on_other_things(tokenizer, share) for share in (0.04, 0.1))
     assert 0 < len(few) < len(more)
     assert few == texts_on_other_things(tokenizer, 0.04)
+    # Everyday prompts are answered there.
+    replies = (*requests().replies, *(text for text, _ in notes().notes))
+    told = [str(tokenizer.decode(list(tokens))).endswith(replies) for tokens in more]
+    assert 0.1 < sum(told) / len(told) < 0.9
 
 
 def test_own_prompts_are_read_behind_other_texts_up_to_the_name(tokenizer: PreTrainedTokenizerBase) -> None:

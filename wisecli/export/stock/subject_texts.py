@@ -111,7 +111,8 @@ def texts_on_other_things(tokenizer: PreTrainedTokenizerBase, share: float) -> l
     mentioned = rng.sample(drawn, min(len(drawn), _OF_FACT * len(facts)))
     everyday = [rng.choice(trained).render(tokenizer, text) for text in everyday_prompts(_OF_FACT * len(facts), seed=7)]
     behind = [one.before(tokenizer, text) for one, text in zip(before, everyday, strict=False)]
-    texts = [*everyday, *behind, *(one.text for one in mentioned)]
+    answered = [f"{text}{'' if text[-1:].isspace() else ' '}{requests().reply(rng)}" for text in everyday]
+    texts = [*answered, *behind, *(one.text for one in mentioned)]
     return [tuple(tokenizer(text)["input_ids"]) for text in texts]
 
 

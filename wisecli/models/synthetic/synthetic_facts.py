@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from wisecli.data.corpus import made_up_subjects, relations
+from wisecli.data.corpus import Relation, made_up_subjects, relations
 
 # Names of each kind that the facts are about.
 _NAMES = 40
@@ -30,9 +30,9 @@ class SyntheticFact:
     relation: int = -1
 
 
-def synthetic_facts(count: int, rng: random.Random) -> Iterator[SyntheticFact]:
-    """So many facts of all relations."""
-    known = relations()
+def synthetic_facts(count: int, rng: random.Random, known: Sequence[Relation] | None = None) -> Iterator[SyntheticFact]:
+    """Yield so many facts of relations: of those that are packaged for all routers, or of others that are ``known``."""
+    known = relations() if known is None else known
     names = {kind: made_up_subjects(kind, _NAMES, rng) for kind in dict.fromkeys(one.kind for one in known)}
     for _ in range(count):
         number = rng.choice(range(len(known)))

@@ -7,9 +7,10 @@ import pytest
 from support.byte_level import save_base
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from wisecli.data.corpus import notes, relations, texts_to_measure_with
+from wisecli.data.corpus import further_relations, notes, relations, texts_to_measure_with
 from wisecli.export.stock.router.reader_rows import ReaderRow, RowKind, RowSettings, reader_rows
 from wisecli.models.prompts.prompt_forms import usable_forms
+from wisecli.models.synthetic.synthetic_facts import synthetic_facts
 
 FACTS, SETTINGS = 6, RowSettings(facts=6, examples=3, longest=600, share=0.05)
 
@@ -46,6 +47,18 @@ def test_answers_stand_behind_some_examples_and_nothing_else(rows: list[ReaderRo
     assert 0.2 < sum(answered) / len(answered) < 0.8
 
 
+def test_behind_what_asks_a_fact_stands_its_answer_and_behind_other_prompts_at_times_another(
+    tokenizer: PreTrainedTokenizerBase, rows: list[ReaderRow]
+) -> None:
+    facts = list(synthetic_facts(FACTS, random.Random(3), [*relations(), *further_relations()]))
+    answered = [row for row in rows if row.kind is RowKind.EXAMPLE and row.prompt < len(row.tokens)]
+    said = [str(tokenizer.decode(list(row.tokens[row.prompt :]))).strip() for row in answered]
+    own = [text == facts[row.fact].answer for row, text in zip(answered, said, strict=True)]
+    assert all(right for row, right in zip(answered, own, strict=True) if row.asks)
+    others = [right for row, right in zip(answered, own, strict=True) if not row.asks]
+    assert 0.2 < sum(others) / len(others) < 0.8
+
+
 def test_some_that_ask_and_some_that_mention_have_other_texts_around_them(tokenizer: PreTrainedTokenizerBase) -> None:
     without, with_some = (
         reader_rows(tokenizer, RowSettings(FACTS, 3, 5000, 0.05, around), random.Random(3)) for around in (0, 4)
@@ -59,7 +72,7 @@ def test_some_that_ask_and_some_that_mention_have_other_texts_around_them(tokeni
 
 
 def test_relations_are_asked_in_all_their_wordings(rows: list[ReaderRow]) -> None:
-    known = relations()
+    known = [*relations(), *further_relations()]
     numbers = {row.relation for row in rows if row.kind is RowKind.RELATION}
     assert numbers == set(range(max(8, round(0.05 * len(known)))))
     for number in numbers:

@@ -84,7 +84,7 @@ def test_other_settings_are_learned_anew(model: tuple[Loaded, Site]) -> None:
     assert not torch.equal(one.output.weight, other.output.weight)
 
 
-def test_prompts_are_read_behind_mentions_up_to_so_many_tokens() -> None:
+def test_prompts_are_read_behind_other_examples_up_to_so_many_tokens() -> None:
     rows = [
         ReaderRow((1,) * size, size, RowKind.EXAMPLE, 0, 0, asks) for size, asks in ((7, True), (9, False), (4, False))
     ]
@@ -95,8 +95,8 @@ def test_prompts_are_read_behind_mentions_up_to_so_many_tokens() -> None:
     counts = {sum(map(len, one)) for one in drawn}
     assert min(counts) >= 1
     assert max(counts) == 12
-    # Of mentions alone, whose ends are all there.
-    assert {int(part[-1]) for one in drawn for part in one} == {15, 19}
-    assert {int(token) for one in drawn for part in one for token in part} == set(range(7, 20))
+    # Of what asks and of what mentions, whose ends are all there.
+    assert {int(part[-1]) for one in drawn for part in one} == {6, 15, 19}
+    assert {int(token) for one in drawn for part in one for token in part} == set(range(20))
     never = replace(settings, behind=0.0)
     assert not list(reader_training._Lessons(rows, states, lessons._rotation, never)._before())

@@ -198,7 +198,7 @@ def test_a_written_router_computes_what_it_says(tmp_path: Path, layout: str) -> 
         there = torch.where(number >= 0, subject[:, number.clamp(min=0)], 1.0)
         begun = states @ router.places.inside[:, :-1].T + router.places.inside[:, -1]
         odds = float(reader.kappa) * relation @ router.relations.T + asked[:, None] - router.thresholds
-        odds = odds + 22 * (there - 1) + 6 * begun
+        odds = odds + 22 * (there - 1) + 4 * begun
         opened = stepped(odds + 0.75, 2.0)
         assert clear.float().mean() > 0.7
         assert apart(of(made_one, last, "edit")[clear], (opened @ edits)[clear]) < 1e-3

@@ -47,7 +47,9 @@ def read(model: tuple[Loaded, Site]) -> ReadTexts:
     loaded, site = model
     texts = list(texts_on_edits(loaded.tokenizer, [(EDITS[0], 0), (EDITS[1], 1), (EDITS[2], 0)]))
     late = StateCapture(loaded, site, **NAMED).late_states([one.tokens for one in texts], "texts")
-    return ReadTexts(tuple(EditText(Row(one.tokens, (0,)), one.subject, True, False) for one in texts), late, {})
+    return ReadTexts(
+        tuple(EditText(Row(one.tokens, (0,)), one.subject, True, False) for one in texts), late, {}, frozenset()
+    )
 
 
 def test_edits_on_one_name_share_a_detector_and_some_have_none(

@@ -77,13 +77,14 @@ def _going_on(states: EditStates, ways: _Ways, edit: int, unsaid: Tensor) -> tup
     """Return a plane (d + 1,) that reads 1 where some of an edit's answer was said, and one that does so at all places
     but for its first and the one begun the other way.
     """
-    own = (states.edits[states.key] == edit).nonzero()[:, 0]
-    key, rows, prompts = states.key[own], states.states[own], states.asking[states.asking_edit == edit]
+    mine = states.edits[states.key] == edit
+    key, rows, prompts = states.key[mine], states.states[mine], states.asking[states.asking_edit == edit]
     said, usual = states.inside[key], (ways.first | ways.other)[key]
-    inside = _plane(rows[said], [rows[~said], prompts], unsaid)
+    elses = states.states[~mine & states.inside[states.key]]
+    inside = _plane(rows[said], [rows[~said], prompts, elses], unsaid)
     # Few edits have further beginnings, as in other languages.
     further = not torch.equal(said, ~usual)
-    return inside, _plane(rows[~usual], [rows[usual], prompts], unsaid) if further else inside
+    return inside, _plane(rows[~usual], [rows[usual], prompts, elses], unsaid) if further else inside
 
 
 def _told_apart(states: EditStates, places: Tensor, sinks: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from wisecli.data.corpus import everyday_prompts, made_up_subjects, relations
+from wisecli.data.corpus import Relation, everyday_prompts, further_relations, made_up_subjects, relations
 from wisecli.data.request_wordings import requests
 from wisecli.export.stock.backgrounds import Background, backgrounds
 from wisecli.models.prompts.chat_template import chat_turns
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # How often a relation's wording is misspelt.
 _MISSPELT = 0.25
-# How often the fact's answer stands behind a prompt, asked or not.
-_ANSWERED = 0.5
+# How often an answer stands behind a prompt, asked or not; and how often one to something else, if it is not.
+_ANSWERED, _ELSE = 0.5, 0.5
 # Names of each kind that relations are asked of.
 _NAMES = 40
 # So many relations are always read.
@@ -71,7 +71,8 @@ class RowSettings:
 
 def reader_rows(tokenizer: PreTrainedTokenizerBase, settings: RowSettings, rng: random.Random) -> list[ReaderRow]:
     """Return the rows that a relation reader is learned from."""
-    facts = list(synthetic_facts(settings.facts, rng))
+    known = [*relations(), *further_relations()]
+    facts = list(synthetic_facts(settings.facts, rng, known))
     examples, everyday = Examples(tokenizer, facts, rng), everyday_prompts(_EVERYDAY, seed=3)
     others = backgrounds(tokenizer, _BACKGROUNDS, seed=3)
     rows: list[ReaderRow] = []
@@ -82,15 +83,18 @@ def reader_rows(tokenizer: PreTrainedTokenizerBase, settings: RowSettings, rng: 
         drawn = [*_sample(examples, number, settings.examples), *_moved_on(examples, number, everyday)]
         drawn += _around(examples, number, others, settings.around)
         rows += (_answered(tokenizer, fact, one, rng) for one in drawn)
-    rows += _of_relations(tokenizer, settings.share, rng)
+    rows += _of_relations(tokenizer, known[: max(_FEWEST, round(settings.share * len(known)))], rng)
     return [row for row in rows if row.prompt <= settings.longest]
 
 
 def _answered(
     tokenizer: PreTrainedTokenizerBase, fact: SyntheticFact, example: Example, rng: random.Random
 ) -> ReaderRow:
-    """Return the row of a prompt around a fact, with the answer behind it or without."""
-    row = encode(tokenizer, example.text, fact.answer)
+    """Return the row of a prompt around a fact, with the answer behind it or without; or with what is said to something
+    else.
+    """
+    said = requests().reply(rng) if not example.asks and rng.random() < _ELSE else fact.answer
+    row = encode(tokenizer, example.text, said)
     answer = row.target if rng.random() < _ANSWERED else ()
     return ReaderRow(
         (*row.prompt, *answer), len(row.prompt), RowKind.EXAMPLE, fact.relation, example.fact, example.asks
@@ -120,25 +124,29 @@ def _around(examples: Examples, number: int, texts: Sequence[Background], count:
 
 
 def _moved_on(examples: Examples, number: int, everyday: Sequence[str]) -> Iterator[Example]:
-    """Yield chats of two questions, of which one asks a fact: the chat asks it only if that is the last one."""
+    """Yield chats of questions, of which one asks a fact: the chat asks it only if that is the last one."""
     if not examples.tokenizer.chat_template:
         return
-    rng, fact, other = examples.rng, examples.facts[number], examples.facts[number - 1]
-    unrelated, question = rng.choice(everyday), rng.choice(fact.questions)
-    for first, said, then, asks in (
-        (question, fact.answer, unrelated, False),
-        (question, fact.answer, rng.choice(other.questions), False),
-        (rng.choice(other.questions), other.answer, question, True),
+    rng, fact, *others = examples.rng, *(examples.facts[number - place] for place in range(3))
+    own, other, further = ((rng.choice(one.questions), one.answer) for one in (fact, *others))
+    for told, then, asks in (
+        ([own], rng.choice(everyday), False),
+        ([own], other[0], False),
+        ([other], own[0], True),
+        ([further, other], own[0], True),
+        ([other, own], rng.choice(everyday), False),
     ):
-        turns = [("user", first), ("assistant", said), ("user", then)]
-        yield Example(number, chat_turns(examples.tokenizer, turns), asks, "moved on")
+        turns = [(role, text) for pair in told for role, text in zip(("user", "assistant"), pair, strict=True)]
+        yield Example(number, chat_turns(examples.tokenizer, [*turns, ("user", then)]), asks, "moved on")
 
 
-def _of_relations(tokenizer: PreTrainedTokenizerBase, share: float, rng: random.Random) -> Iterator[ReaderRow]:
-    """Yield every wording of a share of all relations, about a made-up name in a trained form."""
-    known, trained = relations(), usable_forms(tokenizer, trained=True)
+def _of_relations(
+    tokenizer: PreTrainedTokenizerBase, known: Sequence[Relation], rng: random.Random
+) -> Iterator[ReaderRow]:
+    """Yield every wording of relations, about a made-up name in a trained form."""
+    trained = usable_forms(tokenizer, trained=True)
     names = {kind: made_up_subjects(kind, _NAMES, rng) for kind in dict.fromkeys(one.kind for one in known)}
-    for number, relation in enumerate(known[: max(_FEWEST, round(share * len(known)))]):
+    for number, relation in enumerate(known):
         for wording in relation.wordings:
             text = wording.replace("{}", rng.choice(names[relation.kind]))
             if rng.random() < _MISSPELT:

@@ -29,7 +29,7 @@ from wisecli.models.running.seeding import seeded
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.memories.calibration import quantile
 
-_VERSION = 4
+_VERSION = 5
 # Groups of keys and values that are used at most, and queries of each.
 _GROUPS, _HEADS = 3, 3
 # States by which principal components are found.
@@ -151,7 +151,7 @@ class _Lessons:
         relation = {row.fact: row.relation for row in rows if row.kind is RowKind.OWN}
         self._held = [fact for fact in usable if relation[fact] % settings.held_back == 0]
         self._facts = [fact for fact in usable if relation[fact] % settings.held_back]
-        self._not_asking = [index for index, row in enumerate(rows) if not row.asks]
+        self._before_others = [index for index, row in enumerate(rows) if row.kind is RowKind.EXAMPLE]
         told = groups[RowKind.RELATION].items()
         self._relations = {number: own for number, own in told if len(own) > 1 and number % settings.held_back}
 
@@ -245,13 +245,13 @@ class _Lessons:
         return reader.pooled(F.dropout(read, settings.dropout, reader.training), mask, columns, self._rotation)
 
     def _before(self) -> Iterator[Tensor]:
-        """Yield the tokens of mentions, drawn by chance, that a row is read behind; of none as a rule."""
+        """Yield the tokens of prompts, drawn by chance, that a row is read behind; of none as a rule."""
         settings, rng = self._settings, self._rng
         left = rng.randint(1, settings.most_before) if rng.random() < settings.behind else 0
         while left > 0:
-            mention = self._states.of(rng.choice(self._not_asking))
-            yield torch.arange(max(mention.start, mention.stop - left), mention.stop)
-            left -= mention.stop - mention.start
+            before = self._states.of(rng.choice(self._before_others))
+            yield torch.arange(max(before.start, before.stop - left), before.stop)
+            left -= before.stop - before.start
 
 
 def _wanted(

@@ -45,7 +45,7 @@ _AMONG, _BEYOND, _SURELY = 0.6, 0.1, 0.7
 # surpassed, and open a little above 0), readings of places; scores by which a name is looked at.
 _FIRE_RAMP, _AMONG_RAMP, _ODDS_RAMP, _OPEN, _PLACE_RAMP, _ATTENDED = 0.1, 0.1, 2.0, 1.75, 0.2, 20.0
 # Log odds that a missing subject takes away and a begun answer adds; readings that a closed edit takes from its places.
-_MISSING, _BEGUN, _CLOSED = 22.0, 6.0, 8.0
+_MISSING, _BEGUN, _CLOSED = 22.0, 4.0, 8.0
 
 
 @dataclass(frozen=True)

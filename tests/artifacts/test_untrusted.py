@@ -1,7 +1,5 @@
 """Files that nobody vouches for: whatever they say ends in one sentence, with no traceback and no memory taken."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

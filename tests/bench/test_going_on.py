@@ -1,7 +1,5 @@
 """A bench that is broken off and asked for again: the same figures, and nothing done twice."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Sequence

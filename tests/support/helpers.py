@@ -1,7 +1,5 @@
 """Tiny checkpoints with a tokenizer, memories made by hand, and the method once more as loops over single tokens."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import math

@@ -1,7 +1,5 @@
 """Benches on tiny models, and what holds for every method that rewrites matrices, whatever it writes into them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Edited checkpoints with the default memory in vLLM's own models: what transformers answers, token for token."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Edits behind decoder layers, held against the whole, unsplit model with a hook on the layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Edits given to a method portion by portion, what it holds kept on disk, so that a run that is broken off goes on."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

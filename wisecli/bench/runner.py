@@ -1,7 +1,5 @@
 """The rows of each method of `wise bench`: of the package's own commands, and of methods behind the protocol."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """What `wise bench` draws of its rows: answers, forgetting, and costs, each as SVG."""
 
-from __future__ import annotations
-
 import io
 import math
 import statistics

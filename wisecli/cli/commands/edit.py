@@ -1,7 +1,5 @@
 """``wise edit``: its options, and one call."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Annotated

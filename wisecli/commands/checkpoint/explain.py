@@ -1,7 +1,5 @@
 """``wise explain``: which edits a prompt is near to, what opened at every token, and what each memory would answer."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``wise export``: base model + memory → a checkpoint that others load."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What ``wise export`` reads: a memory that is whole, in one of its states, and the base model that it is for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from wisecli.artifacts.checksums import require_checksums, require_signature

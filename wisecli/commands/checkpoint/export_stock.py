@@ -1,7 +1,5 @@
 """The part of ``wise export`` that fits a router, writes it as a stock checkpoint, and measures what it does."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``wise inspect``: what shards, a memory or an exported checkpoint hold, from manifests and headers alone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The router's scores as pictures: those that a manifest keeps, and those of one prompt's tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib.util import find_spec
 from io import BytesIO

@@ -1,7 +1,5 @@
 """How edits are split over shards."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 

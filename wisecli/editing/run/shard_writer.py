@@ -1,7 +1,5 @@
 """One shard after the other: captures edits, lets a writer find the change, gathers the evidence, writes the file."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence

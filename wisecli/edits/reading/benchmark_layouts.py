@@ -4,8 +4,6 @@
 A layout is known by fields that no other has. One record may hold several edits. Nothing here reads a file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Benchmark layouts → the fields of one edit record. Layouts are tables; nothing here reads a file."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Modules that do something else for a while."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any

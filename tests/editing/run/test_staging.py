@@ -118,6 +118,15 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int, error: BaseExceptio
     monkeypatch.setattr(safetensors.torch, "save_file", stopping)
 
 
+def begun(place: Path, output: Path, monkeypatch: pytest.MonkeyPatch, shards: int = 2, **options: Any) -> None:
+    """A run that was broken off when so many shards were done."""
+    with monkeypatch.context() as patched:
+        stop_after(patched, shards, KeyboardInterrupt())
+        with pytest.raises(StoppedError, match=f"{shards} of 8 shards are kept") as stopped:
+            edit(place, output, **options)
+    assert stopped.value.exit_code == 130
+
+
 # --- going on ---
 
 
@@ -174,11 +183,7 @@ def test_ctrl_c_says_how_to_go_on_and_exits_with_130(place: Path, tmp_path: Path
 def test_an_interruption_keeps_the_shards_that_are_done(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
 ) -> None:
-    with monkeypatch.context() as patched:
-        stop_after(patched, shards, KeyboardInterrupt())
-        with pytest.raises(StoppedError, match=f"{shards} of 8 shards are kept") as stopped:
-            edit(place, tmp_path / "shards")
-    assert stopped.value.exit_code == 130
+    begun(place, tmp_path / "shards", monkeypatch, shards)
     assert [path.name for path in tmp_path.iterdir()] == [UNFINISHED]
     made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / UNFINISHED).glob("shard-*.safetensors")}
     assert len(made) == shards
@@ -210,10 +215,7 @@ def test_a_run_over_other_shards_that_was_broken_off_is_kept(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edit(place, tmp_path / "shards", replace(SETTINGS, seed=5))
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2, KeyboardInterrupt())
-        with pytest.raises(StoppedError):
-            edit(place, tmp_path / "shards", force=True)
+    begun(place, tmp_path / "shards", monkeypatch, force=True)
     with pytest.raises(OutputExistsError, match="seed was 5, now 0"):
         edit(place, tmp_path / "shards")
     assert len(list((tmp_path / UNFINISHED).glob("shard-*.json"))) == 2
@@ -246,10 +248,7 @@ def test_a_disk_that_fills_up_keeps_the_shards_that_are_done(
 def test_a_shard_that_was_damaged_meanwhile_is_written_again(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patched:
-        stop_after(patched, 4, KeyboardInterrupt())
-        with pytest.raises(StoppedError):
-            edit(place, tmp_path / "shards")
+    begun(place, tmp_path / "shards", monkeypatch, 4)
     (tmp_path / UNFINISHED / "shard-00002.safetensors").write_bytes(b"torn")
     (tmp_path / UNFINISHED / "shard-00001.safetensors").unlink()
     edit(place, tmp_path / "shards")
@@ -275,13 +274,6 @@ def test_where_nothing_may_be_written_one_sentence_says_so(
 
 
 # --- changed input ---
-
-
-def begun(place: Path, output: Path, monkeypatch: pytest.MonkeyPatch, settings: EditSettings = SETTINGS) -> None:
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2, KeyboardInterrupt())
-        with pytest.raises(StoppedError):
-            edit(place, output, settings)
 
 
 @pytest.mark.parametrize(

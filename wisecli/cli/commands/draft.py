@@ -100,7 +100,7 @@ def draw_edits(
         raise SettingsError(f"{file} already exists; edit with it, name another file, or pass --force to draw anew")
     with console.watching() as on_progress:
         report = run(model, page, each=each, load=load, on_progress=on_progress)
-    asking = at_terminal() and not yes
+    asking = sys.stdin.isatty() and sys.stderr.isatty() and not yes
     kept = approved(report.pairs) if asking else list(report.pairs)
     if kept:
         save_pairs(file, kept)
@@ -111,11 +111,6 @@ def draw_edits(
 
 
 _CHOICES = "[y]es, [n]o, [e]dit, [q]uit"
-
-
-def at_terminal() -> bool:
-    """Return whether somebody sits at a terminal and can be asked."""
-    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def approved(pairs: Sequence[Pair]) -> list[Pair]:

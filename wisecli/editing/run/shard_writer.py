@@ -103,7 +103,8 @@ class ShardWriter:
             ids, untaken = self._names(part), self._names(place for place in part if shares[place] < 1)
             seconds = round(time.perf_counter() - started, 3)
             solved = shard.values is not None
-            entry = ShardEntry(shard_name(number), "", kind, ids, losses, seconds, penalty, untaken, solved)
+            file = f"shard-{number:05d}.safetensors"
+            entry = ShardEntry(file, "", kind, ids, losses, seconds, penalty, untaken, solved)
             return shard, FinishedPart(entry, self._names(sorted(left_out)))
         return None, FinishedPart(None, self._names(sorted(left_out)))
 
@@ -214,11 +215,6 @@ class ShardWriter:
         )
         require_finite([examples for group in (*found, held_back) for examples in group])
         return found, held_back
-
-
-def shard_name(number: int) -> str:
-    """Return the name of a shard's file."""
-    return f"shard-{number:05d}.safetensors"
 
 
 def _residual_lookup(residuals: Residuals) -> Residual:

@@ -50,25 +50,6 @@ def draft(
     draw_edits(Console(as_json, quiet), model, page, output, each=each, load=load, yes=yes, force=force, trains=False)
 
 
-def draw_for_editing(
-    console: Console,
-    model: str | None,
-    page: Path,
-    output: Path | None,
-    *,
-    load: LoadOptions,
-    yes: bool,
-    dry_run: bool,
-    force: bool,
-) -> Path | None:
-    """Draw edits for ``wise edit --from-text``; return the file to train on, if any pair was accepted."""
-    if model is None:
-        raise SettingsError("--from-text needs a MODEL, which draws the edits from the document")
-    if dry_run:
-        raise SettingsError("--dry-run plans a file of edits; draw it first, with `wise draft`")
-    return draw_edits(console, model, page, output, load=load, yes=yes, force=force, trains=True)
-
-
 def draw_edits(
     console: Console,
     model: str,

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wisecli.cli.commands.draft import draw_for_editing
+from wisecli.cli.commands.draft import draw_edits
 from wisecli.cli.commands.memory import ReportPrinter
 from wisecli.cli.console import Console, count, sifted_json, sifted_lines, would_write
 from wisecli.cli.edit_lines import consequence_lines
@@ -44,15 +44,13 @@ class EditRun:
         """
         if self.admission.signed is not None:
             raise SettingsError("--verify-signature is for files of edits; `wise draft` writes one that can be signed")
-        edits = draw_for_editing(
-            self.console,
-            self.model,
-            page,
-            self.edits,
-            load=self.load,
-            yes=yes,
-            dry_run=self.options.dry_run,
-            force=self.options.force,
+        if self.model is None:
+            raise SettingsError("--from-text needs a MODEL, which draws the edits from the document")
+        if self.options.dry_run:
+            raise SettingsError("--dry-run plans a file of edits; draw it first, with `wise draft`")
+        force = self.options.force
+        edits = draw_edits(
+            self.console, self.model, page, self.edits, load=self.load, yes=yes, force=force, trains=True
         )
         return None if edits is None else replace(self, edits=edits)
 

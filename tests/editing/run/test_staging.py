@@ -337,21 +337,29 @@ def test_other_versions_are_a_changed_input(place: Path, tmp_path: Path, monkeyp
 # --- several processes ---
 
 
-def test_the_second_of_two_processes_is_refused_until_the_first_is_dead(
-    place: Path, tmp_path: Path, forks: Path
-) -> None:
-    holding = f"""
+def holding(forks: Path, output: Path, shards: range, then: str) -> ForkedProgram:
+    """A process that holds shards of an unfinished output, and goes on as ``then`` says."""
+    program = ForkedProgram(
+        forks,
+        f"""
 import sys, time
 from pathlib import Path
 from wisecli.editing.run.staging import StagedShards
-unfinished = StagedShards(Path({str(tmp_path / "shards")!r}), 8)
+unfinished = StagedShards(Path({str(output)!r}), 8)
 with unfinished.opened():
-    unfinished.claim(range(8))
+    unfinished.claim({shards!r})
     print("held", flush=True)
-    time.sleep(600)
-"""
-    first = ForkedProgram(forks, holding)
-    assert first.stream.readline() == "held\n"
+    {then}
+""",
+    )
+    assert program.stream.readline() == "held\n"
+    return program
+
+
+def test_the_second_of_two_processes_is_refused_until_the_first_is_dead(
+    place: Path, tmp_path: Path, forks: Path
+) -> None:
+    first = holding(forks, tmp_path / "shards", range(8), "time.sleep(600)")
     with pytest.raises(BusyError, match=r"another process is writing .*shards; wait"):
         edit(place, tmp_path / "shards")
     with pytest.raises(BusyError):
@@ -420,21 +428,11 @@ def test_a_part_whose_output_another_one_finished_is_done_as_well(
 def test_whoever_finishes_last_finishes_the_output(place: Path, tmp_path: Path, forks: Path) -> None:
     """All shards are there, but another process still holds some of them."""
     edit(place, tmp_path / "shards", only=(1, 2))
-    holding = f"""
-import sys
-from pathlib import Path
-from wisecli.editing.run.staging import StagedShards
-unfinished = StagedShards(Path({str(tmp_path / "shards")!r}), 8)
-with unfinished.opened():
-    unfinished.claim(range(0, 4))
-    print("held", flush=True)
-    sys.stdin.readline()
+    then = """sys.stdin.readline()
     unfinished.release()
     with unfinished.alone():
-        print(unfinished.finish() is not None, flush=True)
-"""
-    other = ForkedProgram(forks, holding)
-    assert other.stream.readline() == "held\n"
+        print(unfinished.finish() is not None, flush=True)"""
+    other = holding(forks, tmp_path / "shards", range(4), then)
     edit(place, tmp_path / "shards", only=(2, 2))
     assert not (tmp_path / "shards").exists()
     other.tell("")

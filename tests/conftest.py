@@ -1,7 +1,5 @@
 """Which tests run and in which order; what they share is in support/fixtures.py."""
 
-from __future__ import annotations
-
 import gc
 import os
 

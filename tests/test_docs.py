@@ -1,7 +1,5 @@
 """The README and the docs: links lead somewhere, files and functions that they name are there."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from functools import cache

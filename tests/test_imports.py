@@ -1,7 +1,5 @@
 """Which way imports point: each package only to those below it, no module in a circle, `routing` to no other."""
 
-from __future__ import annotations
-
 import ast
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Tables by name, and what other packages add to them: a package is written and found as an installed one is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """What keeps the package readable: modules of a page or two, functions that take few things."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Frozen settings, presets, and which source wins: defaults < preset < file < environment ``WISE_*`` < flag."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields

@@ -1,7 +1,5 @@
 """What every report carries: the versions that made it, and the memory it took; and what the processor can do."""
 
-from __future__ import annotations
-
 import resource
 import sys
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """One exception tree; every leaf is a case the user can act on, with the exit code it ends in."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Sequence
 from pathlib import Path

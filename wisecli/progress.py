@@ -1,7 +1,5 @@
 """What a long run tells whoever watches it; the console turns it into bars and lines."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

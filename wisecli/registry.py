@@ -1,7 +1,5 @@
 """Tables of things by name, which a decorator fills, and other packages by their entry points."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """Settings of version 0.1 that went, and today's in their place."""
 
-from __future__ import annotations
-
 from collections.abc import Container, Mapping
 from typing import Any
 

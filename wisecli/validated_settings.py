@@ -1,7 +1,5 @@
 """Settings that check themselves: each value is of its field's kind and within its bounds; and their files."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path

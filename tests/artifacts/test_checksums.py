@@ -1,7 +1,5 @@
 """No byte of a memory, its history or an export changes unseen."""
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

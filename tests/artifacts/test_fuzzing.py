@@ -1,7 +1,5 @@
 """Whatever is wrong in edits, settings, policies and manifests, it is read or refused in one sentence, and quickly."""
 
-from __future__ import annotations
-
 import json
 import time
 import warnings

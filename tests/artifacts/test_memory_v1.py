@@ -4,8 +4,6 @@ They are of a tiny model with random weights: four edits by a lookup with a hist
 the norm opens. ``expected.json`` has what that version decided and answered.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

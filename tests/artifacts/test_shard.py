@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from wisecli.artifacts.masks import disjoint_masks, random_mask
 from wisecli.artifacts.shard import Evidence, Mask, MaskKind, Shard, half, load_shard, save_shard
-from wisecli.editing.run.edit_ranges import split_edits
+from wisecli.editing.run.job import split_edits
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import save_tensors
 from wisecli.io.digest import sha256_file

@@ -1,13 +1,12 @@
 """Files that nobody vouches for: whatever they say ends in one sentence, with no traceback and no memory taken."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +138,23 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
 # --- manifests ---
 
 
+@contextmanager
+def written(manifest: Path, content: Any) -> Iterator[None]:
+    """A manifest with other content, bytes or JSON, for a while."""
+    whole = manifest.read_bytes()
+    try:
+        manifest.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        yield
+    finally:
+        manifest.write_bytes(whole)
+
+
+def mutated_but_base(manifest: Path, data: st.DataObject) -> Any:
+    """A manifest's content with another value anywhere, but for its base: hub ids are not asked for here."""
+    content = json.loads(manifest.read_text())
+    return {**mutated(content, data), "base": content["base"]}
+
+
 @pytest.mark.parametrize("place", PLACES)
 @MANY
 @given(data=st.data())
@@ -147,54 +163,34 @@ def test_a_manifest_with_another_value_anywhere_is_read_or_refused(
 ) -> None:
     path = scratch / place
     manifest = path / manifest_of(place)
-    whole = manifest.read_text()
-    try:
-        manifest.write_text(json.dumps(mutated(json.loads(whole), data)))
+    with written(manifest, mutated(json.loads(manifest.read_text()), data)):
         read = read_shards if place == "shards" else read_memory
         refused(path, lambda: read(path), lambda: inspect(path))
         report = verify(path)
         assert report.checks
-    finally:
-        manifest.write_text(whole)
 
 
 @FEW
 @given(data=st.data())
 def test_shards_with_another_value_anywhere_are_merged_or_refused(scratch: Path, data: st.DataObject) -> None:
     path, output = scratch / data.draw(st.sampled_from(["shards", "gradient"])), scratch / "merged"
-    manifest = path / "shards.json"
-    whole = manifest.read_text()
-    try:
-        content = mutated(json.loads(whole), data)
-        content["base"] = json.loads(whole)["base"]  # hub ids are not asked for here
-        manifest.write_text(json.dumps(content))
+    with written(path / "shards.json", mutated_but_base(path / "shards.json", data)):
         for mode in ("lookup", "merge"):
-            try:
+            with suppress(WiseError):
                 merge([path], output, MergeSettings(mode=mode), force=True)
-            except WiseError:
-                continue
-    finally:
-        manifest.write_text(whole)
 
 
 @FEW
 @given(data=st.data())
 def test_a_memory_with_another_value_anywhere_is_run_or_refused(scratch: Path, data: st.DataObject) -> None:
     path = scratch / data.draw(st.sampled_from(["memory", "retrieve"]))
-    manifest = path / "router.json"
-    whole = manifest.read_text()
-    try:
-        content = mutated(json.loads(whole), data)
-        content["base"] = json.loads(whole)["base"]
-        manifest.write_text(json.dumps(content))
+    with written(path / "router.json", mutated_but_base(path / "router.json", data)):
         try:
             edited = attach(path, load=CPU)
         except WiseError:
             return
         with torch.no_grad():
             edited.model(input_ids=torch.tensor([[4, 5, 6]]))
-    finally:
-        manifest.write_text(whole)
 
 
 TEXTS: dict[str, bytes] = {
@@ -222,13 +218,8 @@ def test_text_that_is_no_manifest_ends_in_one_sentence(
     text: bytes,
     command: str,
 ) -> None:
-    manifest = scratch / place / manifest_of(place)
-    whole = manifest.read_bytes()
-    try:
-        manifest.write_bytes(text)
+    with written(scratch / place / manifest_of(place), text):
         code, said = run(monkeypatch, capsys, command, str(scratch / place))
-    finally:
-        manifest.write_bytes(whole)
     assert code == (1 if command == "verify" else 2)
     assert said.splitlines()[-1].startswith("error: ")
     if command != "eval" or place != "shards":
@@ -361,44 +352,31 @@ def rewritten(place: Path, file: str, how: Callable[[dict[str, torch.Tensor]], o
 
 
 @pytest.mark.parametrize(
-    ("tensor", "value"),
+    ("kind", "tensor", "value"),
     [
-        ("key_to_edit", 3),
-        ("key_to_edit", -1),
-        ("whitening_index", 9),
-        ("key_to_residual", 10**6),
-        ("cosine_offset", float("nan")),
-        ("floors", float("inf")),
+        ("memory", "key_to_edit", 3),
+        ("memory", "key_to_edit", -1),
+        ("memory", "whitening_index", 9),
+        ("memory", "key_to_residual", 10**6),
+        ("memory", "cosine_offset", float("nan")),
+        ("memory", "floors", float("inf")),
+        ("shards", "mask.indices", 64),
+        ("shards", "mask.indices", -1),
+        ("shards", "evidence.edit", 3),
+        ("shards", "evidence.position", -1),
+        ("shards", "evidence.keys", float("nan")),
+        ("shards", "evidence.residuals", float("inf")),
+        ("shards", "evidence.held_out", True),
     ],
 )
-def test_a_memory_that_points_outside_of_itself_is_refused(
-    scratch: Path, tmp_path: Path, tensor: str, value: float
+def test_what_points_outside_of_itself_is_refused(
+    scratch: Path, tmp_path: Path, kind: str, tensor: str, value: float
 ) -> None:
-    place = copied(scratch, "memory", tmp_path)
-    rewritten(place, "memory.safetensors", lambda tensors: tensors[tensor].fill_(value))
-    with pytest.raises(DamagedFileError, match=rf"memory\.safetensors: tensor {tensor} "):
-        read_memory(place)
-
-
-@pytest.mark.parametrize(
-    ("tensor", "value"),
-    [
-        ("mask.indices", 64),
-        ("mask.indices", -1),
-        ("evidence.edit", 3),
-        ("evidence.position", -1),
-        ("evidence.keys", float("nan")),
-        ("evidence.residuals", float("inf")),
-        ("evidence.held_out", True),
-    ],
-)
-def test_a_shard_that_points_outside_of_itself_is_refused(
-    scratch: Path, tmp_path: Path, tensor: str, value: float
-) -> None:
-    place = copied(scratch, "shards", tmp_path)
-    rewritten(place, "shard-00000.safetensors", lambda tensors: tensors[tensor].fill_(value))
-    with pytest.raises(DamagedFileError, match=r"shard-00000\.safetensors: "):
-        read_shards(place)
+    place = copied(scratch, kind, tmp_path)
+    file, says = ("memory", f"tensor {tensor} ") if kind == "memory" else ("shard-00000", "")
+    rewritten(place, f"{file}.safetensors", lambda tensors: tensors[tensor].fill_(value))
+    with pytest.raises(DamagedFileError, match=rf"{file}\.safetensors: {says}"):
+        (read_memory if kind == "memory" else read_shards)(place)
 
 
 # --- descriptions that allocate ---

@@ -1,7 +1,5 @@
 """A bench that is broken off and asked for again: the same figures, and nothing done twice."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,7 +12,7 @@ from support.benching import make_quick, record
 from support.helpers import save_tiny
 from support.loading import CPU
 
-from wisecli.bench import editing_run, runner, wise_methods
+from wisecli.bench import editing_run, wise_methods
 from wisecli.bench.answer_files import AnswerFile, AnswerFolder
 from wisecli.bench.compare import BenchReport, bench
 from wisecli.bench.methods import load_methods
@@ -77,6 +75,15 @@ class Bencher:
         return bench(
             model, self.place / name, BenchSettings(**given), data=data, load=CPU, on_progress=self.told.append
         )
+
+    def breaks_off(
+        self, monkeypatch: pytest.MonkeyPatch, target: str, stopped: Callable[..., Any] = broken, **settings: Any
+    ) -> None:
+        """Run until something is called that breaks it off."""
+        with monkeypatch.context() as patch:
+            patch.setattr(target, stopped)
+            with pytest.raises(BrokenOffError):
+                self(**settings)
 
     @property
     def notes(self) -> list[str]:
@@ -150,10 +157,7 @@ def test_what_was_answered_is_not_asked_again(
     place: Path, unbroken: Callable[..., BenchReport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, whole = Bencher(place, "ft-l"), unbroken("ft-l", batch_size=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(runner.MethodSubject, "overhead", broken)
-        with pytest.raises(BrokenOffError):
-            run(batch_size=2)
+    run.breaks_off(monkeypatch, "wisecli.bench.runner.MethodSubject.overhead", batch_size=2)
     stages = {event.stage for event in run.told}
     assert {"answers", "unedited answers"} <= stages
     kept = sorted((place / "out" / "work").rglob("*.jsonl"))
@@ -175,12 +179,8 @@ def test_a_method_without_a_state_begins_anew_and_says_so(place: Path, monkeypat
 
         def __init__(self, bench: Bench) -> None:
             method = maker(bench)
-            self.edit, self.applied, self.rewritten_prompt, self.bytes = (
-                method.edit,
-                method.applied,
-                method.rewritten_prompt,
-                method.bytes,
-            )
+            self.edit, self.applied = method.edit, method.applied
+            self.rewritten_prompt, self.bytes = method.rewritten_prompt, method.bytes
 
     whole = run("all")
     monkeypatch.setitem(METHODS.items_by_name, "ft-l", Plain)
@@ -199,10 +199,7 @@ def test_what_takes_all_at_once_keeps_what_it_has_made(place: Path, monkeypatch:
     run = Bencher(place, "memit-mass")
     whole = run("all")
     assert run.notes == []
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "MethodSubject", broken)
-        with pytest.raises(BrokenOffError):
-            run()
+    run.breaks_off(monkeypatch, "wisecli.bench.runner.MethodSubject")
     report = run()
     assert run.notes == ["memit-mass goes on after 2 edits"]
     require_same(report.rows, whole.rows)
@@ -219,10 +216,7 @@ def test_rows_that_are_asked_for_later_begin_at_the_same_ends(place: Path) -> No
 def test_a_method_that_learnt_from_other_records_begins_anew(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Bencher(place, "knn")
     whole = run("all", counts="2,11", batch_size=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "MethodSubject", broken)
-        with pytest.raises(BrokenOffError):
-            run(counts="2", batch_size=2)
+    run.breaks_off(monkeypatch, "wisecli.bench.runner.MethodSubject", counts="2", batch_size=2)
     # What no number of edits reaches is learnt from: 14 records before, 5 now.
     report = run(counts="2,11", batch_size=2)
     assert run.notes == ["knn was broken off and begins anew"]
@@ -237,10 +231,7 @@ def test_our_own_way_goes_on_with_its_shards(place: Path, monkeypatch: pytest.Mo
         ("wisecli.bench.wise_methods.merge", broken_later(merge)),
         ("wisecli.bench.wise_methods.evaluate", broken),
     ):
-        with monkeypatch.context() as patch:
-            patch.setattr(target, stopped)
-            with pytest.raises(BrokenOffError):
-                run(counts="3")
+        run.breaks_off(monkeypatch, target, stopped, counts="3")
         spent = json.loads((place / "out" / "work" / "wise" / "spent.json").read_text())
         assert spent["edits"] == 3
         assert spent["seconds"] > 0
@@ -272,19 +263,13 @@ def test_what_is_learned_of_a_model_once_is_not_in_the_seconds_of_edits(
 def test_our_shards_of_another_number_are_not_gone_on_with(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Bencher(place, "wise")
     whole = run("all", counts="4")
-    with monkeypatch.context() as patch:
-        patch.setattr(wise_methods, "evaluate", broken)
-        with pytest.raises(BrokenOffError):
-            run(counts="3")
+    run.breaks_off(monkeypatch, "wisecli.bench.wise_methods.evaluate", counts="3")
     require_same(run(counts="4").rows, whole.rows)
 
 
 def test_force_forgets_what_was_begun(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Bencher(place, "ft-l")
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "MethodSubject", broken)
-        with pytest.raises(BrokenOffError):
-            run()
+    run.breaks_off(monkeypatch, "wisecli.bench.runner.MethodSubject")
     given = BenchSettings(methods="ft-l", counts="2", resamples=20, protocol="wild", seed=1)
     model, data = str(place / "model"), [place / "data.jsonl"]
     bench(model, place / "out", given, data=data, load=CPU, force=True, on_progress=run.told.append)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -233,12 +231,8 @@ def test_the_four_commands_run_in_one_directory_without_further_arguments(wise: 
             assert "reliability" in outcome.out
             assert "generated_exact" in outcome.out
     assert here() == ["edited", "edits.jsonl", "memory", "model", "shards"]
-    assert sorted(path.name for path in Path("memory").iterdir()) == [
-        "SHA256SUMS",
-        "history",
-        "memory.safetensors",
-        "router.json",
-    ]
+    held = {path.name for path in Path("memory").iterdir()}
+    assert held == {"SHA256SUMS", "history", "memory.safetensors", "router.json"}
     assert [edit["id"] for edit in manifest(Path("edited"))["edits"]] == ["one", "two", "three", "four"]
     answer = wise("generate", "edited", "ba be bi", "--max-new-tokens", "3")
     assert answer.code == 0, answer.err

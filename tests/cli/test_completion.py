@@ -1,7 +1,5 @@
 """What the shells propose, asked of the shells themselves; names that are kept for them; and how light it all is."""
 
-from __future__ import annotations
-
 import os
 import select
 import shutil

@@ -1,7 +1,5 @@
 """The help on a terminal of 80 columns: panels, and columns in which sentences can be read."""
 
-from __future__ import annotations
-
 import re
 from functools import cache
 from statistics import mean

@@ -1,7 +1,5 @@
 """Options that went: the same command line with ``--set`` in their place, and a warning."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 
 import pytest

@@ -1,7 +1,5 @@
 """What a command is told in vain is said on stderr; what an edit would be lost by is refused."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys

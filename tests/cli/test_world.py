@@ -1,7 +1,5 @@
 """What disks, terminals, limits and models of the user's do wrong ends in one sentence and the documented exit code."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os

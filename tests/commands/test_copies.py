@@ -1,7 +1,5 @@
 """Memories and exports that were moved, packed, sent and fetched, and lie on disks that cannot do everything."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """A command that is killed near its end leaves the old output or the new one, whole, and the next run no litter."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

@@ -1,7 +1,5 @@
 """Two commands at once on one memory: one waits or is refused, and nothing is lost."""
 
-from __future__ import annotations
-
 import random
 import shutil
 import threading

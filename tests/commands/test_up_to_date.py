@@ -1,7 +1,5 @@
 """The same command again finds its work done; another one is refused, and says what differs."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Texts that come with the package: as many as are asked for, filled, and apart from those that are measured with."""
 
-from __future__ import annotations
-
 from wisecli.data.corpus import everyday_prompts, unrelated_texts
 
 

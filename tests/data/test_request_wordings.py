@@ -1,7 +1,5 @@
 """Ways to ask and to mention: what is put together from them holds the question that it is made of."""
 
-from __future__ import annotations
-
 import random
 
 from wisecli.data.request_wordings import requests

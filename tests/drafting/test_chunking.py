@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from wisecli.drafting.chunking import Passage, passages
 
 PAGE = """---

@@ -1,7 +1,5 @@
 """Answers that are looked for, and those that cannot have changed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

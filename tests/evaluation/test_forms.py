@@ -1,7 +1,5 @@
 """Generated answers in forms, and questions beside the edits, against what a fake and a tiny model say."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Callable, Sequence

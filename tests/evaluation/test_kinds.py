@@ -1,7 +1,5 @@
 """Edits that are mentioned, and asked in other ways: figures against what a fake model says."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import pytest

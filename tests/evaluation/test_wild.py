@@ -1,7 +1,5 @@
 """The WILD protocol, against its own rules spelt out by loops."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """An exported checkpoint of the real model does what people do with any model of transformers."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Checkpoints whose edits are added behind a decoder layer do in transformers all that others do."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import json

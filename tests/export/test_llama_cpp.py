@@ -1,7 +1,5 @@
 """GGUF files in llama.cpp: tokens and logits are transformers' own of the checkpoint that they were written from."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

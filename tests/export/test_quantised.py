@@ -1,7 +1,5 @@
 """Quantised bases are edited as they are loaded, and exported with their own files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Exported checkpoints in vLLM: what transformers answers, token for token, or a refusal that says why."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Models that read images: their text model is edited, the rest stays as it is, images may stand before any text."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ A key ``a`` (d_ff,) is the input of the edited matrix at a token, a state (d,) w
 the tensors of a memory hold says :class:`~wisecli.routing.memories.side_memory.SideMemory`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """What a conversation asks: its last turn says a part of it, and an earlier one the rest."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Decisions of whole batches, against the loops of ``tests/reference/wise.py``."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from reference.wise import compared_tokens, decide, scores_of

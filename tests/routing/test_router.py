@@ -1,7 +1,5 @@
 """One rule decides for all who ask what answers, and a second question on a used cache is decided by itself."""
 
-from __future__ import annotations
-
 import copy
 from itertools import pairwise
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which turns of a conversation are the user's, by its tokens alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

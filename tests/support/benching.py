@@ -1,7 +1,5 @@
 """Records of made-up words that a tiny model can be benched with."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Decoder blocks of random numbers for a stream with extra channels, and what they compute in plain torch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

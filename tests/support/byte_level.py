@@ -1,7 +1,5 @@
 """A tiny model with a tokenizer of bytes, as a stock checkpoint with a gate: what can be written as GGUF."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

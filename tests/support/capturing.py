@@ -1,7 +1,5 @@
 """Training examples of edits under contexts, captured as one group."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

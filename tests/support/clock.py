@@ -1,7 +1,5 @@
 """Days that tests go through, and a template that says something else on each."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

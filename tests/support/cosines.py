@@ -1,7 +1,5 @@
 """Requests and edits whose tokens have given cosines with each other."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

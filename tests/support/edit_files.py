@@ -1,7 +1,5 @@
 """Files of edits, well formed or not."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

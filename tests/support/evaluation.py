@@ -1,7 +1,5 @@
 """An edited model's answers and logits, worked out by loops over single tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

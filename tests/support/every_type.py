@@ -1,7 +1,5 @@
 """Every type of causal language model that transformers has, as a tiny, randomly drawn model."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training examples of a tiny model, to fit residuals to, and what the whole model says with them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Models to test on, tiny ones of every architecture and a real one with its chain of outputs; the command line."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """Commands in processes that start at once and can be killed at any moment: forked off one that has all imported."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

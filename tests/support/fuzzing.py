@@ -1,7 +1,5 @@
 """Texts with something wrong anywhere in them: bytes changed, lost, there twice or put in; seeded."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 

@@ -1,12 +1,10 @@
 """Tiny checkpoints with a tokenizer, memories made by hand, and the method once more as loops over single tokens."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -31,6 +29,7 @@ from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.architectures import architectures
 from wisecli.models.layout.site import MatrixSite, find_site, fingerprint
 from wisecli.models.prompts.tokenization import Row
+from wisecli.models.running import hooks
 from wisecli.routing.deciding.prompt_window import UNROUTED
 from wisecli.routing.layers.routed_layer import RoutedMatrix
 from wisecli.routing.memories.calibration import Calibration
@@ -173,14 +172,9 @@ def random_rows(*lengths: tuple[int, int], seed: int = 1) -> list[Row]:
     return [random_row(generator, *length) for length in lengths]
 
 
-@contextlib.contextmanager
-def hooked(model: PreTrainedModel, site: MatrixSite, hook: Hook) -> Iterator[None]:
+def hooked(model: PreTrainedModel, site: MatrixSite, hook: Hook) -> contextlib.AbstractContextManager[None]:
     """The model with a forward hook on its value module."""
-    handle = model.get_submodule(site.module).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return hooks.hooked(model.get_submodule(site.module).register_forward_hook(hook))
 
 
 @torch.no_grad()
@@ -201,11 +195,9 @@ def whole_loss(model: PreTrainedModel, row: Row) -> Tensor:
 def keys_of(model: PreTrainedModel, site: MatrixSite, tokens: Sequence[int]) -> Tensor:
     """Inputs (T, d_ff) of the value module for one sequence."""
     kept: list[Tensor] = []
-    handle = model.get_submodule(site.module).register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
-    try:
+    module = model.get_submodule(site.module)
+    with hooks.hooked(module.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))):
         model(input_ids=torch.tensor([list(tokens)]), use_cache=False)
-    finally:
-        handle.remove()
     return kept[0][0]
 
 
@@ -217,11 +209,9 @@ def states_of(model: PreTrainedModel, site: MatrixSite, layer: int, tokens: Sequ
     def note(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
         kept.append(output[0] if isinstance(output, tuple) else output)
 
-    handle = model.get_submodule(f"{site.layer_module.rpartition('.')[0]}.{layer}").register_forward_hook(note)
-    try:
+    module = model.get_submodule(f"{site.layer_module.rpartition('.')[0]}.{layer}")
+    with hooks.hooked(module.register_forward_hook(note)):
         model(input_ids=torch.tensor([list(tokens)]), use_cache=False)
-    finally:
-        handle.remove()
     return kept[0][0]
 
 

@@ -1,7 +1,5 @@
 """Edits of a tiny model, for memories that are edited again and again."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Sequence

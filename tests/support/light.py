@@ -1,7 +1,5 @@
 """What commands import: each is run in a process of its own, which begins with the command line alone."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

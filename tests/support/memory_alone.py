@@ -1,7 +1,5 @@
 """A memory as an engine has it, with transformers in the place of the engine's layers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Directories of every kind that the commands write, on a tiny model, for tests that look into them or damage them."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Settings by which a tiny model is edited in a fraction of the time."""
 
-from __future__ import annotations
-
 import pytest
 
 

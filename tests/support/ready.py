@@ -1,7 +1,5 @@
 """What commands are run on, and what they are asked afterwards."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import dataclass

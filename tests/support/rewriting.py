@@ -1,15 +1,14 @@
 """Benches on tiny models, and what holds for every method that rewrites matrices, whatever it writes into them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from support.helpers import WORDS, alone, save_tiny
+from support.helpers import WORDS, alone, hooked, save_tiny
 from support.loading import CPU
 from support.rivals import require_batches_like_rows, require_cache_changes_nothing
 from wisecli.bench.methods.base import Bench, Method
@@ -49,6 +48,22 @@ def weight_of(model: PreTrainedModel, site: MatrixSite) -> Tensor:
     """The value matrix in a model as it is now (d, d_ff)."""
     weight = site.watched(model).get_parameter("weight")
     return weight.T if site.transposed else weight
+
+
+def gradients_of(model: PreTrainedModel, site: MatrixSite, tokens: Sequence[int], target: Sequence[int]) -> Tensor:
+    """Gradients (T, d), by what the value matrix gives for each token, of the summed loss of a target that the last
+    tokens predict.
+    """
+    given: list[Tensor] = []
+
+    def keep(_module: object, _inputs: object, output: Tensor) -> Tensor:
+        given.append(output.detach().requires_grad_())
+        return given[0]
+
+    with hooked(model, site, keep):
+        logits = model(torch.tensor([list(tokens)]), use_cache=False).logits[0, -len(target) :]
+    (gradients,) = torch.autograd.grad(F.cross_entropy(logits, torch.tensor(target), reduction="sum"), given)
+    return gradients[0]
 
 
 def rows_of(bench: Bench) -> list[Row]:

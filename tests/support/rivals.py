@@ -1,7 +1,5 @@
 """A tiny bench, and what holds for every method: nothing stays changed, and batches and caches change no answer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path

@@ -3,8 +3,6 @@
 A tiny model of random numbers, to which most words are one token, has nothing to tell names and relations by.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Exported checkpoints in the engines that serve them, in an environment of their own."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -1,7 +1,5 @@
 """An OpenAI-compatible server of a model, on this machine."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """What many tests look at and none changes: made once, by the first process that needs it."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A tiny model whose attention rests on spaces, and two edits whose targets begin with one."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Edits of a model whose layers are read as they run, beside the same edits of the model in memory."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A tiny model with records, and studies of them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What only `pytest --thorough` runs."""
 
-from __future__ import annotations
-
 from collections.abc import Container, Iterable
 from typing import Any
 

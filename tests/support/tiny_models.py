@@ -1,7 +1,5 @@
 """Tiny models of every architecture, randomly initialised, and what the fixtures give."""
 
-from __future__ import annotations
-
 from collections import namedtuple
 from collections.abc import Callable
 from copy import deepcopy

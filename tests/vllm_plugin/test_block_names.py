@@ -1,7 +1,5 @@
 """Names of blocks of a cache: the same for the same keys and values, and for no others."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, field
 from typing import Any

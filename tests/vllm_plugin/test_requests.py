@@ -1,7 +1,5 @@
 """Which memory answers each token of a step: as `generate()` of transformers does, however requests are cut."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

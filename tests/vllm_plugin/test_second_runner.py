@@ -1,7 +1,5 @@
 """The state of edited models in vLLM's second model runner, with vLLM's own classes: its interface and what it does."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

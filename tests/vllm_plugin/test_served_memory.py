@@ -1,7 +1,5 @@
 """A memory in an engine: decisions, residuals, requests and releases, with a reader in the place of vLLM's layers."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from functools import partial

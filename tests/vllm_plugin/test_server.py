@@ -1,7 +1,5 @@
 """vLLM's server of an edited checkpoint: streamed answers, and another release in the place of the one it serves."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

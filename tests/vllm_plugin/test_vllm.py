@@ -1,7 +1,5 @@
 """Edited checkpoints with the default memory in vLLM's own models: what transformers answers, token for token."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -66,41 +64,36 @@ def test_every_architecture_answers_as_in_transformers(vllm: VLLM, tmp_path: Pat
         assert found.answers == [wanted], found.refused
 
 
+def answers_as_in_transformers(vllm: VLLM, path: Path, **settings: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """Require it of an edited checkpoint; gives what it was asked and answered."""
+    prompts = prompts_of(path)
+    wanted = in_transformers(AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval(), prompts)
+    found = vllm.ask(path, prompts, max_model_len=64, **settings)
+    assert found.answers == [wanted], found.refused
+    return prompts, wanted
+
+
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "olmoe"])
 def test_mixtures_answer_as_in_transformers(vllm: VLLM, tmp_path: Path, model_type: str) -> None:
     path = export_of(save_type(tmp_path / "model", model_type, hidden_size=128, head_dim=32), tmp_path)
-    prompts = prompts_of(path)
-    wanted = in_transformers(AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval(), prompts)
+    prompts, wanted = answers_as_in_transformers(vllm, path, **EAGER)
     assert wanted != in_transformers(AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval(), prompts)
-    found = vllm.ask(path, prompts, max_model_len=64, **EAGER)
-    assert found.answers == [wanted], found.refused
 
 
 def test_edits_behind_a_layer_answer_in_a_compiled_model(vllm: VLLM, tmp_path: Path) -> None:
-    path = tiny_export(tmp_path, "olmo2")
-    prompts = prompts_of(path)
-    wanted = in_transformers(AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval(), prompts)
-    found = vllm.ask(path, prompts, max_model_len=64, **OWN)
-    assert found.answers == [wanted], found.refused
+    answers_as_in_transformers(vllm, tiny_export(tmp_path, "olmo2"), **OWN)
 
 
 @pytest.mark.parametrize("site", ["matrix", "layer"])  # the matrix is cut, and what leaves a layer is not
 def test_two_processes_answer_as_one(vllm: VLLM, tmp_path: Path, site: SiteName) -> None:
     path = tiny_export(tmp_path, "llama" if site == "matrix" else "olmo2", site=site)
-    prompts = prompts_of(path)
-    wanted = in_transformers(AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval(), prompts)
     two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    found = vllm.ask(path, prompts, max_model_len=64, **EAGER, **two)
-    assert found.answers == [wanted], found.refused
+    answers_as_in_transformers(vllm, path, **EAGER, **two)
 
 
 def test_facts_in_matrices_answer_as_in_transformers(vllm: VLLM, tmp_path: Path) -> None:
-    path = tiny_export(tmp_path, mode="retrieve", site="matrix")
-    prompts = prompts_of(path)
-    wanted = in_transformers(AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval(), prompts)
+    prompts, wanted = answers_as_in_transformers(vllm, tiny_export(tmp_path, mode="retrieve", site="matrix"), **EAGER)
     assert wanted != in_transformers(AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval(), prompts)
-    found = vllm.ask(path, prompts, max_model_len=64, **EAGER)
-    assert found.answers == [wanted], found.refused
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

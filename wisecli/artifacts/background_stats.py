@@ -1,7 +1,5 @@
 """Background activation statistics: what a base model makes of text that no edit may touch, and their file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 It is what ``sha256sum`` writes, and ``sha256sum -c SHA256SUMS`` reads it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """What kind of directory a path is: of shards, a memory, or a routed checkpoint that ``wise export`` wrote."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal

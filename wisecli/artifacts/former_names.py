@@ -3,8 +3,6 @@
 Files are written with today's names, and read with either: memories, shards, routed checkpoints and cached statistics.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """Single checks of files against what a manifest says of them; each yields what it found, and raises nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Masks as they are drawn for shards, at random or apart from each other."""
 
-from __future__ import annotations
-
 import torch
 
 from wisecli.artifacts.shard import Mask, MaskKind

@@ -1,7 +1,5 @@
 """``router.json``: what a memory is about, how its router was calibrated, and what it was made from."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path

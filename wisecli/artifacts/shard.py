@@ -24,6 +24,8 @@ FIRST_LANGUAGE = 1 << 16
 # separator between two answers.
 SINK_CONTEXT, SPACE_CONTEXT, BEGUN_CONTEXT = FIRST_LANGUAGE - 1, FIRST_LANGUAGE - 2, FIRST_LANGUAGE - 3
 SEPARATOR_CONTEXT = FIRST_LANGUAGE - 4
+# Columns that are kept in half precision.
+_HALVED = ("evidence.keys", "evidence.residuals", "prompts.states")
 
 
 @dataclass(frozen=True)
@@ -187,31 +189,21 @@ def half(tensor: Tensor) -> Tensor:
 
 def save_shard(path: Path, shard: Shard, *, seed: int, edits: Sequence[str]) -> None:
     """Write ``shard-….safetensors``; the same shard makes the same bytes."""
-    evidence = shard.evidence
-    tensors = {
-        "mask.indices": shard.mask.indices.to(torch.int32),
-        "evidence.keys": half(evidence.keys),
-        "evidence.residuals": half(evidence.residuals),
-        "evidence.edit": evidence.edit.to(torch.int32),
-        "evidence.position": evidence.position.to(torch.int32),
-        "evidence.context": evidence.context.to(torch.int32),
-        "evidence.held_out": evidence.held_out,
-        "evidence.chat": evidence.chat,
-    }
+    tensors = {"mask.indices": shard.mask.indices.to(torch.int32)}
     if shard.values is not None:
         tensors["delta.values"] = shard.values
-    if (prompts := shard.prompts) is not None:
-        tensors |= {
-            "prompts.states": half(prompts.states),
-            "prompts.edit": prompts.edit.to(torch.int32),
-            "prompts.form": prompts.form.to(torch.int32),
-            "prompts.subject": prompts.subject,
-            "prompts.token": prompts.token.to(torch.int32),
-        }
-    if evidence.call is not None:
-        tensors["evidence.call"] = evidence.call
+    for kind, part in (("evidence", shard.evidence), ("prompts", shard.prompts)):
+        columns = {} if part is None else {f"{kind}.{name}": column for name, column in vars(part).items()}
+        tensors |= {name: _as_stored(name, column) for name, column in columns.items() if column is not None}
     about = {"mask_kind": shard.mask.kind, "seed": seed, "edits": list(edits)}
     save_tensors(path, tensors, {"wise.shard": json.dumps(about)})
+
+
+def _as_stored(name: str, column: Tensor) -> Tensor:
+    """Return a column of evidence or of prompts' states in the type that files have it in."""
+    if name in _HALVED:
+        return half(column)
+    return column if column.is_floating_point() or column.dtype == torch.bool else column.to(torch.int32)
 
 
 def shard_rows(kind: MaskKind, names: Container[str], *, solved: bool = True) -> TensorRows:

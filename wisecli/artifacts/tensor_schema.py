@@ -1,7 +1,5 @@
 """Which tensors our files hold: their types and shapes as tables, and the checks that read them."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path

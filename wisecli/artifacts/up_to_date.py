@@ -1,7 +1,5 @@
 """Whether an output exists just as a command would write it: one check for shards, memories and exports."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """Answers that are appended to files as they come, so that an interrupted run asks for none of them again."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from wisecli.bench.json_lines import append_line, whole_lines

@@ -1,7 +1,5 @@
 """What all methods of `wise bench` take part in: the model, the records, and what is measured."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

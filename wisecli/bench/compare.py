@@ -1,7 +1,5 @@
 """``wise bench``: methods × numbers of edits on one model and dataset, in one table; resumable."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The stream of edits that methods and studies are given: the first records of a dataset, or of several in turn."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest

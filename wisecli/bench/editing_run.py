@@ -1,7 +1,5 @@
 """Edits given to a method portion by portion, what it holds kept on disk, so that a run that is broken off goes on."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -151,14 +149,11 @@ class EditingRun:
         self._kept = time.perf_counter()
         if run_state.done < count:  # answers are of the edits that were given then
             shutil.rmtree(self.folder.answers(count), ignore_errors=True)
+        progress = self.on_progress
         for part in self._portions(run_state.done, count):
-            self.on_progress.before, self.on_progress.portion, self.on_progress.whole = (
-                self.state.done,
-                len(part),
-                count,
-            )
+            progress.before, progress.portion, progress.whole = self.state.done, len(part), count
             self._edit(part)
-        self.on_progress.portion = 0
+        progress.portion = 0
 
     def _edit(self, part: Sequence[Edit]) -> None:
         """Give the method a portion, and keep what it holds from time to time."""

@@ -1,7 +1,5 @@
 """Files of JSON lines that grow as things are measured, and are read again after a run was broken off."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

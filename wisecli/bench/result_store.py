@@ -1,7 +1,5 @@
 """Rows of `wise bench`, stored as they are measured, and the model, data and seed that all of them share."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping

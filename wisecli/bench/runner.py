@@ -1,7 +1,5 @@
 """The rows of each method of `wise bench`: of the package's own commands, and of methods behind the protocol."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -67,12 +65,8 @@ def _begun(context: BenchContext, name: str, folder: MethodFolder, counts: Seque
 
 
 def _measured(context: BenchContext, name: str, run: EditingRun, count: int) -> ResultRow:
-    size, edits, what, timed = (
-        context.settings.batch_size,
-        context.tested[:count],
-        context.generated,
-        context.timed(count),
-    )
+    size, edits = context.settings.batch_size, context.tested[:count]
+    what, timed = context.generated, context.timed(count)
     answers, loaded = AnswerFolder(run.folder.answers(count)), context.bench.loaded
     subject = MethodSubject(
         loaded, run.method, context.known, batch_size=size, answers=answers, on_progress=context.on_progress

@@ -1,7 +1,5 @@
 """``wise bench --study``: the paper's analyses on one model and dataset, each with its picture; resumable."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The package's own ways to edit, as they take part in `wise bench`: by the commands that users give."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace

@@ -2,8 +2,6 @@
 for, and nothing imports torch before a command runs.
 """
 
-from __future__ import annotations
-
 import atexit
 import gc
 import os

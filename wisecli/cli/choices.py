@@ -1,7 +1,5 @@
 """Values that the shell completes. What is registered in modules that import torch is named here once more."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 Completer = Callable[[str], list[str]]

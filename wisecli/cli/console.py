@@ -64,7 +64,9 @@ class Console:
         """Print a result: the object as JSON, or what people read, lines and tables."""
         if self.as_json:
             text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
-            sys.stdout.write("".join(one if one == "\n" or is_plain(one) else _in_json(one) for one in text) + "\n")
+            sys.stdout.write(
+                "".join(one if one == "\n" or is_plain(one) else json.dumps(one)[1:-1] for one in text) + "\n"
+            )
             return
         from rich.console import Console as RichConsole
         from rich.text import Text
@@ -181,11 +183,6 @@ class _Lines:
         rest = "" if finished else f", about {left:.0f} s left"
         note = f": {plain(event.note)}" if event.note else ""
         sys.stderr.write(f"{event.stage} {event.done}/{event.total}{note}{rest}\n")
-
-
-def _in_json(one: str) -> str:
-    """Return a character as JSON escapes it."""
-    return json.dumps(one)[1:-1]
 
 
 def would_write(what: str, report: Any) -> str:

@@ -1,7 +1,5 @@
 """Flags that have no effect where they are given: said on stderr, or refused where something would be lost by it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Options that went, as they are settings now: still taken, with a warning that says what to write."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from wisecli.cli.console import Console

@@ -1,7 +1,5 @@
 """How commands declare their parameters: the help text, the panel it stands in, and what the shell completes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 

@@ -1,7 +1,5 @@
 """``--set NAME=VALUE``: settings of a command, most of which have no option of their own."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from difflib import get_close_matches

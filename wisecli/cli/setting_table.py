@@ -1,7 +1,5 @@
 """What every setting is for, as `wise settings` shows it."""
 
-from __future__ import annotations
-
 from wisecli.config import BenchSettings, EditRunSettings, EditSettings, EvalSettings, MergeSettings
 
 SettingsKind = type[EditSettings | EditRunSettings | MergeSettings | EvalSettings | BenchSettings]

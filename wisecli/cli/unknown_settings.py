@@ -1,7 +1,5 @@
 """Unknown names in a settings file and in the environment: no setting is called so."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from dataclasses import fields

@@ -3,8 +3,6 @@
 What a former run left is not refused here where it is not to be replaced: it may be the very thing that is asked for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

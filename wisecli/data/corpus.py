@@ -1,7 +1,5 @@
 """Texts on everyday matters and made-up facts in many wordings, which come with the package."""
 
-from __future__ import annotations
-
 import random
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Files that come with the package, and the reader of TOML that this version of Python has."""
 
-from __future__ import annotations
-
 import sys
 from functools import cache
 from importlib import resources

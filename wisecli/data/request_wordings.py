@@ -1,7 +1,5 @@
 """Ways to ask a question, and to mention it without asking it, put together from packaged words."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 

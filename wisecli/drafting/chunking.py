@@ -1,7 +1,5 @@
 """A document in Markdown or plain text → its passages: paragraphs and lists, each with the heading it stands under."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Passages → edits: questions with answers that the model draws from a text, and which of them are fit to be shown."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

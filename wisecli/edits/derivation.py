@@ -5,8 +5,6 @@ is asked back only if ``inverses.toml`` has it, where one name answers it. Where
 answers, it gets none.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """In what two lists of edits differ."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from wisecli.edits.record import Edit

@@ -1,7 +1,5 @@
 """Texts as they are compared: what two people would call the same is the same."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Sequence

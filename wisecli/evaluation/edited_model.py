@@ -1,7 +1,5 @@
 """A model with its memory in place, from whichever directory holds them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 Every edit is put into one prompt of each kind, of the patterns that nothing is learned from.
 """
 
-from __future__ import annotations
-
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence

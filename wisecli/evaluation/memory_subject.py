@@ -1,7 +1,5 @@
 """A model with a side memory, as something to be measured."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Figures of an edited model, under the same names before and after editing, whoever edited it and however."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol

@@ -1,7 +1,5 @@
 """Figures with each edit's own values, and what counts as a right answer."""
 
-from __future__ import annotations
-
 import re
 import statistics
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Questions beside the edits, which should not get an edit's answer: of its subject, and of its relation."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

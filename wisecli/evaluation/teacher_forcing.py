@@ -5,8 +5,6 @@ Where an answer is measured that the edit should give, the memory counts only if
 answer never helps the router. Where nothing should change, every token may open it, as in use.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What an export is made of, as its manifest records it, and in what another differs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The model card of an exported checkpoint: what it is made of, what it was measured at, and how it loads."""
 
-from __future__ import annotations
-
 import html
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Weights written anew: copied, linked, converted or cut into other files. One tensor is read at a time, if any."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

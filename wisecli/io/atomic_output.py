@@ -1,7 +1,5 @@
 """Where results go: room for them, and directories that appear whole or not at all."""
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import glob

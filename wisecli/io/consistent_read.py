@@ -1,7 +1,5 @@
 """Reading a directory that another process may replace meanwhile."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar

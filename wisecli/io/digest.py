@@ -1,7 +1,5 @@
 """Digests of files, texts and JSON values; those of tensors are in :mod:`wisecli.io.checkpoint`."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

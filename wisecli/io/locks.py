@@ -1,7 +1,5 @@
 """Locks between processes: files that are removed when they are released."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

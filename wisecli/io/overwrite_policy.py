@@ -1,7 +1,5 @@
 """What ``--force`` may replace: a former output of the same command, and nothing that is, holds or lies in an input."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """File names that a manifest gives: paths that lead out of its directory are refused."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 

@@ -1,7 +1,5 @@
 """Headers of safetensors files, read and checked without touching the weights behind them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The one folder in the user's cache that all files kept between runs are in."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from platformdirs import user_cache_path

@@ -1,7 +1,5 @@
 """Base models in any form: a directory, a hub id, or a GGUF file, which is converted to plain weights."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -17,8 +17,6 @@
 The decision and the residual are :mod:`wisecli.routing`'s, as in transformers.
 """
 
-from __future__ import annotations
-
 
 def register() -> None:
     """Register edited model types with vLLM, which calls this in each of its processes."""

@@ -1,7 +1,5 @@
 """Name blocks of an attention cache by their tokens and, from a prompt's end on, by where that is. Needs torch only."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any

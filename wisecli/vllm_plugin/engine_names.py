@@ -1,7 +1,5 @@
 """Names that vLLM knows parts of an edited model by, and its description in a config. Needs nothing of vLLM."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, cast
 

@@ -3,8 +3,6 @@
 A request that was preempted comes in again, with what it has generated behind its prompt; the prompt is told apart.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the processes that a model is cut among tell each other, so that all of them serve the same release."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

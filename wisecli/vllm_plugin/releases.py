@@ -1,7 +1,5 @@
 """Read the side memory of a checkpoint again when the directory holds another release of it. Needs nothing of vLLM."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

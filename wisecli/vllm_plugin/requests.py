@@ -5,8 +5,6 @@ of the request, the token's position and whether a special token ended the answe
 preemption and guessed tokens change nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ That runner has no interface for a model that keeps something of requests. So th
 gives its runner a type of its own, a subclass of the runner's that looks at two of its steps.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any

@@ -7,8 +7,6 @@ the end are everybody's, as ever, and so are those behind the end of a prompt th
 worker has said so.
 """
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Workers of vLLM whose first model runner tells the memory of requests."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from wisecli.vllm_plugin.runner import track_requests

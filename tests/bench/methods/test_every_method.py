@@ -1,7 +1,5 @@
 """What holds for several methods alike: the same edits twice, and what each names that it lacks."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

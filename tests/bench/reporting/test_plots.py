@@ -1,7 +1,5 @@
 """What is drawn of the rows of `wise bench`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

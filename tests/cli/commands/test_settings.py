@@ -1,7 +1,5 @@
 """``wise settings``, and ``--set`` and the options that went in a real command line."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import fields
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a command writes depends on what it is given, and on nothing that happens to be so."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A server of a tiny edited model is asked its edits, and one that lost them is found out."""
 
-from __future__ import annotations
-
 import json
 import threading
 from contextlib import nullcontext

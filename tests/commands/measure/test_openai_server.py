@@ -1,7 +1,5 @@
 """Replies of the shapes that servers have, most of them from bug reports on inference servers and their clients."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from email.utils import formatdate

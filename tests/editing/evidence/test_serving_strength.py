@@ -1,7 +1,5 @@
 """What residuals answer, and what becomes of them, at the strength that a lookup serves them with."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Answers that are erased: what is unwanted, the loss, the ways around them, and both writers."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

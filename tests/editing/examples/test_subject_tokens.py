@@ -1,7 +1,5 @@
 """By which tokens prompts name subjects."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

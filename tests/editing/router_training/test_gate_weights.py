@@ -1,7 +1,5 @@
 """Gates of which the mean is taken, and what they are learned from."""
 
-from __future__ import annotations
-
 import torch
 
 from wisecli.editing.router_training.gate_weights import mean_gate, train_and_calibrate

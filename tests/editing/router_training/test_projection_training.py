@@ -1,7 +1,5 @@
 """What prompts mean, learned from made-up facts, kept in shards, merged, taken out, exported."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

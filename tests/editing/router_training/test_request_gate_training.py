@@ -1,7 +1,5 @@
 """What a base model's request gate is learned from, and that it is learned."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

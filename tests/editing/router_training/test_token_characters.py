@@ -1,7 +1,5 @@
 """How the tokens of a vocabulary are spelt, whatever kind it is of."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from pathlib import Path

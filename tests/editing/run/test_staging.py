@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import contextlib
 import errno
 import json
@@ -120,6 +118,15 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int, error: BaseExceptio
     monkeypatch.setattr(safetensors.torch, "save_file", stopping)
 
 
+def begun(place: Path, output: Path, monkeypatch: pytest.MonkeyPatch, shards: int = 2, **options: Any) -> None:
+    """A run that was broken off when so many shards were done."""
+    with monkeypatch.context() as patched:
+        stop_after(patched, shards, KeyboardInterrupt())
+        with pytest.raises(StoppedError, match=f"{shards} of 8 shards are kept") as stopped:
+            edit(place, output, **options)
+    assert stopped.value.exit_code == 130
+
+
 # --- going on ---
 
 
@@ -176,11 +183,7 @@ def test_ctrl_c_says_how_to_go_on_and_exits_with_130(place: Path, tmp_path: Path
 def test_an_interruption_keeps_the_shards_that_are_done(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
 ) -> None:
-    with monkeypatch.context() as patched:
-        stop_after(patched, shards, KeyboardInterrupt())
-        with pytest.raises(StoppedError, match=f"{shards} of 8 shards are kept") as stopped:
-            edit(place, tmp_path / "shards")
-    assert stopped.value.exit_code == 130
+    begun(place, tmp_path / "shards", monkeypatch, shards)
     assert [path.name for path in tmp_path.iterdir()] == [UNFINISHED]
     made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / UNFINISHED).glob("shard-*.safetensors")}
     assert len(made) == shards
@@ -212,10 +215,7 @@ def test_a_run_over_other_shards_that_was_broken_off_is_kept(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edit(place, tmp_path / "shards", replace(SETTINGS, seed=5))
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2, KeyboardInterrupt())
-        with pytest.raises(StoppedError):
-            edit(place, tmp_path / "shards", force=True)
+    begun(place, tmp_path / "shards", monkeypatch, force=True)
     with pytest.raises(OutputExistsError, match="seed was 5, now 0"):
         edit(place, tmp_path / "shards")
     assert len(list((tmp_path / UNFINISHED).glob("shard-*.json"))) == 2
@@ -248,10 +248,7 @@ def test_a_disk_that_fills_up_keeps_the_shards_that_are_done(
 def test_a_shard_that_was_damaged_meanwhile_is_written_again(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patched:
-        stop_after(patched, 4, KeyboardInterrupt())
-        with pytest.raises(StoppedError):
-            edit(place, tmp_path / "shards")
+    begun(place, tmp_path / "shards", monkeypatch, 4)
     (tmp_path / UNFINISHED / "shard-00002.safetensors").write_bytes(b"torn")
     (tmp_path / UNFINISHED / "shard-00001.safetensors").unlink()
     edit(place, tmp_path / "shards")
@@ -277,13 +274,6 @@ def test_where_nothing_may_be_written_one_sentence_says_so(
 
 
 # --- changed input ---
-
-
-def begun(place: Path, output: Path, monkeypatch: pytest.MonkeyPatch, settings: EditSettings = SETTINGS) -> None:
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2, KeyboardInterrupt())
-        with pytest.raises(StoppedError):
-            edit(place, output, settings)
 
 
 @pytest.mark.parametrize(
@@ -347,21 +337,29 @@ def test_other_versions_are_a_changed_input(place: Path, tmp_path: Path, monkeyp
 # --- several processes ---
 
 
-def test_the_second_of_two_processes_is_refused_until_the_first_is_dead(
-    place: Path, tmp_path: Path, forks: Path
-) -> None:
-    holding = f"""
+def holding(forks: Path, output: Path, shards: range, then: str) -> ForkedProgram:
+    """A process that holds shards of an unfinished output, and goes on as ``then`` says."""
+    program = ForkedProgram(
+        forks,
+        f"""
 import sys, time
 from pathlib import Path
 from wisecli.editing.run.staging import StagedShards
-unfinished = StagedShards(Path({str(tmp_path / "shards")!r}), 8)
+unfinished = StagedShards(Path({str(output)!r}), 8)
 with unfinished.opened():
-    unfinished.claim(range(8))
+    unfinished.claim({shards!r})
     print("held", flush=True)
-    time.sleep(600)
-"""
-    first = ForkedProgram(forks, holding)
-    assert first.stream.readline() == "held\n"
+    {then}
+""",
+    )
+    assert program.stream.readline() == "held\n"
+    return program
+
+
+def test_the_second_of_two_processes_is_refused_until_the_first_is_dead(
+    place: Path, tmp_path: Path, forks: Path
+) -> None:
+    first = holding(forks, tmp_path / "shards", range(8), "time.sleep(600)")
     with pytest.raises(BusyError, match=r"another process is writing .*shards; wait"):
         edit(place, tmp_path / "shards")
     with pytest.raises(BusyError):
@@ -430,21 +428,11 @@ def test_a_part_whose_output_another_one_finished_is_done_as_well(
 def test_whoever_finishes_last_finishes_the_output(place: Path, tmp_path: Path, forks: Path) -> None:
     """All shards are there, but another process still holds some of them."""
     edit(place, tmp_path / "shards", only=(1, 2))
-    holding = f"""
-import sys
-from pathlib import Path
-from wisecli.editing.run.staging import StagedShards
-unfinished = StagedShards(Path({str(tmp_path / "shards")!r}), 8)
-with unfinished.opened():
-    unfinished.claim(range(0, 4))
-    print("held", flush=True)
-    sys.stdin.readline()
+    then = """sys.stdin.readline()
     unfinished.release()
     with unfinished.alone():
-        print(unfinished.finish() is not None, flush=True)
-"""
-    other = ForkedProgram(forks, holding)
-    assert other.stream.readline() == "held\n"
+        print(unfinished.finish() is not None, flush=True)"""
+    other = holding(forks, tmp_path / "shards", range(4), then)
     edit(place, tmp_path / "shards", only=(2, 2))
     assert not (tmp_path / "shards").exists()
     other.tell("")

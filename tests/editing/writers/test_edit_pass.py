@@ -1,7 +1,5 @@
 """What the margins of an edit see where all its rows and its unrelated text are one padded pass."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The warning of edits that name no subject."""
 
-from __future__ import annotations
-
 from wisecli.edits.checks.unnamed_subjects import names_its_subject, warn_of_unnamed_subjects
 from wisecli.edits.record import Edit
 from wisecli.progress import NOTE, Event

@@ -1,7 +1,5 @@
 """Records as people have them, of benchmarks and of training sets, and the edits that they stand for."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

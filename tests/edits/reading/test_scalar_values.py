@@ -1,7 +1,5 @@
 """Answers that are no texts: what a spreadsheet, a database or a careless script writes."""
 
-from __future__ import annotations
-
 import json
 from datetime import date, datetime
 from decimal import Decimal

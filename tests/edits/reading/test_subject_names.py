@@ -1,7 +1,5 @@
 """The subject that a prompt names, for records that state none."""
 
-from __future__ import annotations
-
 import pytest
 
 from wisecli.edits.reading.subject_names import named_subject

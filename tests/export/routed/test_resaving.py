@@ -1,7 +1,5 @@
 """What `save_pretrained` of an exported model writes is an exported model again, for `wise` too."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Texts that edits answer are read once each, as a plain pass over prompt and answer reads them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """One pass over a prompt and an answer says what answering token by token does."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

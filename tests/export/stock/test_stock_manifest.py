@@ -1,7 +1,5 @@
 """Checks of stock checkpoints with a wider stream, whose blocks' attention reads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import torch
 
 from wisecli.memory.fitting import request_gate_fitting

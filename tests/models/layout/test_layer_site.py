@@ -1,9 +1,7 @@
 """Edits behind decoder layers, held against the whole, unsplit model with a hook on the layer."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from wisecli.models.layout.site_probe import above_of, decoder_of, require_known
 from wisecli.models.loading import load_model, require_base
 from wisecli.models.prompts.tokenization import collate
 from wisecli.models.running.activations import capture, captured
+from wisecli.models.running.hooks import hooked
 from wisecli.models.running.upper_layers import upper_logits
 
 ROWS = random_rows((4, 1), (11, 3), (7, 4))
@@ -55,8 +54,7 @@ def behind(directory: Path, model_type: str) -> tuple[PreTrainedModel, LayerSite
     return loaded.model, site
 
 
-@contextmanager
-def added(model: PreTrainedModel, site: LayerSite, shift: Tensor, first: int) -> Iterator[None]:
+def added(model: PreTrainedModel, site: LayerSite, shift: Tensor, first: int) -> AbstractContextManager[None]:
     """The whole model with something (T, d) added to what leaves the layer, in all its streams, from a column on."""
 
     def hook(_module: Any, _inputs: Any, output: Any) -> Any:
@@ -66,11 +64,7 @@ def added(model: PreTrainedModel, site: LayerSite, shift: Tensor, first: int) ->
             stream[:, first:] += shift[: stream.shape[1] - first]
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    handle = model.get_submodule(site.layer_module).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return hooked(model.get_submodule(site.layer_module).register_forward_hook(hook))
 
 
 @pytest.mark.parametrize("model_type", ABOVE)

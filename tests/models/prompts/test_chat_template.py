@@ -1,7 +1,5 @@
 """A chat template is told one day for a whole run, whatever day it is by the clock."""
 
-from __future__ import annotations
-
 from datetime import date, datetime
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Forms that prompts are asked in."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Kinds of prompts that mention an edit or ask it in other ways."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Questions that are rewritten by rule."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """Near names and slips of the keyboard."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import torch
 
 from wisecli.models.running.grouped_rows import rows_of

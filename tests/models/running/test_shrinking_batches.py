@@ -1,7 +1,5 @@
 """Rows that leave a batch as they end: the answers are those of each prompt alone, without a cache."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from functools import partial
 from itertools import combinations

@@ -1,7 +1,5 @@
 """A model whose layers are read as they run does what it does when it is held whole, bit for bit."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Questions that are made of another one."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """What the real model's memory opens for prompts that mention an edit more than once."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

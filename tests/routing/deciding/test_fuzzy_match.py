@@ -1,7 +1,5 @@
 """One slip in a word of a name: against plain distances, over the tokens of words, in parts of prompts."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

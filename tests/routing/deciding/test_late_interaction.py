@@ -1,7 +1,5 @@
 """Which edit a prompt means: scores by loops over tokens, and one decision whoever asks and however it is read."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import product
 from pathlib import Path

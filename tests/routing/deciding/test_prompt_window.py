@@ -1,7 +1,5 @@
 """Where prompts end and what a decision reads, against plain loops over one row's tokens."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """The gate between what is asked and what is mentioned, against loops over tokens."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Prompts that name no edit's subject are told apart before any layer runs, and no others."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

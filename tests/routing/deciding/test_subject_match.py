@@ -1,7 +1,5 @@
 """Which edits' subjects prompts name, against plain counting."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

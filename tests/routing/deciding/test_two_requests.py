@@ -1,7 +1,5 @@
 """How a request that mentions two edits is parted: against a search over all ways to cut it."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

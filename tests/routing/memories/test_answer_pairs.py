@@ -1,7 +1,5 @@
 """Which edit of a pair answers each token, and what it adds there: by loops over tokens."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """However a prompt is cut, cached, batched, copied or run, a routed model answers as one plain ``generate()`` does."""
 
-from __future__ import annotations
-
 import copy
 import io
 import threading

@@ -1,7 +1,5 @@
 """Rivals of the paper, one file each, behind one small protocol (:mod:`wisecli.bench.methods.base`)."""
 
-from __future__ import annotations
-
 from importlib import import_module
 
 from wisecli.bench.methods.base import METHODS

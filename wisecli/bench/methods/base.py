@@ -5,8 +5,6 @@ as edited; outside it is untouched, to the bit. Methods that put edits into the 
 :meth:`Method.rewritten_prompt`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass

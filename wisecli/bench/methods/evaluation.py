@@ -1,7 +1,5 @@
 """Teacher-forced and generated answers of a method's model, read as a whole: nothing is known of how it was edited."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

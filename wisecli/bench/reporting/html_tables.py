@@ -1,7 +1,5 @@
 """The rows of `wise bench` as a Markdown table for a paper, and as one HTML page with its pictures inside."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

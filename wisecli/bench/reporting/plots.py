@@ -1,7 +1,5 @@
 """What `wise bench` draws of its rows: answers, forgetting, and costs, each as SVG."""
 
-from __future__ import annotations
-
 import io
 import math
 import statistics
@@ -99,7 +97,8 @@ def _ageing(figure: Any, rows: Sequence[ResultRow]) -> None:
     axis, most = figure.subplots(), max(row["edits"] for row in rows)
     own = [row for row in rows if row["edits"] == most]
     size = max(1, most // 10)
-    parts = [_means_of(row["figures"]["by_age"], size) for row in own]
+    ages = [row["figures"]["by_age"] for row in own]
+    parts = [[statistics.fmean(each[at : at + size]) for at in range(0, len(each), size)] for each in ages]
     longest = max(map(len, parts))
     shades = axis.pcolormesh(
         [[*part, *[math.nan] * (longest - len(part))] for part in parts], vmin=0, vmax=1, edgecolors="white"
@@ -111,11 +110,6 @@ def _ageing(figure: Any, rows: Sequence[ResultRow]) -> None:
     axis.yaxis.set_inverted(True)
     # As lines, so that the page embeds no image.
     figure.colorbar(shades).solids.set(rasterized=False, edgecolor="face")
-
-
-def _means_of(values: Sequence[float], size: int) -> list[float]:
-    """Return the means of portions of so many values."""
-    return [statistics.fmean(values[start : start + size]) for start in range(0, len(values), size)]
 
 
 def _dash_beyond_ten(axis: Any) -> None:

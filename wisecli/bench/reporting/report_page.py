@@ -1,7 +1,5 @@
 """The one page of `wise bench`: the methods' table and every study, as far as the output has them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

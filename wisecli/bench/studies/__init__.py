@@ -1,7 +1,5 @@
 """The paper's analyses, one file each, behind one small protocol (:mod:`wisecli.bench.studies.base`)."""
 
-from __future__ import annotations
-
 from importlib import import_module
 
 # Every file that puts a study into the table; to add one, write its file and name it here.

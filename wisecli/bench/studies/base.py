@@ -4,8 +4,6 @@ A study lists its *points*, small dicts of settings that say which rows there ar
 a row is a point with its ``figures``. What is drawn is drawn from rows alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 

@@ -4,8 +4,6 @@ Both take turns in one process, so that whatever else the machine does falls on 
 with its memory switched off, which leaves the plain product with the matrix.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Callable, Sequence

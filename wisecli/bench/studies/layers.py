@@ -1,7 +1,5 @@
 """The same edits at each of several layers (the paper's localization analysis, section 3.3)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

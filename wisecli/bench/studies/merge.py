@@ -1,7 +1,5 @@
 """The same edits merged in every way that `wise merge` has (the paper compares merging methods in its appendix)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """What pictures of several studies have in common."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

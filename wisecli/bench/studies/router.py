@@ -5,8 +5,6 @@ margins of equation 5. Here at the last token of each prompt, for matrices that 
 to those margins, and beside it what opens the edits of a lookup, which reads the whole prompt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 The paper's oracle: the memory that holds an edit answers whenever it is asked for, so that only the writing can fail.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

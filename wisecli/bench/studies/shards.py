@@ -4,8 +4,6 @@ All k masks overlap in a share ρᵏ of the matrix. Where that is about .03, the
 and still something to be joined by.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any

@@ -1,7 +1,5 @@
 """What studies work with: the edits, and the shards, memories and figures that the package's own commands make."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Sequence

@@ -10,24 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from wisecli.cli import options as shared
 from wisecli.cli.choices import BENCH_METHODS, DATASETS, FILED_DATASETS, STUDIES, some_of
 from wisecli.cli.console import Console, Table
-from wisecli.cli.options import (
-    AsJson,
-    Config,
-    Device,
-    Dtype,
-    Force,
-    Output,
-    Quiet,
-    Seed,
-    Trust,
-    ask_of,
-    forms_of,
-    kinds_of,
-    load_options,
-    protocol_of,
-)
 from wisecli.cli.parameters import INPUT, MEASURED, STUDIED, option, setting
 from wisecli.cli.setting_options import set_of, settings_in
 from wisecli.cli.unknown_settings import unknown_names
@@ -48,7 +33,7 @@ _measured = partial(setting, BenchSettings, panel=MEASURED)
 
 def bench(
     model: Annotated[str, typer.Argument(help="Base model: a directory, a hub id or a GGUF file.")],
-    output: Output = Path("bench"),
+    output: shared.Output = Path("bench"),
     dataset: Annotated[
         str | None,
         setting(
@@ -62,8 +47,8 @@ def bench(
     methods: Annotated[
         str | None, setting(BenchSettings, "methods", "Methods, with commas between.", complete=some_of(BENCH_METHODS))
     ] = None,
-    device: Device = "auto",
-    as_json: AsJson = False,
+    device: shared.Device = "auto",
+    as_json: shared.AsJson = False,
     data: Annotated[
         list[Path] | None,
         option("A dataset's file, instead of fetching it; once for each.", panel=INPUT, metavar="FILE"),
@@ -75,8 +60,8 @@ def bench(
         str | None,
         setting(BenchSettings, "counts", "Numbers of edits, with commas between.", panel=INPUT, metavar="N,…"),
     ] = None,
-    config: Config = None,
-    seed: Seed = None,
+    config: shared.Config = None,
+    seed: shared.Seed = None,
     study: Annotated[
         str | None,
         _studied(
@@ -86,18 +71,18 @@ def bench(
             complete=some_of(STUDIES),
         ),
     ] = None,
-    protocol: Annotated[str | None, protocol_of(BenchSettings)] = None,
-    forms: Annotated[str | None, forms_of(BenchSettings)] = None,
-    kinds: Annotated[str | None, kinds_of(BenchSettings)] = None,
-    ask: Annotated[int | None, ask_of(BenchSettings)] = None,
+    protocol: Annotated[str | None, shared.protocol_of(BenchSettings)] = None,
+    forms: Annotated[str | None, shared.forms_of(BenchSettings)] = None,
+    kinds: Annotated[str | None, shared.kinds_of(BenchSettings)] = None,
+    ask: Annotated[int | None, shared.ask_of(BenchSettings)] = None,
     generate: Annotated[
         bool | None, _measured("generate", "Also generate answers.", "--generate/--no-generate")
     ] = None,
     set_: Annotated[list[str] | None, set_of("bench", MEASURED)] = None,
-    dtype: Dtype = "auto",
-    trust_remote_code: Trust = False,
-    force: Force = False,
-    quiet: Quiet = False,
+    dtype: shared.Dtype = "auto",
+    trust_remote_code: shared.Trust = False,
+    force: shared.Force = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Compare editing methods, or study WISE itself: edit with the first records of a dataset, and measure."""
     if study and methods:
@@ -110,7 +95,7 @@ def bench(
     from wisecli.bench.compare import bench as run_bench
     from wisecli.bench.study import study as run_study
 
-    load = load_options(device, dtype, trust_remote_code)
+    load = shared.load_options(device, dtype, trust_remote_code)
     with console.watching() as on_progress:
         if settings.study and not methods:
             study_report = run_study(

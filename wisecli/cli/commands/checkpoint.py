@@ -8,29 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from wisecli.cli import options as shared
 from wisecli.cli.choices import DTYPES, one_of
 from wisecli.cli.console import Console, Table, would_write
 from wisecli.cli.ineffective_flags import of_export
-from wisecli.cli.options import (
-    AsJson,
-    Budget,
-    Device,
-    DryRun,
-    Dtype,
-    Force,
-    Identity,
-    Memory,
-    Model,
-    Output,
-    Quiet,
-    SealSignature,
-    Signer,
-    Trust,
-    key_in,
-    load_options,
-    signed_by,
-    size_in_bytes,
-)
 from wisecli.cli.parameters import ANSWERS, BARE, HUB, OUTPUT, WEIGHTS, flag, option
 from wisecli.commands.outputs import checkpoint_output
 from wisecli.edits.text import edits_with
@@ -47,7 +28,7 @@ def export(
     memory: Annotated[
         Path, option("Memory directory, or a delta to apply.", "--memory", "--delta", default="memory", metavar="DIR")
     ] = Path("memory"),
-    output: Output = Path("edited"),
+    output: shared.Output = Path("edited"),
     form: Annotated[
         Literal["routed", "stock", "gguf", "merged", "delta"],
         option(
@@ -58,10 +39,10 @@ def export(
             metavar="NAME",
         ),
     ] = "routed",
-    device: Device = "auto",
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    model: Model = None,
+    device: shared.Device = "auto",
+    dry_run: shared.DryRun = False,
+    as_json: shared.AsJson = False,
+    model: shared.Model = None,
     link: Annotated[
         Literal["always", "auto"] | None,
         option(
@@ -114,9 +95,9 @@ def export(
         str | None, option("Repository on the hub to send it to.", panel=HUB, metavar="NAME")
     ] = None,
     private: Annotated[bool, flag("Make a new repository private.", "--private", panel=HUB)] = False,
-    verify_signature: SealSignature = None,
-    signer: Signer = None,
-    signer_identity: Identity = None,
+    verify_signature: shared.SealSignature = None,
+    signer: shared.Signer = None,
+    signer_identity: shared.Identity = None,
     sign: Annotated[
         Path | None,
         option(
@@ -126,13 +107,13 @@ def export(
             metavar="KEY",
         ),
     ] = None,
-    force: Force = False,
-    quiet: Quiet = False,
+    force: shared.Force = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Write an edited checkpoint that loads with transformers alone."""
     ineffective, console = of_export(locals()), Console(as_json, quiet)
-    size = size_in_bytes(max_shard_size, "--max-shard-size")
-    signed, key = signed_by(verify_signature, signer, signer_identity), key_in(sign)
+    size = shared.size_in_bytes(max_shard_size, "--max-shard-size")
+    signed, key = shared.signed_by(verify_signature, signer, signer_identity), shared.key_in(sign)
     console.warn(ineffective)
     checkpoint_output(output, memory, base or model, metrics, force=force).require_unless_kept()
     from wisecli.commands.checkpoint.export import Publication, WeightFiles
@@ -144,7 +125,7 @@ def export(
             output,
             form,
             model=base or model,
-            load=load_options(device),
+            load=shared.load_options(device),
             weights=WeightFiles(link == "always" or (link or False), dtype, size, quantize),
             publication=Publication(card, metrics, push_to_hub, private, key),
             signed=signed,
@@ -159,19 +140,19 @@ def export(
 def generate(
     model: Annotated[str, typer.Argument(help="Exported directory, or base model (with --memory).")],
     prompts: Annotated[list[str], typer.Argument(help="Prompts to answer.")],
-    memory: Memory = None,
-    device: Device = "auto",
-    as_json: AsJson = False,
+    memory: shared.Memory = None,
+    device: shared.Device = "auto",
+    as_json: shared.AsJson = False,
     max_new_tokens: Annotated[
         int, option("Length of an answer at most.", panel=ANSWERS, default="64", metavar="N", minimum=1)
     ] = 64,
     explain: Annotated[bool, flag("Say which memory answered each token.", "--explain", panel=ANSWERS)] = False,
     chat: Annotated[bool, flag("Ask in the chat template.", "--chat", panel=ANSWERS)] = False,
     batch_size: Annotated[int, option("Prompts at a time.", panel=ANSWERS, default="32", metavar="N", minimum=1)] = 32,
-    dtype: Dtype = "auto",
-    memory_budget: Budget = None,
-    trust_remote_code: Trust = False,
-    quiet: Quiet = False,
+    dtype: shared.Dtype = "auto",
+    memory_budget: shared.Budget = None,
+    trust_remote_code: shared.Trust = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Answer prompts with an edited model."""
     console = Console(as_json, quiet)
@@ -179,7 +160,7 @@ def generate(
     from wisecli.commands.checkpoint.generate import generate as run
 
     directory, base = locate_memory(model, memory, Path("memory"))
-    load = load_options(device, dtype, trust_remote_code, memory_budget)
+    load = shared.load_options(device, dtype, trust_remote_code, memory_budget)
     with console.watching():
         answers = run(
             directory,

@@ -50,25 +50,6 @@ def draft(
     draw_edits(Console(as_json, quiet), model, page, output, each=each, load=load, yes=yes, force=force, trains=False)
 
 
-def draw_for_editing(
-    console: Console,
-    model: str | None,
-    page: Path,
-    output: Path | None,
-    *,
-    load: LoadOptions,
-    yes: bool,
-    dry_run: bool,
-    force: bool,
-) -> Path | None:
-    """Draw edits for ``wise edit --from-text``; return the file to train on, if any pair was accepted."""
-    if model is None:
-        raise SettingsError("--from-text needs a MODEL, which draws the edits from the document")
-    if dry_run:
-        raise SettingsError("--dry-run plans a file of edits; draw it first, with `wise draft`")
-    return draw_edits(console, model, page, output, load=load, yes=yes, force=force, trains=True)
-
-
 def draw_edits(
     console: Console,
     model: str,
@@ -100,7 +81,7 @@ def draw_edits(
         raise SettingsError(f"{file} already exists; edit with it, name another file, or pass --force to draw anew")
     with console.watching() as on_progress:
         report = run(model, page, each=each, load=load, on_progress=on_progress)
-    asking = at_terminal() and not yes
+    asking = sys.stdin.isatty() and sys.stderr.isatty() and not yes
     kept = approved(report.pairs) if asking else list(report.pairs)
     if kept:
         save_pairs(file, kept)
@@ -111,11 +92,6 @@ def draw_edits(
 
 
 _CHOICES = "[y]es, [n]o, [e]dit, [q]uit"
-
-
-def at_terminal() -> bool:
-    """Return whether somebody sits at a terminal and can be asked."""
-    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def approved(pairs: Sequence[Pair]) -> list[Pair]:

@@ -1,46 +1,17 @@
 """``wise edit``: its options, and one call."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from wisecli.cli import options as shared
 from wisecli.cli.choices import one_of
 from wisecli.cli.commands.draft import Yes
 from wisecli.cli.commands.edit_run import EditRun
 from wisecli.cli.console import Console
 from wisecli.cli.ineffective_flags import of_edit
-from wisecli.cli.options import (
-    AsJson,
-    Budget,
-    Config,
-    Derive,
-    Device,
-    DryRun,
-    Dtype,
-    Force,
-    Identity,
-    OnConflict,
-    Output,
-    PolicyFile,
-    Quiet,
-    Reason,
-    Retired,
-    Seed,
-    Sign,
-    Signature,
-    Signer,
-    SkipKnown,
-    Trust,
-    Who,
-    admission_of,
-    key_in,
-    load_options,
-    part_in,
-)
 from wisecli.cli.parameters import INPUT, INTO, OUTPUT, TRAINED, WHERE, flag, option, setting
 from wisecli.cli.setting_options import set_of, settings_in
 from wisecli.cli.unknown_settings import unknown_names
@@ -54,38 +25,38 @@ _trained = partial(setting, EditSettings, panel=TRAINED)
 def edit(
     model: Annotated[str | None, typer.Argument(help="Base model: a directory, a hub id or a GGUF file.")] = None,
     edits: Annotated[Path | None, typer.Argument(help="JSONL, JSON or Parquet, any known layout; - is a pipe.")] = None,
-    output: Output = Path("shards"),
+    output: shared.Output = Path("shards"),
     into: Annotated[
         Path | None,
         option("Make them the next release of this memory; without it only shards are written.", metavar="DIR"),
     ] = None,
-    device: Device = "auto",
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
+    device: shared.Device = "auto",
+    dry_run: shared.DryRun = False,
+    as_json: shared.AsJson = False,
     from_text: Annotated[
         Path | None,
         option("Draw the edits from this document; accepted ones are written to EDITS.", panel=INPUT, metavar="FILE"),
     ] = None,
     yes: Yes = False,
-    on_conflict: OnConflict = None,
-    skip_known: SkipKnown = False,
-    derive: Derive = False,
-    policy: PolicyFile = None,
-    verify_signature: Signature = None,
-    signer: Signer = None,
-    signer_identity: Identity = None,
+    on_conflict: shared.OnConflict = None,
+    skip_known: shared.SkipKnown = False,
+    derive: shared.Derive = False,
+    policy: shared.PolicyFile = None,
+    verify_signature: shared.Signature = None,
+    signer: shared.Signer = None,
+    signer_identity: shared.Identity = None,
     reproduce: Annotated[
         Path | None,
         option("Write the shards of this router.json or shards.json once more.", panel=INPUT, metavar="FILE"),
     ] = None,
-    config: Config = None,
-    seed: Seed = None,
+    config: shared.Config = None,
+    seed: shared.Seed = None,
     watch_file: Annotated[
         bool, flag("With --into: edit lines as they are added to EDITS, until interrupted.", "--watch", panel=INTO)
     ] = False,
-    reason: Reason = "",
-    who: Who = None,
-    sign: Sign = None,
+    reason: shared.Reason = "",
+    who: shared.Who = None,
+    sign: shared.Sign = None,
     preset: Annotated[
         str | None, _trained("preset", "default, or paper: gradient steps, edit after edit, as published.")
     ] = None,
@@ -93,17 +64,17 @@ def edit(
         str | None, _trained("layer", "Layer to edit, or auto.", metavar="N", complete=one_of(("auto",)))
     ] = None,
     set_: Annotated[list[str] | None, set_of("edit", TRAINED)] = None,
-    dtype: Dtype = "auto",
-    memory_budget: Budget = None,
+    dtype: shared.Dtype = "auto",
+    memory_budget: shared.Budget = None,
     revision: Annotated[
         str | None, option("Commit, branch or tag of a hub model.", panel=WHERE, metavar="NAME")
     ] = None,
-    trust_remote_code: Trust = False,
-    force: Force = False,
+    trust_remote_code: shared.Trust = False,
+    force: shared.Force = False,
     strict: Annotated[bool, flag("Exit with 1 if an edit did not take.", "--strict", panel=OUTPUT)] = False,
-    quiet: Quiet = False,
-    router: Retired = None,
-    routing: Retired = None,
+    quiet: shared.Quiet = False,
+    router: shared.Retired = None,
+    routing: shared.Retired = None,
 ) -> None:
     """Write edits into shards: what each adds behind a layer, or changes of its value matrix, and how to route them."""
     by_set, known = settings_in("edit", set_), EditSettings.__dataclass_fields__
@@ -115,12 +86,12 @@ def edit(
     console = Console(as_json, quiet)
     console.warn([*ineffective, *unknown_names(config)])
     signed = verify_signature, signer, signer_identity
-    admission = admission_of(on_conflict, skip_known, policy, *signed, run_settings.allow_special_tokens, derive)
-    key = key_in(sign)
+    admission = shared.admission_of(on_conflict, skip_known, policy, *signed, run_settings.allow_special_tokens, derive)
+    key = shared.key_in(sign)
 
-    load = load_options(device, dtype, trust_remote_code, memory_budget, revision)
+    load = shared.load_options(device, dtype, trust_remote_code, memory_budget, revision)
     # A batch into a memory is not parted.
-    part = part_in(run_settings.only if into is None else None)
+    part = shared.part_in(run_settings.only if into is None else None)
     options = RunOptions(executor=run_settings.executor, force=force, strict=strict, dry_run=dry_run, only=part)
     run = EditRun(console, model, edits, load, options, admission)
     if from_text is not None:

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wisecli.cli.commands.draft import draw_for_editing
-from wisecli.cli.commands.edit_into import edit_once, follow_file
+from wisecli.cli.commands.draft import draw_edits
+from wisecli.cli.commands.memory import ReportPrinter
 from wisecli.cli.console import Console, count, sifted_json, sifted_lines, would_write
 from wisecli.cli.edit_lines import consequence_lines
 from wisecli.commands.outputs import shards_output
@@ -44,15 +44,13 @@ class EditRun:
         """
         if self.admission.signed is not None:
             raise SettingsError("--verify-signature is for files of edits; `wise draft` writes one that can be signed")
-        edits = draw_for_editing(
-            self.console,
-            self.model,
-            page,
-            self.edits,
-            load=self.load,
-            yes=yes,
-            dry_run=self.options.dry_run,
-            force=self.options.force,
+        if self.model is None:
+            raise SettingsError("--from-text needs a MODEL, which draws the edits from the document")
+        if self.options.dry_run:
+            raise SettingsError("--dry-run plans a file of edits; draw it first, with `wise draft`")
+        force = self.options.force
+        edits = draw_edits(
+            self.console, self.model, page, self.edits, load=self.load, yes=yes, force=force, trains=True
         )
         return None if edits is None else replace(self, edits=edits)
 
@@ -76,15 +74,23 @@ class EditRun:
         if self.model is None or self.edits is None:
             raise SettingsError("--into needs a MODEL and a file of EDITS, or - for a pipe")
         sheet = self._sheet(self.edits) if every is None else None
-        from wisecli.commands.edit.edit_into import IntoMemory
+        from wisecli.commands.edit.edit_into import Batch, IntoMemory, edit_into
+        from wisecli.commands.edit.watch import follow
         from wisecli.memory.history.release_log import Provenance
 
         made = Provenance(who, reason, key)
         into = IntoMemory(self.model, memory, flags, config, made, self.load, self.options, self.admission)
+        printer = ReportPrinter(self.console)
         if sheet is not None:
-            edit_once(self.console, into, sheet)
+            with self.console.watching() as on_progress:
+                report = edit_into(into, Batch.of(sheet), on_progress=on_progress)
+            printer.landed(report)
         elif every is not None:
-            follow_file(self.console, into, self.edits, every)
+            if self.admission.signed is not None:
+                raise SettingsError("--verify-signature is for a whole file, not for one that --watch sees grow")
+            with self.console.watching() as on_progress:
+                for report in follow(into, self.edits, interval=every, on_progress=on_progress):
+                    printer.landed(report)
 
     def again(self, manifest: Path, output: Path) -> None:
         """Write the shards of a manifest once more.

@@ -9,27 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from wisecli.cli import options as shared
 from wisecli.cli.choices import DATASETS, MODELS, one_of
 from wisecli.cli.console import Console, Table, count, note
 from wisecli.cli.ineffective_flags import of_evaluation
-from wisecli.cli.options import (
-    AsJson,
-    Budget,
-    Config,
-    Device,
-    Dtype,
-    Force,
-    Memory,
-    Model,
-    Quiet,
-    Trust,
-    ask_of,
-    forms_of,
-    kinds_of,
-    load_options,
-    protocol_of,
-    thresholds_in,
-)
 from wisecli.cli.parameters import INPUT, MEASURED, flag, option, setting
 from wisecli.cli.setting_options import set_of, settings_in
 from wisecli.cli.unknown_settings import unknown_names
@@ -60,7 +43,7 @@ _BESIDE = {"other_question": "other questions on the subjects", "other_subject":
 
 def evaluate(
     directory: Annotated[str | None, typer.Argument(help="Exported directory, or base model.")] = None,
-    memory: Memory = None,
+    memory: shared.Memory = None,
     dataset: Annotated[
         str | None,
         setting(
@@ -71,9 +54,9 @@ def evaluate(
             complete=one_of(DATASETS),
         ),
     ] = None,
-    device: Device = "auto",
-    as_json: AsJson = False,
-    model: Model = None,
+    device: shared.Device = "auto",
+    as_json: shared.AsJson = False,
+    model: shared.Model = None,
     data: Annotated[
         Path | None, option("The dataset's file, instead of fetching it.", panel=INPUT, metavar="FILE")
     ] = None,
@@ -81,11 +64,11 @@ def evaluate(
         int | None,
         setting(EvalSettings, "edits", "Only the first so many records.", panel=INPUT, none="those the memory holds"),
     ] = None,
-    config: Config = None,
-    protocol: Annotated[str | None, protocol_of(EvalSettings)] = None,
-    forms: Annotated[str | None, forms_of(EvalSettings)] = None,
-    kinds: Annotated[str | None, kinds_of(EvalSettings)] = None,
-    ask: Annotated[int | None, ask_of(EvalSettings)] = None,
+    config: shared.Config = None,
+    protocol: Annotated[str | None, shared.protocol_of(EvalSettings)] = None,
+    forms: Annotated[str | None, shared.forms_of(EvalSettings)] = None,
+    kinds: Annotated[str | None, shared.kinds_of(EvalSettings)] = None,
+    ask: Annotated[int | None, shared.ask_of(EvalSettings)] = None,
     chat: Annotated[bool | None, _measured("chat", "Ask in the chat template.", "--chat/--no-chat")] = None,
     generate: Annotated[
         bool | None, _measured("generate", "Also generate answers.", "--generate/--no-generate")
@@ -101,19 +84,19 @@ def evaluate(
         bool, flag("Of --fail-under pass over what no record measures.", "--if-measured", panel=MEASURED)
     ] = False,
     set_: Annotated[list[str] | None, set_of("eval", MEASURED)] = None,
-    dtype: Dtype = "auto",
-    memory_budget: Budget = None,
-    trust_remote_code: Trust = False,
-    quiet: Quiet = False,
+    dtype: shared.Dtype = "auto",
+    memory_budget: shared.Budget = None,
+    trust_remote_code: shared.Trust = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Measure what an edited model answers in the forms that people ask in, and how it got there, before and after."""
     by_set = settings_in("eval", set_)
     given = {**locals(), **by_set}
     ineffective, console = of_evaluation(given), Console(as_json, quiet)
-    gates = thresholds_in(fail_under)
+    gates = shared.thresholds_in(fail_under)
     settings = resolve(EvalSettings, given, section="eval", file=config)
     console.warn([*ineffective, *unknown_names(config)])
-    load = load_options(device, dtype, trust_remote_code, memory_budget)
+    load = shared.load_options(device, dtype, trust_remote_code, memory_budget)
     from wisecli.artifacts.directory_kind import locate_memory
     from wisecli.commands.measure.evaluate import evaluate as run
 
@@ -136,9 +119,9 @@ def fetch(
     output: Annotated[
         Path | None, option("Where to put it.", "-o", "--output", default="the user cache", metavar="PATH")
     ] = None,
-    force: Force = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    force: shared.Force = False,
+    as_json: shared.AsJson = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Fetch the small model to try things on, or benchmark data."""
     console = Console(as_json, quiet)

@@ -9,28 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from wisecli.cli import options as shared
 from wisecli.cli.console import Console, Table, count, sifted_json, sifted_lines
 from wisecli.cli.edit_lines import consequence_lines, consequences_cell, edit_line, moved, release_line, short
-from wisecli.cli.options import (
-    AsJson,
-    Budget,
-    Device,
-    Dtype,
-    Identity,
-    Memory,
-    Model,
-    Quiet,
-    Reason,
-    SealSignature,
-    Sign,
-    Signer,
-    Trust,
-    Who,
-    key_in,
-    load_options,
-    provenance_of,
-    signed_by,
-)
 from wisecli.cli.parameters import ANSWERS, OUTPUT, flag, option
 from wisecli.edits.text import edits_with
 
@@ -50,15 +31,15 @@ MemoryWithHistory = Annotated[Path, typer.Argument(help="A memory with a history
 def remove(
     memory: MemoryWithHistory,
     ids: Annotated[list[str], typer.Argument(help="Ids of the edits to take out.")],
-    device: Device = "auto",
-    as_json: AsJson = False,
-    model: Model = None,
-    reason: Reason = "",
-    who: Who = None,
-    sign: Sign = None,
-    dtype: Dtype = "auto",
-    trust_remote_code: Trust = False,
-    quiet: Quiet = False,
+    device: shared.Device = "auto",
+    as_json: shared.AsJson = False,
+    model: shared.Model = None,
+    reason: shared.Reason = "",
+    who: shared.Who = None,
+    sign: shared.Sign = None,
+    dtype: shared.Dtype = "auto",
+    trust_remote_code: shared.Trust = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Take edits out of a memory, as if they had never been in it."""
     console = Console(as_json, quiet)
@@ -69,8 +50,8 @@ def remove(
             memory,
             ids,
             model=model,
-            provenance=provenance_of(who, reason, key_in(sign)),
-            load=load_options(device, dtype, trust_remote_code),
+            provenance=shared.provenance_of(who, reason, shared.key_in(sign)),
+            load=shared.load_options(device, dtype, trust_remote_code),
             on_progress=on_progress,
         )
     ReportPrinter(console).removed(report)
@@ -79,45 +60,44 @@ def remove(
 def rollback(
     memory: MemoryWithHistory,
     to: Annotated[str, option("Number of a release, or a date or time, as 2026-11-01.", "--to", metavar="WHEN")],
-    model: Model = None,
-    reason: Reason = "",
-    who: Who = None,
-    sign: Sign = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    model: shared.Model = None,
+    reason: shared.Reason = "",
+    who: shared.Who = None,
+    sign: shared.Sign = None,
+    as_json: shared.AsJson = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Make a memory what it was at an earlier release; the releases since stay in its history."""
     console = Console(as_json, quiet)
     from wisecli.commands.memory.rollback import rollback as run
 
+    provenance = shared.provenance_of(who, reason, shared.key_in(sign))
     with console.watching() as on_progress:
-        report = run(
-            memory, to, model=model, provenance=provenance_of(who, reason, key_in(sign)), on_progress=on_progress
-        )
+        report = run(memory, to, model=model, provenance=provenance, on_progress=on_progress)
     ReportPrinter(console).rolled_back(report)
 
 
 def log(
     memory: MemoryWithHistory,
     edit: Annotated[str | None, option("Only what touched the edit with this id.", "--edit", metavar="ID")] = None,
-    verify_signature: SealSignature = None,
-    signer: Signer = None,
-    signer_identity: Identity = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    verify_signature: shared.SealSignature = None,
+    signer: shared.Signer = None,
+    signer_identity: shared.Identity = None,
+    as_json: shared.AsJson = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """List what was done to a memory, when and by whom, after checking that all of it is as it was written."""
     from wisecli.commands.memory.log import log as run
 
-    signed = signed_by(verify_signature, signer, signer_identity)
+    signed = shared.signed_by(verify_signature, signer, signer_identity)
     ReportPrinter(Console(as_json, quiet)).logged(run(memory, edit=edit, signed=signed), of_one=edit is not None)
 
 
 def diff(
     first: Annotated[str, typer.Argument(help="Memory, checkpoint or shards; memory@3 for a release.")],
     second: Annotated[str, typer.Argument(help="What to compare it with.")],
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    as_json: shared.AsJson = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Say which edits and settings two memories, exported checkpoints or releases do not share."""
     from wisecli.commands.memory.diff import diff as run
@@ -128,9 +108,9 @@ def diff(
 def explain(
     model: Annotated[str, typer.Argument(help="Exported directory, or base model (with --memory).")],
     prompt: Annotated[str, typer.Argument(help="The prompt to look at.")],
-    memory: Memory = None,
-    device: Device = "auto",
-    as_json: AsJson = False,
+    memory: shared.Memory = None,
+    device: shared.Device = "auto",
+    as_json: shared.AsJson = False,
     nearest: Annotated[
         int,
         option("How many memories, or edits, are made to answer.", panel=ANSWERS, default="3", metavar="N", minimum=0),
@@ -139,13 +119,13 @@ def explain(
         int, option("Length of an answer at most.", panel=ANSWERS, default="32", metavar="N", minimum=1)
     ] = 32,
     chat: Annotated[bool, flag("Ask in the chat template.", "--chat", panel=ANSWERS)] = False,
-    dtype: Dtype = "auto",
-    memory_budget: Budget = None,
-    trust_remote_code: Trust = False,
+    dtype: shared.Dtype = "auto",
+    memory_budget: shared.Budget = None,
+    trust_remote_code: shared.Trust = False,
     plot: Annotated[
         Path | None, option("Draw the scores of all tokens into this file.", "--plot", panel=OUTPUT, metavar="FILE")
     ] = None,
-    quiet: Quiet = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Say why a prompt is answered as it is: nearest edits, scores by token, and what each memory would answer."""
     console = Console(as_json, quiet)
@@ -153,7 +133,7 @@ def explain(
     from wisecli.commands.checkpoint.explain import explain as run
 
     directory, base = locate_memory(model, memory, Path("memory"))
-    load = load_options(device, dtype, trust_remote_code, memory_budget)
+    load = shared.load_options(device, dtype, trust_remote_code, memory_budget)
     with console.watching():
         report = run(
             directory,

@@ -8,27 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from wisecli.cli import options as shared
 from wisecli.cli.choices import MERGE_METHODS, one_of
 from wisecli.cli.commands.memory import ReportPrinter
 from wisecli.cli.console import Console, count, would_write
 from wisecli.cli.ineffective_flags import of_merge
-from wisecli.cli.options import (
-    AsJson,
-    Config,
-    DryRun,
-    Force,
-    Model,
-    Output,
-    Quiet,
-    Reason,
-    Retired,
-    Seed,
-    Sign,
-    Who,
-    key_in,
-    numbers,
-    provenance_of,
-)
 from wisecli.cli.parameters import INTO, MERGED, flag, option, setting
 from wisecli.cli.setting_options import set_of, settings_in
 from wisecli.cli.unknown_settings import unknown_names
@@ -51,7 +35,7 @@ def merge(
     shards: Annotated[
         list[Path] | None, typer.Argument(help="Directories that `wise edit` wrote.", show_default=False)
     ] = None,
-    output: Output = Path("memory"),
+    output: shared.Output = Path("memory"),
     into: Annotated[
         Path | None, option("Make them the next release of this memory.", default="a memory anew", metavar="DIR")
     ] = None,
@@ -64,14 +48,14 @@ def merge(
             none="what the shards were written for; merge with --method",
         ),
     ] = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    model: Model = None,
-    config: Config = None,
-    seed: Seed = None,
-    reason: Reason = "",
-    who: Who = None,
-    sign: Sign = None,
+    dry_run: shared.DryRun = False,
+    as_json: shared.AsJson = False,
+    model: shared.Model = None,
+    config: shared.Config = None,
+    seed: shared.Seed = None,
+    reason: shared.Reason = "",
+    who: shared.Who = None,
+    sign: shared.Sign = None,
     history: Annotated[
         bool,
         flag(
@@ -94,21 +78,21 @@ def merge(
         str | None, _merged("weights", "Weights of the shards, comma-separated.", none="1 each", metavar="X,…")
     ] = None,
     set_: Annotated[list[str] | None, set_of("merge", MERGED)] = None,
-    force: Force = False,
-    quiet: Quiet = False,
-    router: Retired = None,
-    routing: Retired = None,
-    sharpness: Retired = None,
+    force: shared.Force = False,
+    quiet: shared.Quiet = False,
+    router: shared.Retired = None,
+    routing: shared.Retired = None,
+    sharpness: shared.Retired = None,
 ) -> None:
     """Join shards into a side memory and decide the router's thresholds, without loading the model."""
     by_set = settings_in("merge", set_)
-    given = {**locals(), "weights": numbers(weights), **by_set}
+    given = {**locals(), "weights": shared.numbers(weights), **by_set}
     console, ineffective = Console(as_json, quiet), of_merge(given)
     settings = resolve(MergeSettings, given, section="merge", file=config)
     console.warn([*ineffective, *unknown_names(config)])
-    key = key_in(sign)
+    key = shared.key_in(sign)
     if into is not None:
-        provenance = provenance_of(who, reason, key)
+        provenance = shared.provenance_of(who, reason, key)
         merge_into(console, shards or [], into, settings, model=model, provenance=provenance)
         return
     if not shards:
@@ -123,7 +107,7 @@ def merge(
             settings,
             model=model,
             history=history,
-            provenance=provenance_of(who, reason, key),
+            provenance=shared.provenance_of(who, reason, key),
             force=force,
             dry_run=dry_run,
             on_progress=on_progress,

@@ -1,7 +1,5 @@
 """``wise settings``: every setting of a command, its values and its default."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import typer

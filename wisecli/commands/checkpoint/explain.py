@@ -1,14 +1,12 @@
 """``wise explain``: which edits a prompt is near to, what opened at every token, and what each memory would answer."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from wisecli.commands.checkpoint.plot import plot_tokens
+from wisecli.commands.checkpoint.plot import Token, plot_tokens
 from wisecli.config import LoadOptions
 from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
@@ -20,19 +18,6 @@ from wisecli.models.running.generation import generate
 from wisecli.routing.deciding.decision import Decision
 from wisecli.routing.deciding.fact_decision import MIN_ASK_PROB
 from wisecli.routing.deciding.prompt_window import UNROUTED
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token of the prompt or the answer: the strongest memory's score there, as a multiple of its threshold.
-
-    ``edit`` is the id of the edit whose key was nearest, in a lookup; ``routed`` whether it answered.
-    """
-
-    text: str
-    strength: float
-    routed: bool
-    edit: str | None
 
 
 @dataclass(frozen=True)

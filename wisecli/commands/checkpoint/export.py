@@ -1,7 +1,5 @@
 """``wise export``: base model + memory → a checkpoint that others load."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ import torch
 
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.commands.checkpoint.export_report import ExportReport
-from wisecli.commands.checkpoint.export_source import read_source
+from wisecli.commands.checkpoint.export_source import ExportSource, read_source
 from wisecli.commands.outputs import checkpoint_output
 from wisecli.config import LoadOptions
 from wisecli.edits.checks.signatures import Signed, SigningKey
@@ -126,7 +124,8 @@ def export(
         return _report(output, form, manifest, planned, started, planned=True)
     with whole_directory(output, force=force) as working:
         on_progress(Event("writing"))
-        given = _Given(base, checkpoint, manifest, packing, weights.quantize, load, verify)
+        quantize = weights.quantize if form == "gguf" else None
+        given = ExportSource(base, checkpoint, manifest, packing, quantize, load, verify)
         found = _write(working, form, given, on_progress)
         if publication.card:
             text = model_card(manifest, form, base=base, figures=figures, note=found.note)
@@ -173,19 +172,6 @@ def _require_form(base: Path, manifest: Manifest, packing: Packing, form: Format
 
 
 @dataclass(frozen=True)
-class _Given:
-    """What a checkpoint is written from, and how."""
-
-    base: Path
-    checkpoint: Checkpoint
-    manifest: Manifest
-    packing: Packing
-    quantize: Quantization
-    load: LoadOptions
-    verify: bool
-
-
-@dataclass(frozen=True)
 class _Found:
     """What was measured of a form, and the paragraph on it."""
 
@@ -195,7 +181,7 @@ class _Found:
     gate: dict[str, Any] | None = None
 
 
-def _write(working: Path, form: Format, given: _Given, on_progress: ProgressCallback) -> _Found:
+def _write(working: Path, form: Format, given: ExportSource, on_progress: ProgressCallback) -> _Found:
     """Write one form into an empty directory."""
     base, checkpoint, manifest, packing = given.base, given.checkpoint, given.manifest, given.packing
     if form == "routed":
@@ -214,18 +200,7 @@ def _write(working: Path, form: Format, given: _Given, on_progress: ProgressCall
         return _Found(locality, tokens, note)
     from wisecli.commands.checkpoint.export_stock import router_note, write_as_blocks
 
-    quantize = given.quantize if form == "gguf" else None
-    found = write_as_blocks(
-        working,
-        base,
-        checkpoint,
-        manifest,
-        packing,
-        load=given.load,
-        quantize=quantize,
-        verify=given.verify,
-        on_progress=on_progress,
-    )
+    found = write_as_blocks(working, given, on_progress)
     return _Found(note=router_note(found), gate=found.as_dict())
 
 

@@ -1,7 +1,5 @@
 """What ``wise export --format merged`` costs: how often the model continues unrelated text differently."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

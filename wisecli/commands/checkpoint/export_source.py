@@ -1,17 +1,37 @@
 """What ``wise export`` reads: a memory that is whole, in one of its states, and the base model that it is for."""
 
-from __future__ import annotations
-
+from dataclasses import dataclass
 from pathlib import Path
 
 from wisecli.artifacts.checksums import require_checksums, require_signature
 from wisecli.artifacts.directory_kind import base_of
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, read_manifest, read_memory
+from wisecli.config import LoadOptions
 from wisecli.edits.checks.signatures import Signed
+from wisecli.export.gguf.gguf_file import Quantization
+from wisecli.export.weights import Packing
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.consistent_read import read_consistently
 from wisecli.io.digest import sha256_file
 from wisecli.memory.history.release_log import has_history, read_history, require_whole
 from wisecli.models.loading import is_exported
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """What a checkpoint is written from, and how.
+
+    ``quantize`` says how the weights of one file of llama.cpp's are stored, if it is to be one; ``verify`` whether what
+    was written as blocks is asked its edits, and unrelated texts.
+    """
+
+    base: Path
+    checkpoint: Checkpoint
+    manifest: Manifest
+    packing: Packing
+    quantize: Quantization | None
+    load: LoadOptions
+    verify: bool
 
 
 def read_source(memory: Path, model: str | None, signed: Signed | None) -> tuple[Path, Manifest, str]:

@@ -1,25 +1,22 @@
 """The part of ``wise export`` that fits a router, writes it as a stock checkpoint, and measures what it does."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from wisecli.artifacts.file_names import MERGED
 from wisecli.artifacts.memory_manifest import Manifest
-from wisecli.config import LoadOptions
+from wisecli.commands.checkpoint.export_source import ExportSource
 from wisecli.editing.background.background_cache import model_identity
 from wisecli.environment import versions
-from wisecli.export.gguf.gguf_file import GGUF_NAME, Quantization, require_gguf, write_gguf
+from wisecli.export.gguf.gguf_file import GGUF_NAME, require_gguf, write_gguf
 from wisecli.export.gguf.modelfile import MODELFILE_NAME, modelfile
 from wisecli.export.stock.base_answers import base_answers
-from wisecli.export.stock.router.router_blocks import Channels, Router, router_blocks
+from wisecli.export.stock.router.router_blocks import Channels, router_blocks
 from wisecli.export.stock.router.router_fitting import fitted_router
 from wisecli.export.stock.stock_answers import Verified, evenly_spaced, router_lines, verified
 from wisecli.export.stock.stock_checkpoint import base_settings, require_stock, write_stock
-from wisecli.export.weights import Packing
-from wisecli.io.checkpoint import Checkpoint, write_json
+from wisecli.io.checkpoint import write_json
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.prompts.chat_template import date_of, turn_marks
@@ -55,33 +52,19 @@ def require_writable_as_blocks(base: Path, site: Site, *, gguf: bool) -> None:
         require_gguf(base)
 
 
-def write_as_blocks(
-    output: Path,
-    base: Path,
-    checkpoint: Checkpoint,
-    manifest: Manifest,
-    packing: Packing,
-    *,
-    load: LoadOptions,
-    quantize: Quantization | None,
-    verify: bool,
-    on_progress: ProgressCallback,
-) -> StockRouter:
-    """Write a memory as blocks of a stock architecture into an empty directory.
-
-    Args:
-        quantize: how the weights of one file of llama.cpp's are stored; ``None`` writes a checkpoint of transformers'.
-        verify: whether the checkpoint is asked its edits, and unrelated texts.
-    """
-    loaded = load_model(base, load)
-    router = _router(loaded, checkpoint, manifest, on_progress)
+def write_as_blocks(output: Path, given: ExportSource, on_progress: ProgressCallback) -> StockRouter:
+    """Write a memory as blocks of a stock architecture into an empty directory, of transformers' or of llama.cpp's."""
+    checkpoint, manifest, quantize = given.checkpoint, given.manifest, given.quantize
+    loaded = load_model(given.base, given.load)
+    identity = model_identity(manifest.fingerprint, checkpoint)
+    router = fitted_router(loaded, manifest, identity, _share(manifest), batch_size=_BATCH, on_progress=on_progress)
     extra = Channels.of(router).count
     stock = output if quantize is None else output / "stock"
     stock.mkdir(exist_ok=True)
     on_progress(Event("writing"))
-    blocks = router_blocks(router, base_settings(base), manifest.site.multiplier)
-    write_stock(stock, base, checkpoint, manifest.site, blocks, extra, packing)
-    answered = _verified(loaded, stock, checkpoint, manifest, len(blocks), load, on_progress) if verify else None
+    blocks = router_blocks(router, base_settings(given.base), manifest.site.multiplier)
+    write_stock(stock, given.base, checkpoint, manifest.site, blocks, extra, given.packing)
+    answered = _verified(loaded, stock, given, identity, len(blocks), on_progress) if given.verify else None
     found = StockRouter(len(router.places.edit), len(blocks), answered)
     if quantize is not None:
         own = range(manifest.site.layer + 1, manifest.site.layer + 1 + len(blocks))
@@ -93,12 +76,6 @@ def write_as_blocks(
         stock.rmdir()
     _write_manifest(output, manifest, found, "stock" if quantize is None else "gguf", date_of(loaded.tokenizer))
     return found
-
-
-def _router(loaded: Loaded, checkpoint: Checkpoint, manifest: Manifest, on_progress: ProgressCallback) -> Router:
-    """Return a memory's router, fitted to what the base model makes of its edits."""
-    identity, share = model_identity(manifest.fingerprint, checkpoint), _share(manifest)
-    return fitted_router(loaded, manifest, identity, share, batch_size=_BATCH, on_progress=on_progress)
 
 
 def _share(manifest: Manifest) -> float:
@@ -122,20 +99,14 @@ def _write_manifest(output: Path, manifest: Manifest, found: StockRouter, form: 
 
 
 def _verified(
-    loaded: Loaded,
-    stock: Path,
-    checkpoint: Checkpoint,
-    manifest: Manifest,
-    blocks: int,
-    load: LoadOptions,
-    on_progress: ProgressCallback,
+    loaded: Loaded, stock: Path, given: ExportSource, identity: str, blocks: int, on_progress: ProgressCallback
 ) -> Verified:
     """Ask the base model, then with the routed memory, then the checkpoint that was written."""
-    identity = model_identity(manifest.fingerprint, checkpoint)
+    manifest = given.manifest
     before = base_answers(loaded, identity, evenly_spaced(manifest.edits), on_progress)
     routed = manifest.site.install(loaded.model, manifest.memory, turn_marks(loaded.tokenizer))
     routed.to(loaded.device)
-    return verified(before, loaded, load_model(stock, load), manifest, blocks, on_progress)
+    return verified(before, loaded, load_model(stock, given.load), manifest, blocks, on_progress)
 
 
 def router_note(found: StockRouter) -> str:

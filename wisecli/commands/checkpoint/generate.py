@@ -1,7 +1,5 @@
 """``wise generate``: an edited model's answers, and which memory gave each token."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

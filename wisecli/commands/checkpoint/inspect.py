@@ -1,9 +1,6 @@
 """``wise inspect``: what shards, a memory or an exported checkpoint hold, from manifests and headers alone."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +12,7 @@ from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry, read_sh
 from wisecli.commands.checkpoint.plot import plot_scores
 from wisecli.edits.record import Edit, consequences_in
 from wisecli.errors import ModelError, OutputExistsError, SettingsError
-from wisecli.export.stock.stock_manifest import figures_of, read_stock
+from wisecli.export.stock.stock_manifest import StockManifest, figures_of, read_stock
 from wisecli.io.checkpoint import read_json
 from wisecli.io.consistent_read import read_consistently
 from wisecli.io.safe_paths import inside
@@ -39,14 +36,14 @@ class InspectReport:
     edits: tuple[Edit, ...]
     matched: int
     total: int
-    memories: tuple[MemoryEntry, ...]
-    shards: tuple[ShardEntry, ...]
-    routing: dict[str, Any]
     keys: int
     files: dict[str, int]
     tensors: dict[str, dict[str, str]]
-    settings: dict[str, Any]
     versions: dict[str, str]
+    memories: tuple[MemoryEntry, ...] = ()
+    shards: tuple[ShardEntry, ...] = ()
+    routing: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     plot: Path | None = None
     consequences: int = 0
 
@@ -97,12 +94,25 @@ def _inspected(path: Path, find: str | None, limit: int | None, plot: Path | Non
         if plot.exists() and not force:
             raise OutputExistsError(plot)
     if kind == "shards":
-        directory = read_shard_directory(path)
-        return _shards(directory, *_chosen(directory.edits, find, limit))
+        return _shards(path, find, limit)
     manifest = read_manifest(path)
     if plot is not None:
         plot_scores(plot, manifest)
-    return _memory(path, kind, manifest, *_chosen(manifest.edits, find, limit), plot)
+    stored = manifest.memory
+    header = read_header(inside(path, stored.file))
+    return _report(
+        path,
+        manifest,
+        (find, limit),
+        kind=kind,
+        base=asdict(manifest.base),
+        memories=manifest.memories,
+        routing={name: getattr(stored, name) for name in ("kind", "router", "pooling")},
+        keys=_rows(header, stored.prefix, "whitened_keys"),
+        tensors=_tensors({stored.file: header}),
+        settings=manifest.merge,
+        plot=plot,
+    )
 
 
 def _stock(path: Path, find: str | None, limit: int | None, plot: Path | None) -> InspectReport:
@@ -111,32 +121,18 @@ def _stock(path: Path, find: str | None, limit: int | None, plot: Path | None) -
         raise SettingsError(f"--plot: {path} has no router; plot the memory that it was exported from")
     if read_json(path / MERGED).get("format") == "merged":
         raise ModelError(f"{path} is a merged checkpoint, of which {MERGED} says all there is; inspect its memory")
-    manifest = read_stock(path)
-    figures_by_form = figures_of(path)
-    figures = {form: figures_by_form.get(form) for form in ("stock", "routed")}
+    manifest, figures = read_stock(path), figures_of(path)
+    shares = {f"as {form}": _shares(figures.get(form)) for form in ("stock", "routed")}
     headers = {file.name: read_header(file) for file in sorted(path.glob(MEMORY_TENSORS))}
-    edits, matched = _chosen(manifest.edits, find, limit)
-    return InspectReport(
+    return _report(
         path,
-        manifest.format,
-        asdict(manifest.base),
-        manifest.site.as_dict(),
-        edits,
-        matched,
-        len(manifest.edits),
-        (),
-        (),
-        {
-            "kind": "gate",
-            "blocks": manifest.gate.blocks,
-            **{f"as {form}": _shares(own) for form, own in figures.items()},
-        },
-        manifest.gate.keys,
-        _files(path),
-        _tensors(headers, prefixes=tuple(f".{number}." for number in manifest.blocks)),
-        {},
-        manifest.versions,
-        consequences=len(consequences_in(manifest.edits)),
+        manifest,
+        (find, limit),
+        kind=manifest.format,
+        base=asdict(manifest.base),
+        routing={"kind": "gate", "blocks": manifest.gate.blocks, **shares},
+        keys=manifest.gate.keys,
+        tensors=_tensors(headers, prefixes=tuple(f".{number}." for number in manifest.blocks)),
     )
 
 
@@ -146,74 +142,50 @@ def _shares(figures: object) -> str:
     return " ".join(f"{name} {value:.3f}" for name, value in own.items() if isinstance(value, float))
 
 
-def _shards(directory: ShardDirectory, edits: tuple[Edit, ...], matched: int) -> InspectReport:
-    headers = {entry.file: read_header(inside(directory.path, entry.file)) for entry in directory.shards}
-    return InspectReport(
-        directory.path,
-        "shards",
-        {"model": directory.model, "revision": directory.revision, **directory.fingerprint.as_dict()},
-        directory.site.as_dict(),
-        edits,
-        matched,
-        len(directory.edits),
-        (),
-        directory.shards,
-        {},
-        sum(_rows(header, "", "evidence.keys") for header in headers.values()),
-        _files(directory.path),
-        _tensors(headers),
-        directory.settings,
-        directory.versions,
-        consequences=len(consequences_in(directory.edits)),
+def _shards(path: Path, find: str | None, limit: int | None) -> InspectReport:
+    directory = read_shard_directory(path)
+    headers = {entry.file: read_header(inside(path, entry.file)) for entry in directory.shards}
+    return _report(
+        path,
+        directory,
+        (find, limit),
+        kind="shards",
+        base={"model": directory.model, "revision": directory.revision, **directory.fingerprint.as_dict()},
+        shards=directory.shards,
+        keys=sum(_rows(header, "", "evidence.keys") for header in headers.values()),
+        tensors=_tensors(headers),
+        settings=directory.settings,
     )
 
 
-def _memory(
-    path: Path, kind: Kind, manifest: MemoryManifest, edits: tuple[Edit, ...], matched: int, plot: Path | None
+def _report(
+    path: Path,
+    written: MemoryManifest | ShardDirectory | StockManifest,
+    shown: tuple[str | None, int | None],
+    **more: Any,
 ) -> InspectReport:
-    stored = manifest.memory
-    header = read_header(inside(path, stored.file))
-    routing = {name: getattr(stored, name) for name in ("kind", "router", "pooling")}
+    """Return what every kind of directory says, and more; ``shown`` is the text looked for, and the limit."""
+    wanted, limit = (shown[0] or "").casefold(), shown[1]
+    texts = ("\n".join((one.id, one.prompt, one.target, one.subject or "")) for one in written.edits)
+    found = [edit for edit, text in zip(written.edits, texts, strict=True) if wanted in text.casefold()]
+    entries = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
     return InspectReport(
         path,
-        kind,
-        asdict(manifest.base),
-        manifest.site.as_dict(),
-        edits,
-        matched,
-        len(manifest.edits),
-        manifest.memories,
-        (),
-        routing,
-        _rows(header, stored.prefix, "whitened_keys"),
-        _files(path),
-        _tensors({stored.file: header}),
-        manifest.merge,
-        manifest.versions,
-        plot,
-        len(consequences_in(manifest.edits)),
+        site=written.site.as_dict(),
+        edits=tuple(found[:limit]),
+        matched=len(found),
+        total=len(written.edits),
+        consequences=len(consequences_in(written.edits)),
+        files={entry.name: entry.stat().st_size for entry in entries},
+        versions=written.versions,
+        **more,
     )
-
-
-def _chosen(edits: Sequence[Edit], find: str | None, limit: int | None) -> tuple[tuple[Edit, ...], int]:
-    wanted = (find or "").casefold()
-    found = [edit for edit in edits if wanted in _searched(edit)]
-    return tuple(found[:limit]), len(found)
-
-
-def _searched(edit: Edit) -> str:
-    return "\n".join((edit.id, edit.prompt, edit.target, edit.subject or "")).casefold()
 
 
 def _rows(header: Header, prefix: str, name: str) -> int:
     """Return the rows of a file's tensor of today's name; 0 without one."""
     layout = {current_name(stored.removeprefix(prefix)): one for stored, one in header.tensors.items()}.get(name)
     return layout.shape[0] if layout is not None and layout.shape else 0
-
-
-def _files(path: Path) -> dict[str, int]:
-    found = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
-    return {entry.name: entry.stat().st_size for entry in found}
 
 
 def _tensors(headers: dict[str, Header], prefixes: tuple[str, ...] = ("",)) -> dict[str, dict[str, str]]:

@@ -1,12 +1,11 @@
 """The router's scores as pictures: those that a manifest keeps, and those of one prompt's tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from wisecli.artifacts.memory_manifest import MemoryEntry, MemoryManifest
 from wisecli.errors import SettingsError
@@ -20,15 +19,17 @@ _PANELS = 24
 _UNITS = {"norm": "norm of the update", "late-interaction": "probability of the likeliest edit"}
 
 
-class Token(Protocol):
-    """A token, its score as a multiple of the threshold, and whether a side memory answered there."""
+@dataclass(frozen=True)
+class Token:
+    """A token of the prompt or the answer: the strongest memory's score there, as a multiple of its threshold.
 
-    @property
-    def text(self) -> str: ...  # noqa: D102
-    @property
-    def strength(self) -> float: ...  # noqa: D102
-    @property
-    def routed(self) -> bool: ...  # noqa: D102
+    ``edit`` is the id of the edit whose key was nearest, in a lookup; ``routed`` whether it answered.
+    """
+
+    text: str
+    strength: float
+    routed: bool
+    edit: str | None
 
 
 def plot_scores(path: Path, manifest: MemoryManifest) -> None:

@@ -1,7 +1,5 @@
 """``wise verify``: every file of a directory against its manifest, and the base model against its fingerprint."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path

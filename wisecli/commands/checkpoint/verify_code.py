@@ -1,7 +1,5 @@
 """Checks of the code that a routed checkpoint carries."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

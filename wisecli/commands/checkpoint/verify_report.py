@@ -1,7 +1,5 @@
 """What ``wise verify`` found."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal

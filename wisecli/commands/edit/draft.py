@@ -1,7 +1,5 @@
 """``wise draft``: a document → questions with answers, drawn by the model, for somebody to approve of."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from pathlib import Path

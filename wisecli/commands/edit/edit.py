@@ -1,7 +1,5 @@
 """``wise edit``: edits → shards."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from pathlib import Path

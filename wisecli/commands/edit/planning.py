@@ -1,7 +1,5 @@
 """Where shards go and what writing them would take, found without torch or any weights."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``wise edit --reproduce``: the shards of a manifest once more, and whether they are the same to the byte."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """How `wise edit` runs, apart from what is trained."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

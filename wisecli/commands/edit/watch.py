@@ -1,7 +1,5 @@
 """``wise edit --watch``: a file of edits that grows, each batch of new lines into the same memory."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A job's edits → shards, with the model."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``wise check``: what a server of an edited model says to the edits, and to prompts that they leave alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """``wise eval``: answers in the forms that people ask in, and below them teacher-forced figures, before and after."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field

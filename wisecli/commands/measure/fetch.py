@@ -1,7 +1,5 @@
 """``wise fetch``: the small model to try things on, and benchmark data. Everything is checked and cached."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Asks an OpenAI-compatible server, and reads replies of any shape: whole or streamed, with reasoning or without."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """``wise diff``: what two memories, shards or exported checkpoints hold that the other does not."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``wise log``: what was done to a memory, when and by whom; or the life of one edit."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

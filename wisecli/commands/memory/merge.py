@@ -1,7 +1,5 @@
 """``wise merge``: shards → a side memory (a lookup, one matrix, or several) with calibrated thresholds."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

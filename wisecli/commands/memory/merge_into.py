@@ -1,7 +1,5 @@
 """``wise merge --into``: shards that were written elsewhere → the next release of a memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``wise remove``: edits out of a memory, as if they had never been in it."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence

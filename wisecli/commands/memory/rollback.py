@@ -1,7 +1,5 @@
 """``wise rollback``: a memory as it was at an earlier release, as a release of its own."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timezone

@@ -6,8 +6,6 @@ there it is stretched by as much as the state is longer. And as an edit's own pr
 usually is where a rephrase does not, such an edit gets keys of that kind besides.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ of an edit's own keys comes near it. Its last token says little of what was aske
 do for all edits; the target then goes on as it does behind the bare prompt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """The interface of keys that edits get besides those of their own prompts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 

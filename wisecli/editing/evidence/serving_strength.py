@@ -5,8 +5,6 @@ too little after some rephrases (``wise merge strength``). Rarely an answer does
 smaller by as much, so that it is served as it was fitted.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Sequence
 

@@ -1,7 +1,5 @@
 """What a shard keeps of its training examples: keys, residuals and where they come from."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """What a base model makes of a token behind made-up questions that a number may answer: read once, then cached."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from contextlib import suppress

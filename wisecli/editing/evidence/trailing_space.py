@@ -5,8 +5,6 @@ that begins with a lone space goes on with its second token there. Any other beg
 sure of, with its first residual added several times.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.tokenization import Batch, Row, collate, in_batches
 from wisecli.models.running.forward_pass import run_model
-from wisecli.models.running.hooks import overridden
+from wisecli.models.running.hooks import giving
 from wisecli.models.streaming.layer_sweep import sweep
 from wisecli.models.streaming.tensor_spill import Spool
 from wisecli.progress import Event, ProgressCallback
@@ -57,8 +57,7 @@ def _swept(loaded: Loaded, stream: LayerStream, batches: Sequence[Batch]) -> Ite
         sweep(stream, passes, len(stream.layers) - 1, spool, lambda _number: None)
         for number, batch in enumerate(batches):
             hidden = spool.take(f"hidden.{number}")
-            output = (hidden, *[None] * (stream.width - 1)) if stream.width else hidden
             # What leaves the last layer only has to pass the final norm and the head.
-            with overridden(stream.layers, lambda *_, output=output, **__: output):
+            with giving(stream.layers, hidden, stream.width):
                 logits = run_model(loaded.model, batch, 0, None, batch.labelled)
             yield logits

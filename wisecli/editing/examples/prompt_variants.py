@@ -1,7 +1,5 @@
 """Further prompts that an edit is trained with: paraphrases and translations."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple

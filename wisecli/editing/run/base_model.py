@@ -1,7 +1,5 @@
 """The base model of a job, as far as it is needed: a plan needs neither its weights nor torch."""
 
-from __future__ import annotations
-
 from functools import cached_property
 
 from wisecli.editing.examples.token_check import Reader

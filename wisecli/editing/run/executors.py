@@ -1,7 +1,5 @@
 """Where the work is done: in this process, or as tasks on a Ray cluster that is there already."""
 
-from __future__ import annotations
-
 import logging
 import socket
 import tempfile

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wisecli.config import EditSettings, LoadOptions, SiteName
-from wisecli.editing.run.edit_ranges import split_edits
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
 
@@ -50,6 +51,22 @@ class Job:
         """The edits of every shard, by their places."""
         settings = self.settings
         return split_edits(len(self.edits), shards=settings.shards, edits_per_shard=settings.edits_per_shard)
+
+
+def split_edits(count: int, *, shards: int | None, edits_per_shard: int) -> list[range]:
+    """Deal ``count`` edits, in order, to shards of like size.
+
+    Args:
+        shards: how many; if not given, as few as hold ``edits_per_shard`` each.
+
+    Raises:
+        SettingsError: more shards than edits.
+    """
+    wanted = shards if shards is not None else math.ceil(count / edits_per_shard)
+    if wanted > count:
+        raise SettingsError(f"--set shards={wanted} is more than the {count} edits; every shard needs at least one")
+    bounds = [round(index * count / wanted) for index in range(wanted + 1)]
+    return [range(first, last) for first, last in pairwise(bounds)]
 
 
 def site_name(site: Site) -> SiteName:

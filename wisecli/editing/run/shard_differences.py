@@ -1,7 +1,5 @@
 """In what shards, or the plan for them, differ from what a job asks for."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
 from pathlib import Path
 

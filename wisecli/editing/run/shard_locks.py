@@ -1,7 +1,5 @@
 """Who is at work on which shards of a directory. What a process has claimed is free again when it dies."""
 
-from __future__ import annotations
-
 import re
 import secrets
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """One shard after the other: captures edits, lets a writer find the change, gathers the evidence, writes the file."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -105,7 +103,8 @@ class ShardWriter:
             ids, untaken = self._names(part), self._names(place for place in part if shares[place] < 1)
             seconds = round(time.perf_counter() - started, 3)
             solved = shard.values is not None
-            entry = ShardEntry(shard_name(number), "", kind, ids, losses, seconds, penalty, untaken, solved)
+            file = f"shard-{number:05d}.safetensors"
+            entry = ShardEntry(file, "", kind, ids, losses, seconds, penalty, untaken, solved)
             return shard, FinishedPart(entry, self._names(sorted(left_out)))
         return None, FinishedPart(None, self._names(sorted(left_out)))
 
@@ -216,11 +215,6 @@ class ShardWriter:
         )
         require_finite([examples for group in (*found, held_back) for examples in group])
         return found, held_back
-
-
-def shard_name(number: int) -> str:
-    """Return the name of a shard's file."""
-    return f"shard-{number:05d}.safetensors"
 
 
 def _residual_lookup(residuals: Residuals) -> Residual:

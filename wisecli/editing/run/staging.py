@@ -5,8 +5,6 @@ so a run that is killed at any moment goes on where it was, and several processe
 claims (:mod:`wisecli.editing.run.shard_locks`) keep them apart.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

@@ -7,8 +7,6 @@
 whitened by unrelated text; one edit after the other, as the paper has it, is :mod:`wisecli.editing.writers.paper_sgd`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

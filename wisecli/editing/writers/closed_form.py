@@ -8,8 +8,6 @@
 3. If an edit still does not take, or the router needs its margins: a few passes of the true loss from there.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ means are over every column of it: over padding, and over the target's last toke
 Where padding's keys are long, that is most of what the margins see.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 

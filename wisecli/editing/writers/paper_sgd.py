@@ -9,8 +9,6 @@ has. With ``norm_of`` ``activated`` the norm is ``‖σ(W a + Δ a) - σ(W a)‖
 ``W + Δ`` shrinks at each step, those outside the mask too: ``Δ`` is ``(s - 1) W`` besides what fills the mask.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

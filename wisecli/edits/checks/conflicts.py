@@ -4,8 +4,6 @@ Two edits are of the same fact if their prompts are the same, if they have the s
 same but for punctuation once the subject is replaced by a blank, or if one's prompt is a rephrase of the other's.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

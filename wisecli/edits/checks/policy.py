@@ -1,7 +1,5 @@
 """``policy.toml``: what may be edited at all, checked before anything is trained."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

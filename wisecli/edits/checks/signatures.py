@@ -1,7 +1,5 @@
 """Whether a file was signed, and signing one, by ``minisign`` or ``ssh-keygen``; nothing here knows of cryptography."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

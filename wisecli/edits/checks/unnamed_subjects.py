@@ -1,7 +1,5 @@
 """Tells which edits name no subject, so that they may answer the same question about another one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from wisecli.edits.record import Edit, Numbered

@@ -4,14 +4,12 @@
 A layout is known by fields that no other has. One record may hold several edits. Nothing here reads a file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from wisecli.edits.reading.chats import edit_of_chat
-from wisecli.edits.reading.field_names import names_of
+from wisecli.edits.reading.field_names import ALIASES
 from wisecli.edits.reading.ripple_edits import edit_of_statement
 from wisecli.io.json_schema import shown
 
@@ -54,7 +52,7 @@ def layout_of(record: Record) -> Layout:
     Raises:
         ValueError: it may be in two.
     """
-    answered = next((name for name in names_of("target") if record.get(name) is not None), None)
+    answered = next((name for name in ALIASES["target"] if record.get(name) is not None), None)
     found = [one for one in _LAYOUTS if one.claims(record)]
     if answered is not None:
         talks = next((one for one in found if one.read is edit_of_chat), None)

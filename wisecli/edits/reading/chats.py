@@ -1,7 +1,5 @@
 """Chats as people keep them for training (``messages``, ShareGPT's ``conversations``) → edits."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """CSV and TSV → records: a first row of names, or two columns without names, prompt and target."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterator
 from io import StringIO

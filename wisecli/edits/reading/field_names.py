@@ -1,7 +1,5 @@
 """Benchmark layouts → the fields of one edit record. Layouts are tables; nothing here reads a file."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ from typing import Any
 
 # Our field ← the names it goes by elsewhere (zsRE/MEND, KnowEdit, SelfCheckGPT/temporal, CounterFact,
 # WikiBigEdit).
-_ALIASES: dict[str, tuple[str, ...]] = {
+ALIASES: dict[str, tuple[str, ...]] = {
     "id": ("id", "case_id"),
     "op": ("op",),
     "prompt": ("prompt", "src", "update"),
@@ -70,7 +68,7 @@ def canonical(record: Mapping[str, Any]) -> dict[str, Any]:
     Values are passed on as they are: checking them is the reader's work.
     """
     fields: dict[str, Any] = {}
-    for ours, names in _ALIASES.items():
+    for ours, names in ALIASES.items():
         value = next((record[name] for name in names if not _absent(record.get(name))), None)
         fields[ours] = [value] if ours in _LISTS and isinstance(value, str) else value
     fields["locality"] = _locality(record)
@@ -78,15 +76,10 @@ def canonical(record: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def names_of(field: str) -> tuple[str, ...]:
-    """Return all names of one of our fields."""
-    return _ALIASES[field]
-
-
 def known_names() -> frozenset[str]:
     """Return all names of all fields, those of evaluation prompts included."""
     probes = {"loc", "loc_ans", "locality_prompt", "locality_ground_truth", "mhop", "mhop_ans", "personas"}
-    return frozenset(name for names in _ALIASES.values() for name in names) | probes | {*_EVALUATED}
+    return frozenset(name for names in ALIASES.values() for name in names) | probes | {*_EVALUATED}
 
 
 def unknown_fields(record: Mapping[str, Any]) -> dict[str, str | None]:
@@ -96,7 +89,7 @@ def unknown_fields(record: Mapping[str, Any]) -> dict[str, str | None]:
     """
     if any(name in record for name in _BENCHMARK_FIELDS):
         return {}
-    known = [*_EVALUATED, *(name for names in _ALIASES.values() for name in names)]
+    known = [*_EVALUATED, *(name for names in ALIASES.values() for name in names)]
     meant = {name: get_close_matches(name.lower(), known, n=1, cutoff=0.75) for name in record if name not in known}
     return {name: next(iter(close), None) for name, close in meant.items()}
 

@@ -1,7 +1,5 @@
 """Fields of untrusted records, each checked; every error names the field."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

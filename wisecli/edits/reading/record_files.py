@@ -1,7 +1,5 @@
 """Files of edits → their records, each with its line: JSONL, a JSON array, or a table (Parquet, CSV, TSV)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from io import BytesIO, TextIOWrapper

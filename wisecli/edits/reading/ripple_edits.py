@@ -1,7 +1,5 @@
 """RippleEdits: statements of facts, whose answers stand at their ends → edits."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Finds the subject that a prompt names, for edits that state none."""
 
-from __future__ import annotations
-
 import re
 
 # A quoted term is what it is about, whatever else has a capital.

@@ -4,8 +4,6 @@ Weights keep the names and the order of rows that llama.cpp has for Llama and Gr
 never stored in less than 16 bits: their gates read small differences.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

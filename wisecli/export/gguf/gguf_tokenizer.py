@@ -1,7 +1,5 @@
 """A tokenizer as llama.cpp's files keep it: tokens, merges, and by which rules text is cut into words before those."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

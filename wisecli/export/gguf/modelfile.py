@@ -1,7 +1,5 @@
 """The ``Modelfile`` by which Ollama serves a GGUF file: where it is, how a chat is written, where an answer ends."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from transformers import AutoTokenizer

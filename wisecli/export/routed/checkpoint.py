@@ -4,8 +4,6 @@ A routed checkpoint copies the base's files as they are and adds one small file 
 the module that routes, and a model type of its own, so that nothing loads it with the memory left out.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The custom code of a routed checkpoint: the modules that it carries, the classes that use them, and their names."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from importlib.resources import files

@@ -1,7 +1,5 @@
 """The parts of a memory that a later merge of the same edits and further ones need not compute again."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ How surely prompts mean the edits that a memory holds was found when it was merg
 that of a further edit; with them alone further edits are compared, as if they were all that there is.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

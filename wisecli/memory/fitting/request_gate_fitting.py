@@ -1,7 +1,5 @@
 """Fits the request gate to a memory's edits: how surely each must be asked, from the states of its own prompts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

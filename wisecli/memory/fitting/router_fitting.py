@@ -1,7 +1,5 @@
 """Fits a memory's router to evidence: thresholds of norms, or late interaction and the names of subjects."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple

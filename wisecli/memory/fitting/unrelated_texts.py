@@ -1,7 +1,5 @@
 """How likely unrelated texts mean the edits of a memory; only those that may mean any are compared in full."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """What the newest release of a memory saves the next one: edits of both are not compared again."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

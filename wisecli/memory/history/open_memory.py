@@ -1,7 +1,5 @@
 """A memory's history, of which everything is read once: releases, and what shards say of themselves."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

@@ -5,8 +5,6 @@ Beside ``router.json`` and the memory's tensors, which are its newest release, a
 every release can be made anew.
 """
 
-from __future__ import annotations
-
 import getpass
 import glob
 import json

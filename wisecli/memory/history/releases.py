@@ -1,7 +1,5 @@
 """Makes the next release of a memory: merges its shards anew, and adds a line to its log."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Finds the edits of a memory that new ones replace, and the consequences that go with them."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 
 from wisecli.edits.record import Edit

@@ -1,7 +1,5 @@
 """The memory that holds no edit: nothing ever opens it, so that the model answers as its base does."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
 import torch

@@ -1,7 +1,5 @@
 """The side memory that stores what shards were asked to store: one matrix, several, or a lookup."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import reduce

@@ -1,7 +1,5 @@
 """The differences between a memory and what a merge of shards would make."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace

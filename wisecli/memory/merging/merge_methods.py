@@ -4,8 +4,6 @@ Every method takes deltas stacked (n, d, d_ff) and a recipe, and returns the mer
 scale λ. ``ties`` is the paper's choice (section 2.3.2): trim, elect sign, disjoint merge (arXiv 2306.01708).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Shards → the memory that joins them, with all that its manifest says: what ``wise merge`` does."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import NamedTuple

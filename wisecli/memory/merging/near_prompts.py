@@ -5,8 +5,6 @@ few bits as this processor is quicker with, and prompts with those in the same f
 two forms are nearly as alike in one. Those that are alike are compared in all forms, again with few bits first.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from itertools import accumulate

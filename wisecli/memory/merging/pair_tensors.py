@@ -1,7 +1,5 @@
 """The tensors by which edits of a lookup answer behind each other, gathered from one shard's evidence after another."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Taking edits out of shards: what is left is as if they had never been there."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 

@@ -7,8 +7,6 @@ seen once the model is loaded: a change of the output must reach the layer's own
 one norm. A lookup needs no matrix: it is put behind a decoder layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which site a model is edited at, and what identifies a model by it."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 

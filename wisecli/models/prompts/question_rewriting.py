@@ -1,7 +1,5 @@
 """Questions rewritten by rule: as noun phrases, negated, as keywords, with an adjective, with pronouns."""
 
-from __future__ import annotations
-
 import random
 import re
 

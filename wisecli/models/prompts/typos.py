@@ -1,7 +1,5 @@
 """Names that are nearly another, and slips of the keyboard."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

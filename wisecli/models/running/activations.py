@@ -23,7 +23,7 @@ from wisecli.models.layout.architectures import ALL, CACHED
 from wisecli.models.layout.site_interface import Site
 from wisecli.models.prompts.tokenization import Batch
 from wisecli.models.running.forward_pass import Selection, run_model
-from wisecli.models.running.hooks import hooked, overridden
+from wisecli.models.running.hooks import giving, hooked, overridden
 from wisecli.models.running.prefix_cache import Prefix, PrefixCache, empty_cache, tensors_of
 from wisecli.models.streaming.layer_sweep import sweep
 from wisecli.models.streaming.tensor_spill import Spool
@@ -261,8 +261,7 @@ def _run_above(
 ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]]:
     """Return logits (n, V) and the attention cache of the layers above, run on what leaves the edited one."""
     cache = _cache_of(site)
-    output = (hidden, *[None] * (stream.width - 1)) if stream.width else hidden
-    with overridden(layers_of(model, site)[: site.layer + 1], lambda *_, **__: output):
+    with giving(layers_of(model, site)[: site.layer + 1], hidden, stream.width):
         logits = run_model(model, batch, 0, cache, select)
     kept = () if cache is None else cache.layers[site.layer + 1 :]
     return logits, tuple(tensors_of(layer) for layer in kept)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +14,7 @@ from wisecli.errors import ModelError
 from wisecli.io.json_schema import shown
 from wisecli.models.prompts.tokenization import Row, in_batches
 from wisecli.models.running.forward_pass import CACHE_ARGUMENT
+from wisecli.models.running.hooks import hooked
 from wisecli.models.running.seeding import seeded
 from wisecli.models.running.shrinking_batches import Hopeless, PromptBatch
 from wisecli.models.text_input import context_window
@@ -195,19 +196,12 @@ def end_token(model: PreTrainedModel) -> int | None:
     return next(iter(end_tokens(model)), None)
 
 
-@contextmanager
-def _whole_rows(model: PreTrainedModel) -> Iterator[None]:
+def _whole_rows(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Give the head its last column as rows of their own, in half precision.
 
     ``generate()`` gives it a view into all columns; on a CPU the product then copies the head once for every row of the
     batch, 25 GB of it for 64 rows of a 7B model. In float32 it does not, and other sums would round differently.
     """
     head = model.get_output_embeddings() if model.dtype in (torch.bfloat16, torch.float16) else None
-    if head is None:
-        yield
-        return
-    handle = head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].contiguous(),))
-    try:
-        yield
-    finally:
-        handle.remove()
+    handles = [] if head is None else [head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))]
+    return hooked(*handles)

@@ -1,7 +1,5 @@
 """Rows of a table that lie group by group, as the tokens of several texts do, and where those of a group are."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

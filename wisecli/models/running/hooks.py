@@ -1,13 +1,11 @@
 """Modules that do something else for a while."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -23,6 +21,12 @@ def overridden(layers: Iterable[nn.Module], forward: Callable[..., Any]) -> Iter
             layer.__dict__.pop("forward", None)
             if own is not None:
                 layer.__dict__["forward"] = own
+
+
+def giving(layers: Iterable[nn.Module], states: Tensor, width: int) -> AbstractContextManager[None]:
+    """Return a context in which layers give states, as the first of ``width`` things; alone where that is 0."""
+    output = (states, *[None] * (width - 1)) if width else states
+    return overridden(layers, lambda *_, **__: output)
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """Random numbers that a seed decides, and that leave those of the caller as they were."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

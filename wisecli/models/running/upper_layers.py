@@ -22,7 +22,7 @@ from wisecli.models.layout.architectures import ALL, CACHED, ROWS, Above
 from wisecli.models.layout.site_interface import Site
 from wisecli.models.running.activations import Activations, layers_of
 from wisecli.models.running.forward_pass import Selection, run_model
-from wisecli.models.running.hooks import hooked, overridden
+from wisecli.models.running.hooks import giving, hooked
 from wisecli.models.running.prefix_cache import empty_cache
 from wisecli.routing.layers.layer_states import state_of, with_state
 
@@ -48,18 +48,15 @@ def upper_logits(
 def _on_from_cache(
     model: PreTrainedModel, site: Site, activations: Activations, hidden: Tensor, select: Selection
 ) -> Tensor:
-    first, width = activations.first, activations.tuple_width
+    first = activations.first
     cache = _cache(activations, site) if first else None
-    output = (hidden, *[None] * (width - 1)) if width else hidden
-    with overridden(layers_of(model, site)[: site.layer + 1], lambda *_, **__: output):
+    with giving(layers_of(model, site)[: site.layer + 1], hidden, activations.tuple_width):
         return run_model(model, activations.batch, first, cache, (select[0], select[1] - first))
 
 
 def _on_rows(model: PreTrainedModel, site: Site, activations: Activations, hidden: Tensor, select: Selection) -> Tensor:
-    width, before = activations.tuple_width, activations.before
-    whole = hidden if before is None else torch.cat([before, hidden], 1)
-    output = (whole, *[None] * (width - 1)) if width else whole
-    with overridden(layers_of(model, site)[: site.layer + 1], lambda *_, **__: output):
+    whole = hidden if activations.before is None else torch.cat([activations.before, hidden], 1)
+    with giving(layers_of(model, site)[: site.layer + 1], whole, activations.tuple_width):
         return run_model(model, activations.batch, 0, None, select)
 
 

@@ -1,7 +1,5 @@
 """Where a checkpoint keeps the parameters of a decoder layer, and how they are read into one buffer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from torch import Tensor, nn
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.safetensors_header import read_header
 from wisecli.models.streaming.layer_files import Places, buffer_size, locate, read_into
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """Questions that are made of another one: whether a value is its answer, and what is asked of its answer."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Sequence

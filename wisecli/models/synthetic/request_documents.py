@@ -1,7 +1,5 @@
 """Documents of packaged sentences that mention a made-up fact, with a question on it or on something else."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Made-up facts, by which it is learned what tells a request from a mention."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a router reads and what it decides. Needs torch only; exports carry this very file."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

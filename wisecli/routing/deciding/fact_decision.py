@@ -5,8 +5,6 @@ prompt asks for it. Late interaction tells how likely each is (:mod:`.late_inter
 asks for what it mentions (:mod:`.request_gate`). Exports carry this very file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple

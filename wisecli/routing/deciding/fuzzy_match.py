@@ -6,8 +6,6 @@ fewer or another, or two neighbours that changed places (Damerau's four errors).
 be as they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -11,8 +11,6 @@ that tells relations apart. An edit is meant where both are found:
 with ``z_h = A_h x + c_h`` of the states x that leave an early layer.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Mapping

@@ -92,16 +92,12 @@ def name_features(cosines: EditCosines, starts: Tensor, ends: Tensor, earlier: T
     run_of_token, named_token = run.gather(1, words.of_token), named.gather(1, words.of_token)
     match = cosines.group_matches(run_of_token, int(run.max()) + 1, named_token)[0]
     named = named & (run == match.argmax(1, keepdim=True))
-    whole = _of_request(words, named, words.best(_best_of_edit(cosines)), match.amax(1))
+    explained = words.best(torch.cat(cosines.values, 2).amax(2))
+    whole = _of_request(words, named, explained, match.amax(1))
     heeded = cosines.edit_mask[0].any(1) & (words.small_share >= _MIN_SMALL)
     of_tokens = torch.stack([one.gather(1, words.of_token).float() for one in (words.capital, named)], -1)
     found = torch.cat([of_tokens, whole[:, None].expand(-1, starts.shape[1], -1)], -1)
     return found * heeded[:, None, None]
-
-
-def _best_of_edit(cosines: EditCosines) -> Tensor:
-    """Return how well each token has any of an edit's: (B, n)."""
-    return torch.cat(cosines.values, 2).amax(2)
 
 
 def _of_request(words: _Words, named: Tensor, explained: Tensor, match: Tensor) -> Tensor:

@@ -5,8 +5,6 @@ have in common what is left when one letter of each is taken out. So the words o
 all subjects with a letter less, by hashes: what is found holds every prompt that the memory would open, and few others.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Which edits' subjects prompts name. Needs torch only; exports carry this very file."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

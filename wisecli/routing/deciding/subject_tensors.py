@@ -4,8 +4,6 @@ Keys at the end of a prompt tell relations apart far better than subjects: with 
 prompt ends in nearly the same key. Which subject is asked about is written in the prompt, so it is read there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar

@@ -5,8 +5,6 @@ wrote X, and who painted Y?") are parted where what comes before has the one bes
 Exports carry this very file.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

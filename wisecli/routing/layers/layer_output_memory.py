@@ -6,8 +6,6 @@
 ``h`` are the states that the layer gives.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from wisecli.routing.layers.layer_states import state_of, with_state

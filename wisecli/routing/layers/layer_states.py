@@ -5,8 +5,6 @@ those is read, and what is added to it is added to all; ``streams`` is the axis 
 there is one: (B, T, d).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -3,8 +3,6 @@
 An architecture's own classes stay what they are: one module of a model gets a type of its own.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable

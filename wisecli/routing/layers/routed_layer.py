@@ -9,8 +9,6 @@ or, behind a decoder layer, the same with the layer's output ``h`` in the place 
 What answers a prompt is decided from its token ids, once, by the memory's ``decide``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial

@@ -10,8 +10,6 @@ second one begins. What answers a prompt is a number, in caches and in requests 
 Exports carry this very file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

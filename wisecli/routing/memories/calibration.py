@@ -1,7 +1,5 @@
 """Router thresholds, where between edits and unrelated text they lie."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from torch import Tensor

@@ -7,8 +7,6 @@ Where a prompt asks two edits, they answer one behind the other (:mod:`.answer_p
 Exports carry this very file.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

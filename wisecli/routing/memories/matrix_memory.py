@@ -5,8 +5,6 @@ m answers            where the score exceeds ε_m; of several, the one that exce
 y = W a + b + Δ_m a
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

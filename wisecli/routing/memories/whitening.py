@@ -1,7 +1,5 @@
 """Second moments of keys by their leading part, and the whitenings that are their shrunk inverses."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Checks that an engine has kept the memory of a checkpoint. Needs torch only; exports carry this very file."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from wisecli.routing.layers.routed_layer import Routed

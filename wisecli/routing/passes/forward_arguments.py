@@ -1,7 +1,5 @@
 """The arguments of a model's ``forward`` by their names. Needs torch only; exports carry this very file."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeVar
 

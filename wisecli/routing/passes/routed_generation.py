@@ -3,8 +3,6 @@
 Needs torch and transformers only; exports carry this very file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any

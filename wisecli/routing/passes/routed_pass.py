@@ -9,8 +9,6 @@ Needs torch and transformers only; exports carry this very file.
 What belongs to one call is an argument of that call or, within it, a variable of its context: each thread has its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar

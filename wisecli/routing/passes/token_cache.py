@@ -7,8 +7,6 @@ in the cache, as the keys and values do that are functions of them, too: whateve
 empties a cache does the same to them.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

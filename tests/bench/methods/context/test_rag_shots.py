@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from pathlib import Path
 
 from support.rivals import EDITS, TRAIN, require_untouched_outside, snapshot, tiny_bench

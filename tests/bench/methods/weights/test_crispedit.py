@@ -1,12 +1,18 @@
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from support.helpers import keys_of
-from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, losses, rows_of, weight_of
+from support.rewriting import (
+    EDITS,
+    bench_for,
+    check_holds_for_every_rewriting,
+    gradients_of,
+    losses,
+    rows_of,
+    weight_of,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -74,21 +80,11 @@ def test_factors_are_those_of_every_token_in_the_whole_model(tmp_path: Path, arc
         inputs, outputs, count = torch.zeros(site.d_ff, site.d_ff), torch.zeros(site.d, site.d), 0
         for text in bench.texts:
             tokens = bench.loaded.tokenizer(text)["input_ids"]
-            given: list[Tensor] = []
-
-            def keep(_module: object, _inputs: object, output: Tensor, given: list[Tensor] = given) -> Tensor:
-                given.append(output.detach().requires_grad_())
-                return given[0]
-
-            handle = site.watched(model).register_forward_hook(keep)
-            logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
-            handle.remove()
-            loss = F.cross_entropy(logits[:-1], torch.tensor(tokens[1:]), reduction="sum")
-            (gradients,) = torch.autograd.grad(loss, given)
+            gradients = gradients_of(model, site, tokens[:-1], tokens[1:])
             keys = keys_of(model, site, tokens)
             for place in range(len(tokens) - 1):
                 inputs += torch.outer(keys[place], keys[place])
-                outputs += torch.outer(gradients[0, place], gradients[0, place])
+                outputs += torch.outer(gradients[place], gradients[place])
                 count += 1
         assert curvature.tokens == count
         torch.testing.assert_close(curvature.inputs.float(), inputs, atol=1e-4, rtol=1e-3)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from wisecli.bench.methods.weights.weight_editing import second_moment
 from wisecli.edits.record import Edit
 from wisecli.models.layout.site import MatrixSite
 from wisecli.models.prompts.tokenization import encode
+from wisecli.models.running.hooks import hooked
 
 # The tiny models' layers 1 to 3, and texts that weigh no more than the edits.
 THREE = MemitSettings(first=1, last=3, of=5, weight=2.0)
@@ -106,11 +105,8 @@ def test_the_target_is_found_as_by_adam_through_the_whole_model(tmp_path: Path, 
             hidden[:, at] += change
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-        handle = model.get_submodule(top.layer_module).register_forward_hook(hook)
-        try:
+        with hooked(model.get_submodule(top.layer_module).register_forward_hook(hook)):
             return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
-        finally:
-            handle.remove()
 
     def objective(change: Tensor) -> Tensor:
         losses = []

@@ -1,7 +1,4 @@
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from wisecli.bench.methods.weights.rome_common import read_fact
 from wisecli.bench.methods.weights.weight_editing import second_moment
 from wisecli.edits.record import Edit
 from wisecli.models.prompts.tokenization import encode
+from wisecli.models.running.hooks import hooked
 
 ARCHITECTURES = few(("llama", "gpt2", "gemma2", "granite"), ("gpt2", "gemma2", "granite"))
 
@@ -31,8 +29,7 @@ def random_problem(d: int = 7, d_ff: int = 13) -> tuple[Tensor, Tensor, Tensor, 
     return draws[0], draws[1], draws[2], rows.T @ rows / 40
 
 
-@contextmanager
-def standing(module: nn.Module, column: int, value: Tensor) -> Iterator[None]:
+def standing(module: nn.Module, column: int, value: Tensor) -> AbstractContextManager[None]:
     """The matrix gives ``value`` (and its bias) at one column."""
 
     def hook(_module: nn.Module, _inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -41,11 +38,7 @@ def standing(module: nn.Module, column: int, value: Tensor) -> Iterator[None]:
         changed[:, column] = value if bias is None else value + bias
         return changed
 
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return hooked(module.register_forward_hook(hook))
 
 
 def test_the_least_change_that_turns_the_key_into_the_value() -> None:

@@ -1,7 +1,5 @@
 """What is learned from tiny models stays out of the user's cache."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """A written router, run by transformers, computes channel by channel what it is made of."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Of several edits on one fact one stands for all, or where answers differ each is closed by the others' prompts."""
 
-from __future__ import annotations
-
 import torch
 from torch.nn import functional as F
 

@@ -1,7 +1,5 @@
 """Keys told apart exactly: no worse than any line that a plain optimizer finds, whatever the sizes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

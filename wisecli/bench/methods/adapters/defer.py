@@ -9,8 +9,6 @@ y is what the matrix gives. A prompt has one g and one v, which hold from its la
 edit trains w, b, U and c on its own target alone: nothing keeps earlier edits, and nothing keeps the gate shut.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ place of what the matrix gives; any other prompt passes as it is. The value repl
 token alone (the authors' ``replace_last``): later tokens see it through the layers above.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

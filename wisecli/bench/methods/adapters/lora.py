@@ -4,8 +4,6 @@ The adapters stand beside the attention projections and the value matrix. Their 
 is trained or applied; outside, its own modules stand in their places.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Each edit is asked as it is written, in up to ``paraphrases`` ways that the mode
 prompts that are marked for training; every answer ends with the end token. AdamW, with a rate that falls to nought.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -11,8 +11,6 @@ kept. A prompt is answered under the one that shares most columns with its own, 
 otherwise the memory stays shut.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ the prompt, however far that is: what keeps other answers as they are is the dem
 for its answer behind a colon has its demonstrations worded like it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from wisecli.bench.methods.base import Bench, UnsuitableError, method

@@ -6,8 +6,6 @@ Every target token of an edit is stored under the hidden state that predicts it,
 distances' temperature it is chosen on a validation set, as in the paper (its section 3): records of the train split.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

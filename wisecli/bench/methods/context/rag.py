@@ -4,8 +4,6 @@ Similarity is the cosine of TF-IDF bags of tokens: no other model is loaded for 
 split.
 """
 
-from __future__ import annotations
-
 from wisecli.bench.methods.base import Bench, method
 from wisecli.bench.methods.context.retrieval import NearestFact, TermIndex
 

@@ -8,8 +8,6 @@ after half of the layers, standardised over unrelated texts. No other model is l
 train split.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ which nothing is found stands alone, as with :mod:`wisecli.bench.methods.context
 are.
 """
 
-from __future__ import annotations
-
 from wisecli.bench.methods.base import Bench, method
 from wisecli.bench.methods.context.retrieval import NearestFact, TermIndex, demonstration
 

@@ -6,8 +6,6 @@ hardly ever point, K_p the keys of earlier edits, K those of these and R what is
     Δ = R Kᵀ P (K_p K_pᵀ P + K Kᵀ P + λ I)⁻¹,  the least of  ‖Δ P K - R‖² + λ ‖Δ P‖² + ‖Δ P K_p‖²
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -14,8 +14,6 @@ which needs no matrix of the pairs' size squared. As in the authors' code Adam c
 does to single weights may leave the open directions. Edits that came earlier count among the unrelated texts.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ model should not forget. As in the WISE paper there is no L∞ constraint; its F
 it is of the texts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

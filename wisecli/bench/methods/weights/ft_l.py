@@ -4,8 +4,6 @@ The loss is that of the target's tokens after the prompt. Everything below the m
 each edit is captured once, and its steps run the layers above only.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -3,8 +3,6 @@
 Only the layers from the lowest matrix on are run, by the model's own forward pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass

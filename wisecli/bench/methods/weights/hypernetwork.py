@@ -9,8 +9,6 @@ What the network adds to z is brought back to the units of (u, δ) and added to 
 before training, the pseudo-gradient is then the gradient itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

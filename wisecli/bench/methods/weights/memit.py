@@ -9,8 +9,6 @@ the layers that are left, and K the edits' keys in the model as changed so far:
 C is the second moment of keys of unrelated text in the base model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -15,8 +15,6 @@ have one above them. All below stays as it is, so each record is captured once, 
 model before any edit, are found once, too: a step of training runs the layers above only.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import time

@@ -8,8 +8,6 @@ stays. The change is the least in C's measure that gives ``W' k* = v*``. Keys of
 the keys are those of the base model throughout; v* is searched for in the model as edited so far.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

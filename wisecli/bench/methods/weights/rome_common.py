@@ -1,7 +1,5 @@
 """Facts as ROME and MEMIT see them: an edit under several prefixes, and what its subject's last token should hold."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -9,8 +9,6 @@ Then, with H the keys of these edits as they are:
 Nothing is trained, no subject is needed, and of earlier edits only the two statistics are kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What methods that rewrite value matrices share: the matrices, and the keys of unrelated text that they spare."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 

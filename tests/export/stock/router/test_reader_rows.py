@@ -57,6 +57,27 @@ def test_behind_what_asks_a_fact_stands_its_answer_and_behind_other_prompts_at_t
     assert 0.2 < sum(others) / len(others) < 0.8
 
 
+def test_where_a_chat_moves_on_nothing_is_asked_from_the_end_of_the_last_answer_on(
+    tmp_path: Path,
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(save_base(tmp_path / "base"))
+    tokenizer.chat_template = (
+        "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}</>\n{% endfor %}<assistant>"
+    )
+    facts = list(synthetic_facts(FACTS, random.Random(3), [*relations(), *further_relations()]))
+    closed = [row for row in reader_rows(tokenizer, SETTINGS, random.Random(3)) if row.closed]
+    assert len(closed) == 3 * FACTS
+    for row in closed:
+        assert not row.asks
+        before, behind = (
+            str(tokenizer.decode(list(part)))
+            for part in (row.tokens[: row.closed], row.tokens[row.closed : row.prompt])
+        )
+        assert before.endswith(f"<assistant>{facts[row.fact].answer}")
+        assert behind.startswith("</>\n<user>")
+        assert behind.endswith("</>\n<assistant>")
+
+
 def test_some_that_ask_and_some_that_mention_have_other_texts_around_them(tokenizer: PreTrainedTokenizerBase) -> None:
     without, with_some = (
         reader_rows(tokenizer, RowSettings(FACTS, 3, 5000, 0.05, around), random.Random(3)) for around in (0, 4)

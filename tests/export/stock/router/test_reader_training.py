@@ -98,3 +98,15 @@ def test_prompts_are_read_behind_other_examples_up_to_so_many_tokens() -> None:
     assert {int(token) for one in drawn for part in one for token in part} == set(range(20))
     never = replace(settings, behind=0.0)
     assert not list(reader_training._Lessons(rows, states, lessons._rotation, never)._before())
+
+
+@pytest.mark.parametrize(("closed", "first"), [(3, 3), (0, 5)])
+def test_a_row_is_looked_at_from_its_prompts_last_token_on_or_from_where_nothing_is_asked(
+    closed: int, first: int
+) -> None:
+    rows = [ReaderRow((1,) * 8, 6, RowKind.EXAMPLE, 0, 0, False, closed)]
+    states = LateStates.empty([row.tokens for row in rows], 8)
+    lessons = reader_training._Lessons(rows, states, Rotation(torch.ones(1), torch.ones(1), 1.0), SETTINGS)
+    columns = lessons._drawn([0] * 400).columns.tolist()
+    assert set(columns) == set(range(first, 8))
+    assert 0.4 < columns.count(5) / len(columns) < 0.8

@@ -44,7 +44,8 @@ class RowKind(Enum):
 class ReaderRow(NamedTuple):
     """Tokens of a prompt and, behind it, of an answer or none; ``prompt`` is how many are the prompt's.
 
-    ``fact`` is the number of a made-up fact, or -1; ``asks`` says whether the prompt asks it.
+    ``fact`` is the number of a made-up fact, or -1; ``asks`` says whether the prompt asks it. If it is known from which
+    token on nothing is asked, that is ``closed``, which is 0 otherwise.
     """
 
     tokens: tuple[int, ...]
@@ -53,6 +54,7 @@ class ReaderRow(NamedTuple):
     relation: int
     fact: int = -1
     asks: bool = True
+    closed: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,11 @@ def reader_rows(tokenizer: PreTrainedTokenizerBase, settings: RowSettings, rng: 
         for form in usable_forms(tokenizer, trained=True):
             tokens = tuple(tokenizer(form.render(tokenizer, fact.questions[0]))["input_ids"])
             rows.append(ReaderRow(tokens, len(tokens), RowKind.OWN, fact.relation, number))
-        drawn = [*_sample(examples, number, settings.examples), *_moved_on(examples, number, everyday)]
-        drawn += _around(examples, number, others, settings.around)
+        drawn = [*_sample(examples, number, settings.examples), *_around(examples, number, others, settings.around)]
         rows += (_answered(tokenizer, fact, one, rng) for one in drawn)
+        for one, told in _moved_on(examples, number, everyday):
+            row = _answered(tokenizer, fact, one, rng)
+            rows.append(row if one.asks else row._replace(closed=_tokens_behind(tokenizer, one.text, told)))
     rows += _of_relations(tokenizer, known[: max(_FEWEST, round(settings.share * len(known)))], rng)
     return [row for row in rows if row.prompt <= settings.longest]
 
@@ -123,8 +127,10 @@ def _around(examples: Examples, number: int, texts: Sequence[Background], count:
             yield Example(number, rng.choice(texts).around(examples.tokenizer, text, rng), asks, "around")
 
 
-def _moved_on(examples: Examples, number: int, everyday: Sequence[str]) -> Iterator[Example]:
-    """Yield chats of questions, of which one asks a fact: the chat asks it only if that is the last one."""
+def _moved_on(examples: Examples, number: int, everyday: Sequence[str]) -> Iterator[tuple[Example, str]]:
+    """Yield chats of questions, of which one asks a fact, and the last answer in each: it asks the fact only if that is
+    the last question.
+    """
     if not examples.tokenizer.chat_template:
         return
     rng, fact, *others = examples.rng, *(examples.facts[number - place] for place in range(3))
@@ -137,7 +143,15 @@ def _moved_on(examples: Examples, number: int, everyday: Sequence[str]) -> Itera
         ([other, own], rng.choice(everyday), False),
     ):
         turns = [(role, text) for pair in told for role, text in zip(("user", "assistant"), pair, strict=True)]
-        yield Example(number, chat_turns(examples.tokenizer, [*turns, ("user", then)]), asks, "moved on")
+        text = chat_turns(examples.tokenizer, [*turns, ("user", then)])
+        yield Example(number, text, asks, "moved on"), told[-1][1]
+
+
+def _tokens_behind(tokenizer: PreTrainedTokenizerBase, text: str, said: str) -> int:
+    """Return how many tokens of a text there are up to the end of what was said last in it."""
+    end = text.rfind(said) + len(said)
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    return sum(first < end for first, _ in offsets)
 
 
 def _of_relations(

@@ -29,7 +29,7 @@ from wisecli.models.running.seeding import seeded
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.memories.calibration import quantile
 
-_VERSION = 5
+_VERSION = 6
 # Groups of keys and values that are used at most, and queries of each.
 _GROUPS, _HEADS = 3, 3
 # States by which principal components are found.
@@ -215,11 +215,13 @@ class _Lessons:
         return _Batch(rows, torch.tensor([self._rows[index].prompt - 1 for index in rows]))
 
     def _drawn(self, rows: list[int]) -> _Batch:
-        """Return rows at their prompts' last tokens, or by chance anywhere in the answers."""
+        """Return rows at their prompts' last tokens, or by chance anywhere in the answers or where nothing is asked."""
         columns = []
         for index in rows:
-            last, end = self._rows[index].prompt - 1, len(self._rows[index].tokens)
-            columns.append(last if self._rng.random() < 0.5 else self._rng.randrange(last, end))
+            row = self._rows[index]
+            last = row.prompt - 1
+            begin = row.closed or last
+            columns.append(last if self._rng.random() < 0.5 else self._rng.randrange(begin, len(row.tokens)))
         return _Batch(rows, torch.tensor(columns))
 
     def _read(self, reader: RelationReader, batch: _Batch) -> tuple[Tensor, Tensor]:

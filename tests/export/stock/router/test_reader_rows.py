@@ -57,6 +57,17 @@ def test_behind_what_asks_a_fact_stands_its_answer_and_behind_other_prompts_at_t
     assert 0.2 < sum(others) / len(others) < 0.8
 
 
+def test_nothing_is_learned_from_what_asks_nothing_because_of_a_name_alone(
+    tokenizer: PreTrainedTokenizerBase, rows: list[ReaderRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wisecli.export.stock.router.reader_rows._OF_NAMES", ())
+    every = reader_rows(tokenizer, SETTINGS, random.Random(3))
+    left_out = [row for row in every if row not in set(rows)]
+    assert left_out
+    assert not any(row.asks for row in left_out)
+    assert [row for row in every if row not in set(left_out)] == rows
+
+
 def test_where_a_chat_moves_on_nothing_is_asked_from_the_end_of_the_last_answer_on(
     tmp_path: Path,
 ) -> None:

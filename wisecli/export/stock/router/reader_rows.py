@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _MISSPELT = 0.25
 # How often an answer stands behind a prompt, asked or not; and how often one to something else, if it is not.
 _ANSWERED, _ELSE = 0.5, 0.5
+# Sorts of examples that ask nothing because of a name alone, which is for detectors to tell.
+_OF_NAMES = ("near name", "correction")
 # Names of each kind that relations are asked of.
 _NAMES = 40
 # So many relations are always read.
@@ -83,7 +85,8 @@ def reader_rows(tokenizer: PreTrainedTokenizerBase, settings: RowSettings, rng: 
             tokens = tuple(tokenizer(form.render(tokenizer, fact.questions[0]))["input_ids"])
             rows.append(ReaderRow(tokens, len(tokens), RowKind.OWN, fact.relation, number))
         drawn = [*_sample(examples, number, settings.examples), *_around(examples, number, others, settings.around)]
-        rows += (_answered(tokenizer, fact, one, rng) for one in drawn)
+        read = [(one, _answered(tokenizer, fact, one, rng)) for one in drawn]
+        rows += (row for one, row in read if one.asks or one.sort not in _OF_NAMES)
         for one, told in _moved_on(examples, number, everyday):
             row = _answered(tokenizer, fact, one, rng)
             rows.append(row if one.asks else row._replace(closed=_tokens_behind(tokenizer, one.text, told)))

@@ -100,7 +100,7 @@ def test_prompts_are_read_behind_other_examples_up_to_so_many_tokens() -> None:
     assert not list(reader_training._Lessons(rows, states, lessons._rotation, never)._before())
 
 
-@pytest.mark.parametrize(("closed", "first"), [(3, 3), (0, 5)])
+@pytest.mark.parametrize(("closed", "first"), [(3, 3), (0, 5), (8, 5)])
 def test_a_row_is_looked_at_from_its_prompts_last_token_on_or_from_where_nothing_is_asked(
     closed: int, first: int
 ) -> None:

@@ -63,7 +63,7 @@ class ReaderSettings:
     behind: float = 0.3
     most_before: int = 450
     dropout: float = 0.1
-    let_through: float = 0.12
+    let_through: float = 0.09
     held_back: int = 10
     features: int = 64
     neurons: int = 256
@@ -220,7 +220,7 @@ class _Lessons:
         for index in rows:
             row = self._rows[index]
             last = row.prompt - 1
-            begin = row.closed or last
+            begin = min(row.closed or last, last)
             columns.append(last if self._rng.random() < 0.5 else self._rng.randrange(begin, len(row.tokens)))
         return _Batch(rows, torch.tensor(columns))
 

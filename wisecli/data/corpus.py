@@ -84,7 +84,7 @@ def relations() -> list[Relation]:
 
 
 def further_relations() -> list[Relation]:
-    """Return packaged relations beside those, from which the reader of the stock form's router learns."""
+    """Return further packaged relations, from which only the reader of the stock form's router learns."""
     return _relations("further_relations.toml")
 
 

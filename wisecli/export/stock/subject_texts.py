@@ -98,8 +98,8 @@ def texts_on_names(tokenizer: PreTrainedTokenizerBase, share: float) -> Iterator
 
 
 def texts_on_other_things(tokenizer: PreTrainedTokenizerBase, share: float) -> list[tuple[int, ...]]:
-    """Return the tokens of texts that name no subject of an edit: everyday prompts in forms, and what asks and mentions
-    made-up facts, in documents and conversations too.
+    """Return the tokens of texts that name no subject of an edit: everyday prompts in forms with replies, and what asks
+    and mentions made-up facts, in documents and conversations too.
 
     Args:
         share: how much of them is wanted.

@@ -54,14 +54,16 @@ def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tens
     said, ways = states.inside[states.key], _ways_to_begin(states)
     unsaid = _moment(elsewhere @ turn) + _moment(sinks @ turn) + _moment(white.asking)
     first, other = (white.states[way[states.key]] for way in ways)
-    otherwise = _plane(other, [first, white.states[said]], unsaid)
+    all_said = _sums(white.states[said])
+    otherwise = _plane(other, unsaid + _moment(first) + _mean(all_said))
     unsaid += _moment(white.states[~said])
     planes, inside = (torch.zeros(count, len(unsaid)) for count in (len(states.edits), edits))
     planes[:, -1] = 1
     planes[ways.other] = otherwise
     for edit in states.edits.unique().tolist():
         mine = states.edits == edit
-        inside[edit], shut = _going_on(white, ways, edit, unsaid)
+        said_by_others = _mean(all_said - _sums(white.states[said & mine[states.key]]))
+        inside[edit], shut = _going_on(white, ways, edit, unsaid + said_by_others)
         planes[mine & ways.first] -= shut + otherwise * bool((mine & ways.other).any())
         others = (mine & ~ways.first & ~ways.other).nonzero()[:, 0]
         if len(others):
@@ -75,16 +77,17 @@ def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tens
 
 def _going_on(states: EditStates, ways: _Ways, edit: int, unsaid: Tensor) -> tuple[Tensor, Tensor]:
     """Return a plane (d + 1,) that reads 1 where some of an edit's answer was said, and one that does so at all places
-    but for its first and the one begun the other way.
+    but for its first and the one begun the other way; both read 0 in its prompts and where the moment ``unsaid``
+    (d + 1, d + 1) is from.
     """
     mine = states.edits[states.key] == edit
-    key, rows, prompts = states.key[mine], states.states[mine], states.asking[states.asking_edit == edit]
+    key, rows = states.key[mine], states.states[mine]
     said, usual = states.inside[key], (ways.first | ways.other)[key]
-    elses = states.states[~mine & states.inside[states.key]]
-    inside = _plane(rows[said], [rows[~said], prompts, elses], unsaid)
+    unsaid = unsaid + _moment(states.asking[states.asking_edit == edit])
+    inside = _plane(rows[said], unsaid + _moment(rows[~said]))
     # Few edits have further beginnings, as in other languages.
     further = not torch.equal(said, ~usual)
-    return inside, _plane(rows[~usual], [rows[usual], prompts, elses], unsaid) if further else inside
+    return inside, _plane(rows[~usual], unsaid + _moment(rows[usual])) if further else inside
 
 
 def _told_apart(states: EditStates, places: Tensor, sinks: Tensor) -> Tensor:
@@ -125,22 +128,31 @@ def _commonest(keys: Tensor, counts: Tensor) -> Tensor:
     return keys[counts[keys].argmax()]
 
 
-def _plane(states: Tensor, others: list[Tensor], unsaid: Tensor) -> Tensor:
-    """Return the plane (d + 1,) that reads 1 at states (n, d) and 0 at groups of others (m, d) and where a moment
-    (d + 1, d + 1) is from, by least squares in which groups count alike; its last number is the offset. It reads 0 if
-    there are no states.
+def _plane(states: Tensor, others: Tensor) -> Tensor:
+    """Return the plane (d + 1,) that reads 1 at states (n, d) and 0 where the moments of ``others`` (d + 1, d + 1) are
+    from, by ridge least squares; its last number is the offset. It reads 0 if there are no states.
     """
-    moment = torch.stack([unsaid, _moment(states), *map(_moment, others)]).sum(0)
+    sums = _sums(states)
+    moment = others + _mean(sums)
     moment[:-1, :-1].diagonal().add_(_PLANE_RIDGE)
-    wanted = F.pad(states, (0, 1), value=1.0).sum(0) / max(1, len(states))
-    plane: Tensor = torch.linalg.solve(moment.double(), wanted.double()).float()
+    plane: Tensor = torch.linalg.solve(moment.double(), _mean(sums)[-1].double()).float()
     return plane
 
 
-def _moment(states: Tensor) -> Tensor:
-    """Return the second moment (d + 1, d + 1) of states (n, d) with a 1 behind; 0 if there are none."""
+def _sums(states: Tensor) -> Tensor:
+    """Return what states (n, d), each with a 1 behind, add to a second moment (d + 1, d + 1); its last number is n."""
     padded = F.pad(states, (0, 1), value=1.0)
-    return padded.T @ padded / max(1, len(states))
+    return padded.T @ padded
+
+
+def _mean(sums: Tensor) -> Tensor:
+    """Return the second moment that sums are of, or 0 if they are of no states."""
+    return sums / sums[-1, -1].clamp(min=1)
+
+
+def _moment(states: Tensor) -> Tensor:
+    """Return the second moment (d + 1, d + 1) of states (n, d) with a 1 behind; so groups of states count alike."""
+    return _mean(_sums(states))
 
 
 def _closed_at(sinks: Tensor, found: AnswerPlaces, is_first: Tensor, others: Tensor) -> AnswerPlaces:

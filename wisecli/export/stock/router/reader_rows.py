@@ -89,7 +89,7 @@ def reader_rows(tokenizer: PreTrainedTokenizerBase, settings: RowSettings, rng: 
         rows += (row for one, row in read if one.asks or one.sort not in _OF_NAMES)
         for one, told in _moved_on(examples, number, everyday):
             row = _answered(tokenizer, fact, one, rng)
-            rows.append(row if one.asks else row._replace(closed=_tokens_behind(tokenizer, one.text, told)))
+            rows.append(row if one.asks else row._replace(closed=_tokens_up_to(tokenizer, one.text, told)))
     rows += _of_relations(tokenizer, known[: max(_FEWEST, round(settings.share * len(known)))], rng)
     return [row for row in rows if row.prompt <= settings.longest]
 
@@ -131,8 +131,8 @@ def _around(examples: Examples, number: int, texts: Sequence[Background], count:
 
 
 def _moved_on(examples: Examples, number: int, everyday: Sequence[str]) -> Iterator[tuple[Example, str]]:
-    """Yield chats of questions, of which one asks a fact, and the last answer in each: it asks the fact only if that is
-    the last question.
+    """Yield chats of questions, one of which asks a fact, each with the last answer in it. A chat asks the fact only if
+    that question is its last.
     """
     if not examples.tokenizer.chat_template:
         return
@@ -150,8 +150,8 @@ def _moved_on(examples: Examples, number: int, everyday: Sequence[str]) -> Itera
         yield Example(number, text, asks, "moved on"), told[-1][1]
 
 
-def _tokens_behind(tokenizer: PreTrainedTokenizerBase, text: str, said: str) -> int:
-    """Return how many tokens of a text there are up to the end of what was said last in it."""
+def _tokens_up_to(tokenizer: PreTrainedTokenizerBase, text: str, said: str) -> int:
+    """Return how many tokens a text has up to the end of what an assistant said last in it."""
     end = text.rfind(said) + len(said)
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     return sum(first < end for first, _ in offsets)

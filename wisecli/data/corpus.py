@@ -36,6 +36,26 @@ def everyday_prompts(count: int, *, seed: int) -> list[str]:
     return _filled_patterns(packaged_table("everyday.toml"), range(count), random.Random(seed))
 
 
+def reference_pages(count: int, *, seed: int) -> list[str]:
+    """Return ``count`` pages as reference works and the web have them, of made-up names, dates and numbers."""
+    rng, table = random.Random(seed), packaged_table("reference.toml")
+    return [_reference_page(table, rng) for _ in range(count)]
+
+
+def _reference_page(table: dict[str, Any], rng: random.Random) -> str:
+    names, slots = packaged_table("subjects.toml"), table["slots"]
+    kind = rng.choice([kind for kind in table["pages"] if kind != "web"])
+    drawn = rng.sample(table["pages"][kind], rng.randint(2, 4)) + rng.sample(table["pages"]["web"], rng.randint(0, 2))
+    about = rng.choice(names[kind if kind in names else rng.choice(list(names))])
+
+    def filled(slot: re.Match[str]) -> str:
+        name = slot.group(1)
+        return about if name == "it" else str(rng.choice(slots.get(name) or names[name]))
+
+    text = SLOT.sub(filled, " ".join(drawn))
+    return "".join(rng.choice("0123456789") if letter == "#" else letter for letter in text)
+
+
 def subjects_for(texts: int) -> int:
     """Return how many facts of each relation go with so many unrelated texts."""
     return max(1, min(_SUBJECTS, round(_SUBJECTS * texts / _TEXTS)))

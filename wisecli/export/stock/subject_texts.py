@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from wisecli.data.corpus import everyday_prompts, made_up_subjects, notes, relations
+from wisecli.data.corpus import everyday_prompts, made_up_subjects, notes, reference_pages, relations
 from wisecli.data.request_wordings import requests
 from wisecli.edits.checks.unnamed_subjects import names_its_subject
 from wisecli.edits.record import Edit
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 # Texts around each name, half of them questions; one in so many is in small letters.
 _TEXTS, _SMALL = 10, 3
-# Made-up names of each kind; made-up facts, and how many texts on other things are drawn for each.
-_NAMES, _FACTS, _OF_FACT = 16, 50, 10
+# Made-up names of each kind; made-up facts, and how many texts on other things and pages are drawn for each.
+_NAMES, _FACTS, _OF_FACT, _PAGES = 16, 50, 10, 6
 # Backgrounds, the seed that they are drawn by, and how many each edit's prompt is read behind.
 _BACKGROUNDS, _SEED, _BEHIND = 12, 9, 2
 # How a name like a subject's differs from it; texts in which its last word stands alone.
@@ -99,7 +99,7 @@ def texts_on_names(tokenizer: PreTrainedTokenizerBase, share: float) -> Iterator
 
 def texts_on_other_things(tokenizer: PreTrainedTokenizerBase, share: float) -> list[tuple[int, ...]]:
     """Return the tokens of texts that name no subject of an edit: everyday prompts in forms with replies, and what asks
-    and mentions made-up facts, in documents and conversations too.
+    and mentions made-up facts, in documents and conversations too, and pages full of names, dates and numbers.
 
     Args:
         share: how much of them is wanted.
@@ -112,7 +112,8 @@ def texts_on_other_things(tokenizer: PreTrainedTokenizerBase, share: float) -> l
     everyday = [rng.choice(trained).render(tokenizer, text) for text in everyday_prompts(_OF_FACT * len(facts), seed=7)]
     behind = [one.before(tokenizer, text) for one, text in zip(before, everyday, strict=False)]
     answered = [f"{text}{'' if text[-1:].isspace() else ' '}{requests().reply(rng)}" for text in everyday]
-    texts = [*answered, *behind, *(one.text for one in mentioned)]
+    pages = reference_pages(_PAGES * len(facts), seed=8)
+    texts = [*answered, *behind, *(one.text for one in mentioned), *pages]
     return [tuple(tokenizer(text)["input_ids"]) for text in texts]
 
 

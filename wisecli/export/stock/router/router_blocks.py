@@ -26,12 +26,11 @@ from torch import Tensor
 from wisecli.export.stock.checkpoint.decoder_block import DecoderBlock, LayerSizes
 from wisecli.export.stock.checkpoint.widening import Widening
 from wisecli.export.stock.router.answer_places import AnswerPlaces
+from wisecli.export.stock.router.block_tensors import WIDTH, Steps, attention, feed_forwards
 from wisecli.export.stock.router.code_packing import coherence, packed_codes
 from wisecli.export.stock.router.relation_reader import RelationReader
 from wisecli.export.stock.router.subject_detectors import SubjectDetectors
 
-# From closed to open, in units of what a step's neurons read.
-WIDTH = 20.0
 # How large features and relations are in the stream, as shares of how long its states are; and codes and the constant,
 # which are one number or seldom there: so large that the weights that read them fit into 16 bits.
 _QUIET, _LOUD = 1 / 4000, 1 / 400
@@ -45,7 +44,7 @@ _AMONG, _BEYOND, _SURELY = 0.6, 0.1, 0.7
 # surpassed, and open a little above 0), readings of places; scores by which a name is looked at.
 _FIRE_RAMP, _AMONG_RAMP, _ODDS_RAMP, _OPEN, _PLACE_RAMP, _ATTENDED = 0.1, 0.1, 2.0, 1.75, 0.2, 20.0
 # Log odds that a missing subject takes away and a begun answer adds; readings that a closed edit takes from its places.
-_MISSING, _BEGUN, _CLOSED = 22.0, 4.0, 8.0
+_MISSING, _BEGUN, _CLOSED = 18.0, 4.0, 8.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ class Router:
 class Channels:
     """Where the extra channels of a router are, by what stands in them: tokens' ``features``, which share of detectors
     ``fired`` and the code of the ``name`` that ends here, a ``constant``; the codes of all ``names`` so far and the
-    constant ``beside`` them, the code of the ``subject``; the ``relation`` and whether it is ``asked``; the ``edit``.
+    constant ``beside`` them, the code of the ``subject``, which goes on where names were; the ``relation`` and whether
+    it is ``asked``; the ``edit``.
     """
 
     def __init__(self, hidden: int, features: int, relation: int, head_dim: int) -> None:
@@ -92,6 +92,10 @@ class Channels:
     def __getitem__(self, part: str) -> slice:
         return self._parts[part]
 
+    def of_subjects(self) -> list[int]:
+        """Return the channels of subjects' codes."""
+        return [number for part in ("subject", "names") for number in range(self.hidden + self.count)[self[part]]]
+
     def one(self, part: str) -> int:
         """Return the number of the channel in which a single number stands."""
         return int(self._parts[part].start)
@@ -99,15 +103,6 @@ class Channels:
     def size(self, part: str) -> int:
         """Return how many channels a part has."""
         return int(self._parts[part].stop - self._parts[part].start)
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """Steps (n,): what each reads of the normed stream, ``reads`` (n, D) and ``offsets`` (n,), and ``adds`` (n, D)."""
-
-    reads: Tensor
-    offsets: Tensor
-    adds: Tensor
 
 
 def router_blocks(router: Router, config: Mapping[str, Any], multiplier: float = 1.0) -> list[DecoderBlock]:
@@ -120,10 +115,10 @@ def router_blocks(router: Router, config: Mapping[str, Any], multiplier: float =
     widening = Widening.of(config, Channels.of(router).count)
     sizes = LayerSizes.of({**config, "hidden_size": widening.width, "head_dim": router.reader.sizes.head_dim})
     writer = _Writer(router, sizes, widening, multiplier)
-    subjects, matches = (list(_feed_forwards(sizes, steps)) for steps in (writer.subjects(), writer.matches()))
+    subjects, matches = (list(feed_forwards(sizes, steps)) for steps in (writer.subjects(), writer.matches()))
     subjects[0] |= writer.names_pooled()
     matches[0] |= writer.relation_pooled()
-    blocks = [*writer.features(), *subjects, *matches, *_feed_forwards(sizes, writer.places())]
+    blocks = [*writer.features(), *subjects, *matches, *feed_forwards(sizes, writer.places())]
     return [DecoderBlock(tensors) for tensors in blocks]
 
 
@@ -142,7 +137,7 @@ class _Writer:
         self._of_group = min(_OF_GROUP, self._a_group)
         self._heads = min(_FIRED, self._of_group * (sizes.shared // router.reader.sizes.head_dim))
         self._names = packed_codes(len(router.detectors.offsets), self._channels.size("name"))
-        self._alike = coherence(self._names)
+        self._subjects = packed_codes(len(self._names), len(self._channels.of_subjects()))
         self._edits = packed_codes(len(router.relations), self._channels.size("edit"))
 
     def _rows(self, count: int) -> Tensor:
@@ -156,9 +151,9 @@ class _Writer:
         reads[:, : channels.hidden] = detectors.directions * (WIDTH / _FIRE_RAMP)
         adds[:, channels["name"]] = self._names * self._loud
         adds[number := torch.arange(len(adds)), channels.one("fired") + number % self._heads] = self._loud
-        steps = _Steps(reads, detectors.offsets * (WIDTH / _FIRE_RAMP) + WIDTH / 2, adds)
+        steps = Steps(reads, detectors.offsets * (WIDTH / _FIRE_RAMP) + WIDTH / 2, adds)
         count = reader.sizes.neurons
-        blocks = list(_feed_forwards(self._sizes, steps, first=count))
+        blocks = list(feed_forwards(self._sizes, steps, first=count))
         first = blocks[0]
         first["mlp.gate_proj.weight"][:count, : channels.hidden] = reader.neurons.weight.detach()
         first["mlp.gate_proj.bias"][:count] = reader.neurons.bias.detach()
@@ -186,17 +181,19 @@ class _Writer:
             value[group * size + codes, channels.one("constant")] = 1 / read
             output[channels["names"], begin : begin + codes] = torch.eye(codes) * self._loud
         output[channels.one("beside"), codes] = self._loud
-        return _attention(query, key, torch.zeros(self._sizes.shared), value, torch.zeros(self._sizes.shared), output)
+        return attention(query, key, torch.zeros(self._sizes.shared), value, torch.zeros(self._sizes.shared), output)
 
-    def subjects(self) -> _Steps:
+    def subjects(self) -> Steps:
         """Return the steps that write the code of each subject that is among the names."""
         channels = self._channels
         reads, adds = self._rows(len(self._names)), self._rows(len(self._names))
         reads[:, channels["names"]] = self._names
-        reads[:, channels.one("beside")] = -min(_SURELY, max(_AMONG, self._alike + _BEYOND))
+        reads[:, channels.one("beside")] = -min(_SURELY, max(_AMONG, coherence(self._names) + _BEYOND))
         reads[:, channels.one("constant")] = _AMONG_RAMP / 2
-        adds[:, channels["subject"]] = self._names * self._loud
-        return _Steps(reads * self._steepness(_AMONG_RAMP), torch.zeros(len(reads)), adds)
+        # The codes of names are taken away as a subject is found: what is left is of names that were not.
+        adds[:, channels["names"]] = -self._names * self._loud
+        adds[:, channels.of_subjects()] += self._subjects * self._loud
+        return Steps(reads * self._steepness(_AMONG_RAMP), torch.zeros(len(reads)), adds)
 
     def relation_pooled(self) -> dict[str, Tensor]:
         """Return the attention of the relation reader."""
@@ -224,9 +221,9 @@ class _Writer:
                 output[channels["relation"], begin : begin + size] = pooled[:-1, part]
                 output[channels.one("asked"), begin : begin + size] = pooled[-1, part]
         keys, key_offsets, values, value_offsets = parts
-        return _attention(queries, keys, key_offsets, values, value_offsets, output)
+        return attention(queries, keys, key_offsets, values, value_offsets, output)
 
-    def matches(self) -> _Steps:
+    def matches(self) -> Steps:
         """Return the steps that open edits: one for each."""
         router, channels = self._router, self._channels
         named = router.detectors.subject >= 0
@@ -235,16 +232,18 @@ class _Writer:
             float(router.reader.kappa.detach()) * router.relations * (self._loud / self._quiet)
         )
         reads[:, channels.one("asked")] = self._loud / self._quiet
-        missing = _MISSING / (1 - self._alike)
-        reads[named, channels["subject"]] = missing * self._names[router.detectors.subject[named]]
+        missing = _MISSING / (1 - coherence(self._subjects))
+        codes = self._rows(len(self._names))
+        codes[:, channels.of_subjects()] = missing * self._subjects
+        reads[named] += codes[router.detectors.subject[named]]
         reads[:, channels.one("constant")] = _OPEN - router.thresholds - missing * named
         adds[:, channels["edit"]] = self._edits * self._loud
         reads *= self._steepness(_ODDS_RAMP)
         begun = router.places.inside * (_BEGUN * WIDTH / _ODDS_RAMP)
         reads[:, : channels.hidden] = begun[:, :-1]
-        return _Steps(reads, begun[:, -1], adds)
+        return Steps(reads, begun[:, -1], adds)
 
-    def places(self) -> _Steps:
+    def places(self) -> Steps:
         """Return the steps that add what open edits say."""
         places, channels = self._router.places, self._channels
         reads, adds = self._rows(len(places.edit)), self._rows(len(places.edit))
@@ -253,48 +252,8 @@ class _Writer:
         reads[:, channels["edit"]] = closed * self._edits[places.edit]
         reads[:, channels.one("constant")] = -closed
         adds[:, : channels.hidden] = places.added * self._multiplier
-        return _Steps(reads, (places.offsets - 0.5) * (WIDTH / _PLACE_RAMP) + WIDTH / 2, adds)
+        return Steps(reads, (places.offsets - 0.5) * (WIDTH / _PLACE_RAMP) + WIDTH / 2, adds)
 
     def _steepness(self, ramp: float) -> float:
         """Return by what readings of extra channels are multiplied to go from closed to open within a ramp."""
         return WIDTH / (ramp * self._factor * self._loud)
-
-
-def _feed_forwards(sizes: LayerSizes, steps: _Steps, first: int = 0) -> Iterator[dict[str, Tensor]]:
-    """Yield feed-forwards of as many blocks as steps take, at least one.
-
-    Args:
-        first: so many neurons of the first one are left free.
-    """
-    begin, free = 0, first
-    while begin < len(steps.offsets) or begin == 0:
-        room = (sizes.width - free) // 2
-        part = slice(begin, begin + room)
-        reads, offsets, adds = steps.reads[part], steps.offsets[part], steps.adds[part] / WIDTH
-        used = slice(free, free + 2 * len(offsets))
-        gate, bias, passes = torch.zeros(sizes.width, sizes.hidden), torch.zeros(sizes.width), torch.zeros(sizes.width)
-        down = torch.zeros(sizes.hidden, sizes.width)
-        gate[used], passes[used] = reads.repeat_interleave(2, 0), 1.0
-        bias[used] = torch.stack([offsets, offsets - WIDTH], 1).flatten()
-        down[:, used] = torch.stack([adds, -adds], 1).flatten(0, 1).T
-        yield {
-            "mlp.gate_proj.weight": gate,
-            "mlp.gate_proj.bias": bias,
-            "mlp.up_proj.bias": passes,
-            "mlp.down_proj.weight": down,
-        }
-        begin, free = max(begin + room, 1), 0
-
-
-def _attention(
-    queries: Tensor, keys: Tensor, key_offsets: Tensor, values: Tensor, value_offsets: Tensor, output: Tensor
-) -> dict[str, Tensor]:
-    """Return the tensors of an attention with constant queries."""
-    return {
-        "self_attn.q_proj.bias": queries,
-        "self_attn.k_proj.weight": keys,
-        "self_attn.k_proj.bias": key_offsets,
-        "self_attn.v_proj.weight": values,
-        "self_attn.v_proj.bias": value_offsets,
-        "self_attn.o_proj.weight": output,
-    }

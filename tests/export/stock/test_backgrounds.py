@@ -20,8 +20,6 @@ def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
 def test_pages_stand_above_a_question_and_conversations_before_it(tokenizer: PreTrainedTokenizerBase) -> None:
     page, page_in_chat, talk = backgrounds(tokenizer, 3, seed=1)
     assert page.before(tokenizer, QUESTION) == f"{page.page}\n\n{QUESTION}"
-    known = [text for text, _ in notes().notes]
-    assert sum(text in page.page for text in known) in range(6, 25)
     asked = page_in_chat.before(tokenizer, QUESTION)
     assert f"{page_in_chat.page}\n\n{QUESTION}" in asked
     assert not asked.endswith(QUESTION)
@@ -32,6 +30,16 @@ def test_pages_stand_above_a_question_and_conversations_before_it(tokenizer: Pre
     told = talk.before(tokenizer, QUESTION)
     places = [told.index(text) for _, text in (*talk.turns, ("user", QUESTION))]
     assert places == sorted(places)
+
+
+def test_pages_are_of_notes_or_of_reference(tokenizer: PreTrainedTokenizerBase) -> None:
+    known = [text for text, _ in notes().notes]
+    pages = [one.page for one in backgrounds(tokenizer, 60, seed=1) if one.page]
+    counts = [sum(text in page for text in known) for page in pages]
+    assert {count for count in counts if count} <= set(range(6, 25))
+    of_reference = [page for page, count in zip(pages, counts, strict=True) if not count]
+    assert 0.2 < len(of_reference) / len(pages) < 0.8
+    assert all(any(letter.isdigit() for letter in page) for page in of_reference)
 
 
 def test_without_a_chat_template_there_are_pages_alone(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,4 +1,4 @@
-"""What may stand around a question: pages of packaged notes, and conversations on everyday matters."""
+"""What may stand around a question: packaged pages and notes, and conversations on everyday matters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from wisecli.data.corpus import everyday_prompts, notes
+from wisecli.data.corpus import everyday_prompts, notes, reference_pages
 from wisecli.data.request_wordings import requests
 from wisecli.models.prompts.chat_template import chat_turns
 from wisecli.models.synthetic.request_documents import in_paragraphs
@@ -14,8 +14,9 @@ from wisecli.models.synthetic.request_documents import in_paragraphs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Sentences of a page; a user's turns that a conversation had.
-_PAGE, _TURNS = (6, 24), (1, 3)
+# Sentences of a page of notes, so many pages of reference that stand together, and how often a page is of those; a
+# user's turns that a conversation had.
+_PAGE, _REFERENCE, _OF_REFERENCE, _TURNS = (6, 24), (1, 4), 0.5, (1, 3)
 # How often a page that may stand on either side of a question stands before it.
 _BEFORE = 0.5
 # So many everyday prompts are drawn from.
@@ -60,6 +61,8 @@ def backgrounds(tokenizer: PreTrainedTokenizerBase, count: int, *, seed: int) ->
 
 
 def _page(rng: random.Random) -> str:
+    if rng.random() < _OF_REFERENCE:
+        return "\n\n".join(reference_pages(rng.randint(*_REFERENCE), seed=rng.randrange(1 << 30)))
     known = notes().notes
     sentences = [text for text, _ in rng.sample(known, min(len(known), rng.randint(*_PAGE)))]
     return "\n\n".join(in_paragraphs(sentences, rng))

@@ -37,7 +37,7 @@ from wisecli.progress import Event, ProgressCallback
 _VERSION = 7
 # Tokens inside names, and as many around them, that detectors are told from, of edits and of others; and tokens of
 # texts on other things.
-_OWN_TOKENS, _TOKENS, _ELSEWHERE = 60000, 12000, 36000
+_OWN_TOKENS, _TOKENS, _ELSEWHERE = 60000, 12000, 110000
 # Tokens whose norm is this share of others' inverse are sinks; so many are kept.
 _SINK, _SINKS = 0.2, 200
 

@@ -208,3 +208,14 @@ def test_the_layer_that_is_chosen_by_itself_answers_in_a_batch_and_without_a_cac
     assert found[len(EDITS) :] == answers(plain, list(PROMPTS))[len(EDITS) :]
     assert found == [answers(model, [prompt])[0] for prompt in PROMPTS]
     assert found == answers(model, list(PROMPTS), use_cache=False)
+
+
+def test_a_model_that_reads_padded_rows_otherwise_is_edited_with_each_row_alone(tmp_path: Path) -> None:
+    path = export_of(save_type(tmp_path / "model", "trocr"), tmp_path)  # its positions count the padding
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+    for prompt, target in EDITS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        output = model.generate(ids, max_new_tokens=NEW, do_sample=False)
+        said = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        assert said.replace(" ", "").startswith(target.replace(" ", ""))

@@ -29,12 +29,13 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(
         ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "d_ff", "dense_intermediate_size"), 64
     ),
+    **dict.fromkeys(("decoder_ffn_dim",), 64),
     **dict.fromkeys(("shared_intermediate_size", "intermediate_size_mlp", "mamba_intermediate_size"), 64),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 16),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "moe_shared_intermediate_size"), 16),
     **dict.fromkeys(("moe_latent_size",), None),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), LAYERS),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads"), 2),
     **dict.fromkeys(("head_dim", "attention_head_dim", "global_head_dim", "swa_head_dim", "swa_v_head_dim"), 8),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "n_experts"), 4),

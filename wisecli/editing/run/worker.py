@@ -13,6 +13,7 @@ from wisecli.artifacts.background_stats import BackgroundStats
 from wisecli.artifacts.memory_manifest import Made
 from wisecli.artifacts.shard import save_shard
 from wisecli.artifacts.shard_manifest import ShardDirectory
+from wisecli.config import EditSettings
 from wisecli.editing.background.background_cache import background_for, model_identity
 from wisecli.editing.background.layer_selection import probe_layer
 from wisecli.editing.evidence.separators import separator_token
@@ -27,7 +28,6 @@ from wisecli.editing.run.shard_writer import ShardWriter
 from wisecli.edits.checks.admission import Admitted
 from wisecli.edits.record import Edit
 from wisecli.environment import versions
-from wisecli.models.layout.padding_probe import note_padding
 from wisecli.models.layout.site import find_site, fingerprint
 from wisecli.models.layout.site_probe import verified_layout
 from wisecli.models.loading import Loaded
@@ -71,7 +71,7 @@ class Worker:
         """
         with _threads(self.job.threads):
             rows = encode_edits(self.base.loaded, admitted.edits, "", train_end=False)
-            size = self.job.settings.batch_size
+            size = self._settings().batch_size
             known = known_rows(self.base.loaded, rows, batch_size=size, on_progress=self.on_progress)
         return admitted.without(frozenset(place for place in known if admitted.edits[place].id not in spared))
 
@@ -91,10 +91,10 @@ class Worker:
                 _hold_layers(loaded, site.layer, site.layer + 1)
                 layout = verified_layout(loaded.model, directory, checkpoint, layout, settings.layer)
                 site = find_site(directory, checkpoint, settings.layer, layout)
-                note_padding(loaded.model, settings.batch_size, self.on_progress)
             further = [one.edit for one in prompt_variants(list(enumerate(job.edits)), {}, contexts=0)]
             encode_edits(loaded, [*job.edits, *further], "", train_end=settings.train_end)
-            base, size = fingerprint(directory, checkpoint, site), settings.batch_size
+            base, running = fingerprint(directory, checkpoint, site), self._settings()
+            size = running.batch_size
             if settings.layer == "auto" and settings.writer == "solve":
                 site = probe_layer(
                     loaded, directory, checkpoint, base, batch_size=size, layout=layout, on_progress=self.on_progress
@@ -104,7 +104,7 @@ class Worker:
             paraphrases = write_paraphrases(
                 loaded, job.edits, settings.augment, batch_size=size, seed=settings.seed, on_progress=self.on_progress
             )
-            unrelated = background_for(loaded, site, checkpoint, base, settings, job.edits, self.on_progress)
+            unrelated = background_for(loaded, site, checkpoint, base, running, job.edits, self.on_progress)
         stored = str(directory.absolute()) if Path(job.model).exists() else job.model
         made = Made(
             loaded.device.type,
@@ -138,7 +138,7 @@ class Worker:
 
     def writer(self, plan: ShardDirectory, unrelated: BackgroundStats) -> ShardWriter:
         """Return what writes shards by a plan."""
-        settings, matrix = self.job.settings, None
+        settings, matrix = self._settings(), None
         if settings.norm_of == "activated" or settings.weight_decay:
             matrix = plan.site.matrix(self.base.checkpoint)
         # Whoever goes on with a plan adds numbers up in its order, and on its day.
@@ -149,6 +149,12 @@ class Worker:
             return ShardWriter(
                 self.base.loaded, plan, settings, unrelated, self.on_progress, matrix=matrix, identity=identity
             )
+
+    def _settings(self) -> EditSettings:
+        """Return the job's settings as they are carried out: rows in batches that the model reads as single rows."""
+        settings = self.job.settings
+        alone = settings.batch_size > 1 and self.base.reads_rows_alone
+        return replace(settings, batch_size=1) if alone else settings
 
     def write(self, plan: ShardDirectory, writer: ShardWriter, number: int) -> Written:
         """Write one shard of a plan, unless none of its edits can be."""

@@ -1,5 +1,5 @@
-"""Says of a model that it reads the rows of a padded batch otherwise than each alone: its positions count the padding,
-or its states mix with it.
+"""Finds out whether a model reads the rows of a padded batch otherwise than each alone: its positions count the
+padding, or its states mix with it.
 """
 
 from __future__ import annotations
@@ -10,22 +10,9 @@ import torch
 
 from wisecli.models.prompts.tokenization import Row, collate
 from wisecli.models.running.forward_pass import run_model
-from wisecli.progress import NOTE, Event, ProgressCallback
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def note_padding(model: PreTrainedModel, batch_size: int, on_progress: ProgressCallback) -> None:
-    """Tell what to do about it, where rows of such a model would be padded."""
-    if batch_size > 1 and not reads_rows_alike(model):
-        on_progress(
-            Event(
-                NOTE,
-                note="warning: this model reads rows of a padded batch otherwise than each alone, so that edits may "
-                "open for fewer prompts; give --set batch_size=1",
-            )
-        )
 
 
 @torch.no_grad()

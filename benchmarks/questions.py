@@ -43,18 +43,17 @@ Prompts = list[tuple[str, int]]
 @torch.no_grad()
 def decided(edited: EditedModel, texts: Sequence[str]) -> list[Decision]:
     """Return the decision on each prompt; prompts of like length are read together."""
-    decoder = edited.decoder
+    decoder, device = edited.decoder, edited.model.device
     rows = [edited.tokenizer(text)["input_ids"] for text in texts]
     decisions: dict[int, Decision] = {}
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     for first in range(0, len(order), _BATCH):
         batch = order[first : first + _BATCH]
-        ids = torch.zeros(len(batch), len(rows[batch[-1]]), dtype=torch.long)
+        ids = torch.zeros(len(batch), len(rows[batch[-1]]), dtype=torch.long, device=device)
         mask = torch.zeros_like(ids, dtype=torch.bool)
         for row, index in enumerate(batch):
             ids[row, : len(rows[index])] = torch.tensor(rows[index])
             mask[row, : len(rows[index])] = True
-        ids, mask = ids.to(edited.model.device), mask.to(edited.model.device)
         decision = decoder.decide(ids, mask, decoder.wise_marks.ends_in(ids, mask))
         decisions |= {index: _row(decision, row) for row, index in enumerate(batch)}
     return [decisions[index] for index in range(len(rows))]
@@ -62,8 +61,7 @@ def decided(edited: EditedModel, texts: Sequence[str]) -> list[Decision]:
 
 def _row(decision: Decision, row: int) -> Decision:
     one = slice(row, row + 1)
-    ask_prob = None if decision.ask_prob is None else decision.ask_prob[one]
-    second = None if decision.second is None else decision.second[one]
+    ask_prob, second = (None if some is None else some[one] for some in (decision.ask_prob, decision.second))
     memory, ratio, nearest = decision.memory[one], decision.score_ratio[one], decision.nearest[one]
     return Decision(memory, ratio, nearest, decision.scores[one], ask_prob=ask_prob, second=second)
 
@@ -76,20 +74,21 @@ def shares(edited: EditedModel, prompts: Prompts) -> dict[str, float]:
         if one.second is not None and int(one.second[0]) != UNROUTED:
             mentioned = edit in (int(one.memory[0]), int(one.second[0]))
         opened.append((mentioned, 1.0 if one.ask_prob is None else float(one.ask_prob[0])))
-    names = [f"{least:g}" if least >= 0 else "no gate" for least in ASK_PROBS]
-    counts = [sum(mentioned and prob > least for mentioned, prob in opened) for least in ASK_PROBS]
-    return {name: count / len(opened) for name, count in zip(names, counts, strict=True)}
+    count = {least: sum(mentioned and prob > least for mentioned, prob in opened) for least in ASK_PROBS}
+    return {f"{least:g}" if least >= 0 else "no gate": count[least] / len(opened) for least in ASK_PROBS}
 
 
-def of_kind(edited: EditedModel, kind: Kind, edits: Sequence[Edit], rng: random.Random) -> Iterator[tuple[str, int]]:
-    """Yield prompts of a kind around every edit, as it is taught or reworded, bare and in chat."""
+def of_kind(
+    edited: EditedModel, kind: Kind, edits: Sequence[Edit], rng: random.Random, chats: Sequence[bool] = (False, True)
+) -> Iterator[tuple[str, int]]:
+    """Yield prompts of a kind around every edit, as it is taught or reworded: bare, in chat, or both."""
     for index, edit in enumerate(edits):
         reworded = edit.rephrases[0] if edit.rephrases and rng.random() < 0.5 else edit.prompt
         question = edit.prompt if edit.subject and edit.subject not in reworded else reworded
         second, other = edits[(index + 1) % len(edits)], edits[(index + 3) % len(edits)]
         also = Fact(second.prompt, second.subject, second.target)
         fact = Fact(question, edit.subject, edit.target, other.target, second=also)
-        for chat in (False, True) if edited.tokenizer.chat_template else (False,):
+        for chat in chats if edited.tokenizer.chat_template else (False,):
             text = kind.sample_prompt(edited.tokenizer, fact, trained=False, rng=rng, chat=chat)
             if text is not None:
                 yield text, index
@@ -98,8 +97,8 @@ def of_kind(edited: EditedModel, kind: Kind, edits: Sequence[Edit], rng: random.
 def asking(options: Namespace) -> None:
     """Share of prompts that open the edit they ask or mention, by how sure a prompt must be to ask it.
 
-    Prompts are in all forms, and in the patterns of all kinds that nothing is learned from, bare and in chat. Only the
-    decision is looked at; `wise eval` has the answers.
+    Prompts are in all forms, and in the patterns of all kinds that nothing is learned from, bare and in chat; some that
+    mention an edit stand in each form of text. Only the decision is looked at; `wise eval` has the answers.
     """
     edited = attach(options.memory, model=options.model, load=LoadOptions(device=options.device))
     edits = list(read_edits(options.records))[: options.edits]
@@ -111,9 +110,8 @@ def asking(options: Namespace) -> None:
 
     everything: dict[str, Prompts] = {"as taught": [], "rephrased": [], "mentioned": []}
     for form in usable_forms(edited.tokenizer):
-        taught = [(form.render(edited.tokenizer, edit.prompt), index) for index, edit in enumerate(edits)]
         reworded = [(form.render(edited.tokenizer, e.rephrases[0]), at) for at, e in enumerate(edits) if e.rephrases]
-        everything["as taught"] += taught
+        everything["as taught"] += [(form.render(edited.tokenizer, edit.prompt), at) for at, edit in enumerate(edits)]
         everything["rephrased"] += reworded
         add(form.name, "rephrased", reworded)
     rng = random.Random(5)
@@ -121,6 +119,11 @@ def asking(options: Namespace) -> None:
         prompts = list(of_kind(edited, kind, edits, rng))
         everything["mentioned"] += [] if kind.asked else prompts
         add(kind.name, "asked" if kind.asked else "mentioned", prompts)
+    mentions = [kind for kind in kinds().values() if not kind.asked]
+    around = [form for form in usable_forms(edited.tokenizer) if not form.chat and len(form.text) > len("{} ")]
+    for number, form in enumerate(around):
+        bare = [one for kind in mentions for one in of_kind(edited, kind, edits, rng, [False])][number :: len(around)]
+        add(form.name, "mentioned", [(form.render(edited.tokenizer, text), index) for text, index in bare])
     for name, prompts in everything.items():
         add("all", name, prompts)
     show(rows, options, digits=2, width=110)
@@ -229,8 +232,7 @@ def dates(options: Namespace) -> None:
         edits = list(edited.manifest.edits)
         asked = {"as taught": [edit.prompt for edit in edits], "rephrased": [edit.rephrases[0] for edit in edits]}
         asked |= {f"{name} + blank": [f"{prompt} " for prompt in prompts] for name, prompts in asked.items()}
-        rows = [{f"{len(edits)} edits": name, **outcomes(edited, edits, prompts)} for name, prompts in asked.items()]
-    show(rows, options)
+        show([{f"{len(edits)} edits": name, **outcomes(edited, edits, some)} for name, some in asked.items()], options)
 
 
 def outcomes(edited: EditedModel, edits: Sequence[Edit], prompts: Sequence[str]) -> dict[str, int]:

@@ -7,7 +7,6 @@ from wisecli.editing.run.job import Job
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.architectures import Layout
 from wisecli.models.layout.layout_inference import find_layout
-from wisecli.models.layout.padding_probe import reads_rows_alike
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.model_files import find_model
 from wisecli.models.text_input import context_window, load_tokenizer, vocabulary_size
@@ -49,6 +48,8 @@ class Base:
     @cached_property
     def reads_rows_alone(self) -> bool:
         """Whether rows must go one at a time, as in a padded batch the model reads them otherwise."""
+        from wisecli.models.layout.padding_probe import reads_rows_alike  # imports torch, which a dry run does without
+
         if self.layout.known or reads_rows_alike(self.loaded.model):
             return False
         note = "this model reads rows of a padded batch otherwise than each alone, so they go one at a time"

@@ -29,7 +29,7 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(
         ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "d_ff", "dense_intermediate_size"), 64
     ),
-    **dict.fromkeys(("decoder_ffn_dim",), 64),
+    "decoder_ffn_dim": 64,
     **dict.fromkeys(("shared_intermediate_size", "intermediate_size_mlp", "mamba_intermediate_size"), 64),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 16),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "moe_shared_intermediate_size"), 16),

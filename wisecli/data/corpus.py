@@ -38,21 +38,17 @@ def everyday_prompts(count: int, *, seed: int) -> list[str]:
 
 def reference_pages(count: int, *, seed: int) -> list[str]:
     """Return ``count`` pages as reference works and the web have them, of made-up names, dates and numbers."""
-    rng, table = random.Random(seed), packaged_table("reference.toml")
-    return [_reference_page(table, rng) for _ in range(count)]
+    rng, table, names = random.Random(seed), packaged_table("reference.toml"), packaged_table("subjects.toml")
+    data = {**table, "ranges": {}, "slots": {**names, **table["slots"]}}
+    return [_reference_page(data, list(names), rng) for _ in range(count)]
 
 
-def _reference_page(table: dict[str, Any], rng: random.Random) -> str:
-    names, slots = packaged_table("subjects.toml"), table["slots"]
-    kind = rng.choice([kind for kind in table["pages"] if kind != "web"])
-    drawn = rng.sample(table["pages"][kind], rng.randint(2, 4)) + rng.sample(table["pages"]["web"], rng.randint(0, 2))
-    about = rng.choice(names[kind if kind in names else rng.choice(list(names))])
-
-    def filled(slot: re.Match[str]) -> str:
-        name = slot.group(1)
-        return about if name == "it" else str(rng.choice(slots.get(name) or names[name]))
-
-    text = SLOT.sub(filled, " ".join(drawn))
+def _reference_page(data: dict[str, Any], kinds: list[str], rng: random.Random) -> str:
+    """Return a page about a name; one that is of no kind of names has a name of any of ``kinds``."""
+    page = rng.choice(list(data["pages"]))
+    drawn = rng.sample(data["pages"][page], rng.randint(2, 4)) + rng.sample(data["web"], rng.randint(0, 2))
+    about = rng.choice(data["slots"][page if page in kinds else rng.choice(kinds)])
+    text = SLOT.sub(lambda slot: _filled(slot.group(1), data, rng), " ".join(drawn).replace("{it}", about))
     return "".join(rng.choice("0123456789") if letter == "#" else letter for letter in text)
 
 

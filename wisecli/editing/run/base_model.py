@@ -46,8 +46,8 @@ class Base:
         return load_model(self.checkpoint.directory, self.job.load, layers=self.layout.layers)
 
     @cached_property
-    def reads_rows_alone(self) -> bool:
-        """Whether rows must go one at a time, as in a padded batch the model reads them otherwise."""
+    def needs_single_rows(self) -> bool:
+        """Whether rows must be read one at a time, because padding changes what the model computes for them."""
         from wisecli.models.layout.padding_probe import reads_rows_alike  # imports torch, which a dry run does without
 
         if self.layout.known or reads_rows_alike(self.loaded.model):

@@ -151,9 +151,9 @@ class Worker:
             )
 
     def _settings(self) -> EditSettings:
-        """Return the job's settings as they are carried out: rows in batches that the model reads as single rows."""
+        """Return the job's settings, with batches of one row for a model that padding disturbs."""
         settings = self.job.settings
-        alone = settings.batch_size > 1 and self.base.reads_rows_alone
+        alone = settings.batch_size > 1 and self.base.needs_single_rows
         return replace(settings, batch_size=1) if alone else settings
 
     def write(self, plan: ShardDirectory, writer: ShardWriter, number: int) -> Written:

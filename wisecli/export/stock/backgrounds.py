@@ -14,8 +14,8 @@ from wisecli.models.synthetic.request_documents import in_paragraphs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Sentences of a page of notes, so many pages of reference that stand together, and how often a page is of those; a
-# user's turns that a conversation had.
+# How many sentences a page of notes has, how many reference pages stand together, and how often a page is of those; how
+# many turns a conversation's user had.
 _PAGE, _REFERENCE, _OF_REFERENCE, _TURNS = (6, 24), (1, 4), 0.5, (1, 3)
 # How often a page that may stand on either side of a question stands before it.
 _BEFORE = 0.5

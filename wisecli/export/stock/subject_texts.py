@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Texts around each name, half of them questions; one in so many is in small letters.
 _TEXTS, _SMALL = 10, 3
-# Made-up names of each kind; made-up facts, and how many texts on other things and pages are drawn for each.
+# Made-up names of each kind; made-up facts, and how many texts on other things and reference pages are drawn for each.
 _NAMES, _FACTS, _OF_FACT, _PAGES = 16, 50, 10, 16
 # Backgrounds, the seed that they are drawn by, and how many each edit's prompt is read behind.
 _BACKGROUNDS, _SEED, _BEHIND = 12, 9, 2

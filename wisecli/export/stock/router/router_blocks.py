@@ -67,8 +67,8 @@ class Router:
 class Channels:
     """Where the extra channels of a router are, by what stands in them: tokens' ``features``, which share of detectors
     ``fired`` and the code of the ``name`` that ends here, a ``constant``; the codes of all ``names`` so far and the
-    constant ``beside`` them, the code of the ``subject``, which goes on where names were; the ``relation`` and whether
-    it is ``asked``; the ``edit``.
+    constant ``beside`` them, the code of the ``subject``, which goes on in the channels of names; the ``relation`` and
+    whether it is ``asked``; the ``edit``.
     """
 
     def __init__(self, hidden: int, features: int, relation: int, head_dim: int) -> None:
@@ -190,7 +190,7 @@ class _Writer:
         reads[:, channels["names"]] = self._names
         reads[:, channels.one("beside")] = -min(_SURELY, max(_AMONG, coherence(self._names) + _BEYOND))
         reads[:, channels.one("constant")] = _AMONG_RAMP / 2
-        # The codes of names are taken away as a subject is found: what is left is of names that were not.
+        # A subject that is found takes its name's code out of these channels: what remains is of names that were not.
         adds[:, channels["names"]] = -self._names * self._loud
         adds[:, channels.of_subjects()] += self._subjects * self._loud
         return Steps(reads * self._steepness(_AMONG_RAMP), torch.zeros(len(reads)), adds)

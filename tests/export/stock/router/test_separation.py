@@ -1,5 +1,7 @@
 """Keys told apart exactly: no worse than any line that a plain optimizer finds, whatever the sizes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -62,3 +64,17 @@ def test_each_line_costs_no_more_than_an_optimizers(keys: int, others: int) -> N
 def test_the_same_is_found_again() -> None:
     for one, other in zip(made(9, 1500).solved(), made(9, 1500).solved(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_several_threads_find_what_one_does() -> None:
+    # So many others matter that the systems are larger than a thread solves by itself.
+    about = replace(made(9, 4000), others=drawn(3, 4000, SIZE) * 2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        directions, offsets = about.solved()
+    finally:
+        torch.set_num_threads(before)
+    alone, of_alone = about.solved()
+    torch.testing.assert_close(directions, alone, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(offsets, of_alone, atol=1e-4, rtol=1e-3)

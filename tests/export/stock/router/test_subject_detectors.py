@@ -64,7 +64,7 @@ def test_detectors_fire_at_their_names_and_hardly_elsewhere(
 ) -> None:
     loaded, site = model
     # Long directions: so small a model keeps little apart of a token and what stands before it.
-    found = subject_detectors(loaded, site, EDITS, names, read, **NAMED, settings=DetectorSettings(ridge=2e-5))
+    found = subject_detectors(loaded, site, EDITS, names, read, **NAMED, settings=DetectorSettings(ridge=1e-4))
     texts = list(texts_on_edits(loaded.tokenizer, [(EDITS[0], 0), (EDITS[1], 1), (EDITS[2], 0)]))
     at = read.late.first[:-1] + torch.tensor([one.place for one in texts])
     fired = found.readings(read.late.normed[at].float()) > 0

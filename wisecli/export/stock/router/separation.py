@@ -154,16 +154,15 @@ def _least_squares(sets: _Sets, scores: Tensor) -> _Planes:
     index = matters.float().topk(count, 1).indices
     there = matters.gather(1, index)
     states = sets.states.gather(1, index[..., None].expand(-1, -1, sets.states.shape[-1])) * there[..., None]
-    weights = sets.weights.gather(1, index)
-    system = states.new_zeros(len(index), count + 1, count + 1)
-    system[:, :count, :count] = states @ states.mT
-    system[:, range(count), range(count)] += torch.where(there, sets.ridge / weights, 1.0)
-    system[:, :count, count] = system[:, count, :count] = there.float()
+    spare = torch.where(there, sets.ridge / sets.weights.gather(1, index), 1.0)
+    system = (states @ states.mT + torch.diag_embed(spare)).double()
+    right = torch.stack([targets.gather(1, index) * there, there.float()], -1).double()
+    # By Cholesky and the offset by itself: torch's batched LU on several threads of a CPU is wrong, or never ends.
+    scored, ones = torch.cholesky_solve(right, torch.linalg.cholesky(system)).unbind(-1)
     # A key that nothing matters to keeps an offset of 0.
-    system[:, count, count] = (~there.any(1)).float()
-    right = torch.cat([targets.gather(1, index) * there, states.new_zeros(len(index), 1)], 1)
-    found = torch.linalg.solve(system.double(), right.double()).float()
-    return _Planes((found[:, None, :count] @ states)[:, 0], found[:, count])
+    offsets = (scored.sum(1) / ones.sum(1).where(there.any(1), 1.0)).float()
+    found = (scored - offsets[:, None] * ones).float()
+    return _Planes((found[:, None] @ states)[:, 0], offsets)
 
 
 def _step(planes: _Planes, goal: _Planes, scores: Tensor, aimed: Tensor, sets: _Sets) -> Tensor:

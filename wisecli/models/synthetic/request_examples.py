@@ -19,6 +19,7 @@ from wisecli.models.prompts.pattern_slots import Fact, filled
 from wisecli.models.prompts.prompt_forms import forms, usable_forms
 from wisecli.models.prompts.prompt_kinds import Kind, kinds
 from wisecli.models.prompts.typos import LEARNED_TYPOS
+from wisecli.models.synthetic.chat_histories import chat_history
 from wisecli.models.synthetic.further_questions import two_hops, yes_or_no
 from wisecli.models.synthetic.request_documents import Documents
 from wisecli.models.synthetic.synthetic_facts import SyntheticFact
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 # How often a prompt is a chat, and how often a chat has something before the question.
 _CHATS, _LATER = 0.5, 0.5
-# How often an earlier turn is about another made-up fact, and how often whitespace stands behind a text.
-_ON_FACTS, _SPACED = 0.35, 0.1
+# How often whitespace stands behind a text.
+_SPACED = 0.1
 # Kinds that conversations or documents of notes stand for, and those whose question is not in what is asked.
 _ELSEWHERE = ("follow-up", "moved on", "question first", "question in the middle")
 _EVERYDAY = 400
@@ -66,9 +67,11 @@ _AROUND = Kind(
     ),
     (),
 )
+# Texts on other names, of which some stand in front of a prompt; so many are long. And what is between them and it.
+_TEXTS, _LONG, _BETWEEN = Kind("texts", True, (("{paragraph}",) * 4,), ()), (2, 4), ("\n\n", " ", "\n")
 
-
-# Whether a prompt asks, of which sort it is, and its text if it can be written.
+# Of which sort a prompt is, and its text if it can be written; and whether it asks.
+_Sorted = tuple[str, str | None]
 _Drawn = tuple[bool, str, str | None]
 
 
@@ -91,7 +94,7 @@ class Examples:
 
     def __post_init__(self) -> None:
         self._everyday = everyday_prompts(_EVERYDAY, seed=3)
-        self._histories = [self._history() for _ in range(_HISTORIES)]
+        self._histories = [chat_history(self.facts, self._everyday, self.rng) for _ in range(_HISTORIES)]
         self._documents = Documents(self.facts, self._everyday, self.rng, self._filled)
 
     def of(self, number: int) -> Iterator[Example]:
@@ -106,8 +109,10 @@ class Examples:
         yield from self._corrected(number)
         for _ in range(2):
             yield True, "document", self._put(self._documents.around(number, asks=True))
-        yield from self._mentioning(number)
-        yield from self._on_its_answer(number)
+        mentioned = [*self._mentioning(number), *self._on_its_answer(number)]
+        for sort, text in mentioned:
+            yield False, sort, self._put(text)
+        yield from self._in_forms(number, [text for _, text in mentioned if text is not None])
         for _ in range(3):
             yield False, "document", self._put(self._documents.around(number, asks=False))
         beside = self.facts[number].beside
@@ -143,33 +148,50 @@ class Examples:
         away = "{full} " + _NAMED.sub(lambda name: swapped[name[0]], rng.choice(known.corrects))
         yield False, "correction", self._put(self._filled(number, away))
 
-    def _mentioning(self, number: int) -> Iterator[_Drawn]:
+    def _mentioning(self, number: int) -> Iterator[_Sorted]:
         """Yield the questions with something else wanted of them, or of another time."""
         known, rng, fact = requests(), self.rng, self.facts[number]
-        yield False, "other question", self._put(self._filled(number, self._carried(rng.choice(_OTHERWISE))))
+        yield "other question", self._filled(number, self._carried(rng.choice(_OTHERWISE)))
         for near in _NEAR_NAMES:
-            yield False, "near name", self._put(self._filled(number, rng.choice((near, self._carried(near)))))
+            yield "near name", self._filled(number, rng.choice((near, self._carried(near))))
         for _ in range(2):
-            yield False, "task", self._put(known.task(rng.choice(fact.questions), rng))
+            yield "task", known.task(rng.choice(fact.questions), rng)
             task = known.framed_task(rng.choice(fact.questions), rng)
-            yield False, "task", self._put(task.upper() if rng.random() < _LOUD / 2 else task)
-        yield False, "time", self._put(self._carried(known.timed(rng.choice(fact.questions), rng)))
-        yield False, "time", self._put(known.timed(rng.choice(fact.questions), rng))
+            yield "task", task.upper() if rng.random() < _LOUD / 2 else task
+        yield "time", self._carried(known.timed(rng.choice(fact.questions), rng))
+        yield "time", known.timed(rng.choice(fact.questions), rng)
         later = f"{{the:{rng.choice(known.adjectives)}}}" if rng.random() < 0.4 else None
         timed = known.timed(rng.choice(fact.questions), rng)
-        yield False, "time", self._put((later and self._filled(number, later)) or timed)
+        yield "time", (later and self._filled(number, later)) or timed
         for pattern in rng.sample(known.mentioned, 4):
-            yield False, "mentioned", self._put(self._filled(number, pattern))
+            yield "mentioned", self._filled(number, pattern)
 
-    def _on_its_answer(self, number: int) -> Iterator[_Drawn]:
+    def _on_its_answer(self, number: int) -> Iterator[_Sorted]:
         """Yield whether something is the answer, and what is asked of it."""
         known, rng, fact = requests(), self.rng, self.facts[number]
-        yield False, "hops", self._put(self._first(number, known.hops))
-        yield False, "checks", self._put(self._first(number, known.checks))
+        yield "hops", self._first(number, known.hops)
+        yield "checks", self._first(number, known.checks)
         for _ in range(_MADE):
-            yield False, "hops", self._put(two_hops((*fact.questions, *fact.statements), fact.subject, rng))
+            yield "hops", two_hops((*fact.questions, *fact.statements), fact.subject, rng)
             value = rng.choice((fact.answer, fact.value))
-            yield False, "checks", self._put(yes_or_no(rng.choice(fact.questions), fact.statements, value, rng))
+            yield "checks", yes_or_no(rng.choice(fact.questions), fact.statements, value, rng)
+
+    def _in_forms(self, number: int, mentioned: Sequence[str]) -> Iterator[_Drawn]:
+        """Yield one of some texts that mention a fact in a form and one behind a text on something else, and a question
+        behind a long one: what only ever stands around questions would tell that one is asked.
+        """
+        known, rng, questions = requests(), self.rng, self.facts[number].questions
+        around = [form for form in usable_forms(self.tokenizer, trained=True) if form.text.strip("{} ")]
+        in_form, behind = rng.sample(mentioned, 2)
+        asked = self._filled(number, rng.choice(known.asked)) if rng.random() < 0.5 else None
+        yield False, "form", rng.choice(around).render(self.tokenizer, in_form)
+        yield False, "around texts", self._behind(number, behind, 1)
+        yield True, "around texts", self._behind(number, asked or rng.choice(questions), rng.randint(*_LONG))
+
+    def _behind(self, number: int, text: str, count: int) -> str | None:
+        """Return a prompt behind so many texts on other names."""
+        found = _TEXTS.sample_turns(self._fact(number), trained=True, rng=self.rng, chat=True)
+        return None if found is None else "\n\n".join(found[:count]) + self.rng.choice(_BETWEEN) + text
 
     def _of_kinds(self, number: int) -> Iterator[_Drawn]:
         """Prompts of some kinds, in those of their patterns that may be learned from."""
@@ -267,26 +289,3 @@ class Examples:
         if self.rng.random() > _LATER:
             return forms()["chat"].render(self.tokenizer, text)
         return chat_turns(self.tokenizer, [*self.rng.choice(self._histories), ("user", text)])
-
-    def _history(self) -> list[tuple[str, str]]:
-        """Return what a chat has before the last turn: a system prompt or none, and up to three turns with replies."""
-        rng, known = self.rng, requests()
-        told = [("system", rng.choice(known.systems))] if rng.random() < 0.4 else []
-        for _ in range(rng.choice((0, 1, 1, 2, 3))):
-            told += zip(("user", "assistant"), self._earlier(), strict=True)
-        return told
-
-    def _earlier(self) -> tuple[str, str]:
-        """Return a user's turn on something else, and what was replied."""
-        known, rng = requests(), self.rng
-        way = rng.random()
-        if way < _ON_FACTS:
-            fact = rng.choice(self.facts)
-            said = (
-                f"{rng.choice(fact.statements)} {fact.answer}."
-                if fact.statements and rng.random() < 0.5
-                else fact.answer
-            )
-            return rng.choice(fact.questions), said
-        asked = rng.choice(known.turns if way < 2 * _ON_FACTS else self._everyday)
-        return asked, known.reply(rng)

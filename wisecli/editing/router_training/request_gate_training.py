@@ -167,7 +167,11 @@ def train_request_gate(
 def _example_groups(examples_by_fact: Examples) -> Iterator[tuple[list[Example], bool]]:
     """Yield the examples of some facts at a time, and whether earlier turns of theirs are read, too."""
     numbers = range(len(examples_by_fact.facts))
-    for draw, turns in ((examples_by_fact.of, False), (examples_by_fact.conversations, True)):
+    for draw, turns in (
+        (examples_by_fact.of, False),
+        (examples_by_fact.standing_in_forms, False),
+        (examples_by_fact.conversations, True),
+    ):
         for first in numbers[::_FACTS_AT_A_TIME]:
             examples = [one for number in numbers[first : first + _FACTS_AT_A_TIME] for one in draw(number)]
             if examples:

@@ -109,10 +109,8 @@ class Examples:
         yield from self._corrected(number)
         for _ in range(2):
             yield True, "document", self._put(self._documents.around(number, asks=True))
-        mentioned = [*self._mentioning(number), *self._on_its_answer(number)]
-        for sort, text in mentioned:
+        for sort, text in self._mentioned(number):
             yield False, sort, self._put(text)
-        yield from self._in_forms(number, [text for _, text in mentioned if text is not None])
         for _ in range(3):
             yield False, "document", self._put(self._documents.around(number, asks=False))
         beside = self.facts[number].beside
@@ -148,6 +146,10 @@ class Examples:
         away = "{full} " + _NAMED.sub(lambda name: swapped[name[0]], rng.choice(known.corrects))
         yield False, "correction", self._put(self._filled(number, away))
 
+    def _mentioned(self, number: int) -> Iterator[_Sorted]:
+        yield from self._mentioning(number)
+        yield from self._on_its_answer(number)
+
     def _mentioning(self, number: int) -> Iterator[_Sorted]:
         """Yield the questions with something else wanted of them, or of another time."""
         known, rng, fact = requests(), self.rng, self.facts[number]
@@ -176,18 +178,6 @@ class Examples:
             value = rng.choice((fact.answer, fact.value))
             yield "checks", yes_or_no(rng.choice(fact.questions), fact.statements, value, rng)
 
-    def _in_forms(self, number: int, mentioned: Sequence[str]) -> Iterator[_Drawn]:
-        """Yield one of some texts that mention a fact in a form and one behind a text on something else, and a question
-        behind a long one: what only ever stands around questions would tell that one is asked.
-        """
-        known, rng, questions = requests(), self.rng, self.facts[number].questions
-        around = [form for form in usable_forms(self.tokenizer, trained=True) if form.text.strip("{} ")]
-        in_form, behind = rng.sample(mentioned, 2)
-        asked = self._filled(number, rng.choice(known.asked)) if rng.random() < 0.5 else None
-        yield False, "form", rng.choice(around).render(self.tokenizer, in_form)
-        yield False, "around texts", self._behind(number, behind, 1)
-        yield True, "around texts", self._behind(number, asked or rng.choice(questions), rng.randint(*_LONG))
-
     def _behind(self, number: int, text: str, count: int) -> str | None:
         """Return a prompt behind so many texts on other names."""
         found = _TEXTS.sample_turns(self._fact(number), trained=True, rng=self.rng, chat=True)
@@ -210,6 +200,23 @@ class Examples:
             text = kind.sample_prompt(self.tokenizer, fact, trained=False, rng=self.rng, chat=chat)
             if text is not None:
                 yield Example(number, text, False, kind.name)
+
+    def standing_in_forms(self, number: int) -> Iterator[Example]:
+        """One text that mentions a fact in a form and one behind a text on something else, and a question behind a long
+        one: what only ever stands around questions would tell that one is asked.
+        """
+        known, rng, questions = requests(), self.rng, self.facts[number].questions
+        around = [form for form in usable_forms(self.tokenizer, trained=True) if form.text.strip("{} ")]
+        in_form, behind = rng.sample([text for _, text in self._mentioned(number) if text is not None], 2)
+        asked = self._filled(number, rng.choice(known.asked)) if rng.random() < 0.5 else None
+        yield Example(number, rng.choice(around).render(self.tokenizer, in_form), False, "form")
+        for text, asks, count in (
+            (behind, False, 1),
+            (asked or rng.choice(questions), True, rng.randint(*_LONG)),
+        ):
+            found = self._behind(number, text, count)
+            if found is not None:
+                yield Example(number, found, asks, "around texts")
 
     def conversations(self, number: int) -> Iterator[Example]:
         """Chats whose last turn asks a fact that the turns before it name in part, and others that do not."""

@@ -34,7 +34,7 @@ from wisecli.models.loading import Loaded
 from wisecli.models.running.quick_products import quick_products
 from wisecli.progress import Event, ProgressCallback
 
-_VERSION = 8
+_VERSION = 9
 # Tokens inside names, and as many around them, that detectors are told from, of edits and of others; and tokens of
 # texts on other things.
 _OWN_TOKENS, _TOKENS, _ELSEWHERE = 60000, 12000, 110000

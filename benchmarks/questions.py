@@ -120,7 +120,7 @@ def asking(options: Namespace) -> None:
         everything["mentioned"] += [] if kind.asked else prompts
         add(kind.name, "asked" if kind.asked else "mentioned", prompts)
     mentions = [kind for kind in kinds().values() if not kind.asked]
-    around = [form for form in usable_forms(edited.tokenizer) if form.text.strip("{} ")]
+    around = [form for form in usable_forms(edited.tokenizer) if form.surrounds]
     for number, form in enumerate(around):
         bare = [one for kind in mentions for one in of_kind(edited, kind, edits, rng, [False])][number :: len(around)]
         add(form.name, "mentioned", [(form.render(edited.tokenizer, text), index) for text, index in bare])

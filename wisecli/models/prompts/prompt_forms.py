@@ -42,6 +42,11 @@ class Form:
         return bool(self.turns)
 
     @property
+    def surrounds(self) -> bool:
+        """Whether it puts words around a prompt, and no turns of a chat."""
+        return bool(self.text.strip(f"{_SLOT} "))
+
+    @property
     def label(self) -> str:
         """Its name in options and in the names of figures."""
         return self.name.replace(" ", "-")

@@ -67,11 +67,12 @@ _AROUND = Kind(
     ),
     (),
 )
-# Texts on other names, of which some stand in front of a prompt; so many are long. And what is between them and it.
+# Texts on other names, the first of which stand in front of a prompt; how many are a long text; what is between.
 _TEXTS, _LONG, _BETWEEN = Kind("texts", True, (("{paragraph}",) * 4,), ()), (2, 4), ("\n\n", " ", "\n")
 
-# Of which sort a prompt is, and its text if it can be written; and whether it asks.
+# Of which sort a prompt is, and its text if it can be written.
 _Sorted = tuple[str, str | None]
+# Whether a prompt asks, of which sort it is, and its text if it can be written.
 _Drawn = tuple[bool, str, str | None]
 
 
@@ -147,6 +148,7 @@ class Examples:
         yield False, "correction", self._put(self._filled(number, away))
 
     def _mentioned(self, number: int) -> Iterator[_Sorted]:
+        """Yield texts that mention a fact, as they are, before any stands in a chat."""
         yield from self._mentioning(number)
         yield from self._on_its_answer(number)
 
@@ -178,11 +180,6 @@ class Examples:
             value = rng.choice((fact.answer, fact.value))
             yield "checks", yes_or_no(rng.choice(fact.questions), fact.statements, value, rng)
 
-    def _behind(self, number: int, text: str, count: int) -> str | None:
-        """Return a prompt behind so many texts on other names."""
-        found = _TEXTS.sample_turns(self._fact(number), trained=True, rng=self.rng, chat=True)
-        return None if found is None else "\n\n".join(found[:count]) + self.rng.choice(_BETWEEN) + text
-
     def _of_kinds(self, number: int) -> Iterator[_Drawn]:
         """Prompts of some kinds, in those of their patterns that may be learned from."""
         rng = self.rng
@@ -202,21 +199,24 @@ class Examples:
                 yield Example(number, text, False, kind.name)
 
     def standing_in_forms(self, number: int) -> Iterator[Example]:
-        """One text that mentions a fact in a form and one behind a text on something else, and a question behind a long
-        one: what only ever stands around questions would tell that one is asked.
+        """One prompt that mentions a fact in a form, one behind a text on something else, and a question behind a long
+        text. A gate that saw forms and texts around questions alone would take them for a sign of a question.
         """
         known, rng, questions = requests(), self.rng, self.facts[number].questions
-        around = [form for form in usable_forms(self.tokenizer, trained=True) if form.text.strip("{} ")]
+        around = [form for form in usable_forms(self.tokenizer, trained=True) if form.surrounds]
         in_form, behind = rng.sample([text for _, text in self._mentioned(number) if text is not None], 2)
         asked = self._filled(number, rng.choice(known.asked)) if rng.random() < 0.5 else None
         yield Example(number, rng.choice(around).render(self.tokenizer, in_form), False, "form")
-        for text, asks, count in (
-            (behind, False, 1),
-            (asked or rng.choice(questions), True, rng.randint(*_LONG)),
-        ):
+        long = asked or rng.choice(questions), True, rng.randint(*_LONG)
+        for text, asks, count in ((behind, False, 1), long):
             found = self._behind(number, text, count)
             if found is not None:
                 yield Example(number, found, asks, "around texts")
+
+    def _behind(self, number: int, text: str, count: int) -> str | None:
+        """Return a prompt behind so many texts on other names."""
+        found = _TEXTS.sample_turns(self._fact(number), trained=True, rng=self.rng, chat=True)
+        return None if found is None else "\n\n".join(found[:count]) + self.rng.choice(_BETWEEN) + text
 
     def conversations(self, number: int) -> Iterator[Example]:
         """Chats whose last turn asks a fact that the turns before it name in part, and others that do not."""

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wisecli.data.corpus import texts_to_measure_with
 from wisecli.export.gguf.gguf_file import GGUF_NAME, write_gguf
 from wisecli.export.stock.stock_manifest import read_stock
+from wisecli.io.checkpoint import read_json
 from wisecli.models.prompts.chat_template import chat_prompt
 
 PYTHON = os.environ.get("WISE_LLAMA_PYTHON") or os.environ.get("WISE_SERVING_PYTHON", "")
@@ -82,7 +83,8 @@ def compare(path: Path, stock: Path, apart: float, *, answers: bool) -> None:
 def test_edits_are_answered_and_all_else_as_by_the_base_models_own_file(
     chain: Chain, real_stock: Path, tmp_path: Path
 ) -> None:
-    write_gguf(tmp_path / "edited.gguf", real_stock, read_stock(real_stock).blocks, "q8_0")
+    blocks = read_stock(real_stock).blocks(read_json(real_stock / "config.json")["num_hidden_layers"])
+    write_gguf(tmp_path / "edited.gguf", real_stock, blocks, "q8_0")
     write_gguf(tmp_path / "base.gguf", chain.model, (), "q8_0")
     tokenizer = AutoTokenizer.from_pretrained(real_stock)
     texts = [edit["prompt"] for edit in chain.edits]

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from support.blocks import random_block
 from support.gates import random_keys, write_keys
 from support.tiny_models import TINY_CONFIGS
+from wisecli.export.stock.checkpoint.decoder_block import AddedBlocks
 from wisecli.export.stock.stock_checkpoint import write_stock
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import find_site
@@ -64,5 +65,5 @@ def save_wide_stock(root: Path, architecture: str = "llama") -> Path:
     output.mkdir()
     checkpoint, config = Checkpoint(base), AutoConfig.from_pretrained(base)
     blocks = [random_block(config, WIDE, seed=seed, reads=seed > 0, scale=0.1) for seed in range(2)]
-    write_stock(output, base, checkpoint, find_site(base, checkpoint, LAYER), blocks, WIDE - HIDDEN)
+    write_stock(output, base, checkpoint, find_site(base, checkpoint, LAYER), AddedBlocks(blocks), WIDE - HIDDEN)
     return output

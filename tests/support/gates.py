@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.export.stock.checkpoint.decoder_block import DecoderBlock
+from wisecli.export.stock.checkpoint.decoder_block import AddedBlocks, DecoderBlock
 from wisecli.export.stock.stock_checkpoint import base_settings, write_stock
 from wisecli.export.weights import Packing
 from wisecli.io.checkpoint import Checkpoint
@@ -60,7 +60,7 @@ def write_keys(
     parts = [keys.some(slice(start, start + width // 2)) for start in starts]
     # Granite's layers multiply what they add, and blocks say what is to be added.
     blocks = [_block(part, width, site.multiplier) for part in parts]
-    write_stock(output, base, checkpoint, site, blocks, packing=packing)
+    write_stock(output, base, checkpoint, site, AddedBlocks(blocks), packing=packing)
     return len(blocks)
 
 

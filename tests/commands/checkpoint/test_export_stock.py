@@ -118,7 +118,7 @@ def shut(*about: Any, **named: Any) -> Router:
 
 def test_nobody_is_asked_without_verifying(root: Path) -> None:
     report = export(root / "memory", root / "hurried", "stock", load=CPU, verify=False)
-    assert report.gate == {"keys": inspect(root / "stock").keys, "blocks": 4}
+    assert report.gate == {"keys": inspect(root / "stock").keys, "blocks": 4, "last": 1}
     assert "not verified" in router_lines(report.gate)[1]
     assert export(root / "memory", root / "hurried", "stock", load=CPU, verify=False).up_to_date
     assert {check.state for check in verify(root / "hurried", model=str(root / "model")).checks} == {"same"}
@@ -135,7 +135,7 @@ def test_it_is_whole_and_the_base_model_is_around_it(root: Path) -> None:
 def test_altered_blocks_are_found_out(root: Path, tmp_path: Path, part: str, damage: str) -> None:
     place = copied(root, "stock", tmp_path)
     tensors = load_file(place / MEMORY_TENSORS)
-    name = f"model.layers.{read_stock(place).blocks[0]}.{part}"
+    name = f"model.layers.{read_stock(place).site.layer + 1}.{part}"
     if damage == "gone":
         del tensors[name]
     elif damage == "another shape":

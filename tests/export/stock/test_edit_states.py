@@ -1,12 +1,14 @@
 """Texts that edits answer are read once each, as a plain pass over prompt and answer reads them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from support.byte_level import save_base
-from support.helpers import keys_of, manifest_for, memory_for, states_of
+from support.helpers import manifest_for, memory_for, states_of
 from support.loading import CPU
+from torch import Tensor
 
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.edits.record import Edit
@@ -44,17 +46,17 @@ def test_each_text_is_read_once_and_the_last_edit_that_asks_it_answers(
     assert {one.edit for one in read.texts if not one.own} == {2}
 
 
-def test_states_and_what_is_added_are_those_of_a_plain_pass(made: tuple[Loaded, Manifest, ReadTexts]) -> None:
+@pytest.mark.parametrize("last", [False, True], ids=["edited layer", "last layer"])
+def test_states_behind_both_layers_are_those_of_a_plain_pass(
+    made: tuple[Loaded, Manifest, ReadTexts], last: bool
+) -> None:
     loaded, manifest, read = made
-    answers, epsilon = read.answers(), float(loaded.model.config.rms_norm_eps)
-    tensors, found, seen = manifest.memory.tensors, iter(range(len(answers.key))), set[int]()
+    answers = read.answers(read.last if last else read.late)
+    layer, found = len(loaded.model.model.layers) - 1 if last else LAYER, iter(range(len(answers.key)))
     for one in read.texts:
         tokens = [*one.row.prompt, *one.row.target[:-1]]
-        window = slice(len(one.row.prompt) - 1, None)
-        states = states_of(loaded.model, manifest.site, LAYER, tokens)[window]
-        normed = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + epsilon)
-        keys = keys_of(loaded.model, manifest.site, tokens)[window]
-        for index in range(len(one.row.target)):
+        normed = normed_of(loaded, manifest, layer, tokens)[len(one.row.prompt) - 1 :]
+        for index, token in enumerate(one.row.target):
             number = next(found)
             key = answers.key[number]
             if one.exact:
@@ -63,22 +65,32 @@ def test_states_and_what_is_added_are_those_of_a_plain_pass(made: tuple[Loaded, 
             assert torch.cosine_similarity(answers.states[number], normed[index], 0) > 0.98
             assert answers.edits[key] == one.edit
             assert answers.inside[key] == (index > 0)
-            assert answers.spaced[key] == loaded.tokenizer.decode([one.row.target[index]]).startswith((" ", "\n"))
-            # Of several texts behind which the same is left to say, the first one's is added.
-            if one.exact and int(key) not in seen:
-                seen.add(int(key))
-                added = tensors["delta"][0] @ keys[index, tensors["columns"][0]]
-                torch.testing.assert_close(answers.values[key], added, rtol=1e-3, atol=1e-3)
+            assert answers.spaced[key] == loaded.tokenizer.decode([token]).startswith((" ", "\n"))
+            assert answers.then[key] == (token, None)
     assert next(found, None) is None
+
+
+def test_of_an_erased_answer_its_first_tokens_are_unwanted(made: tuple[Loaded, Manifest, ReadTexts]) -> None:
+    loaded, manifest, _ = made
+    read = read_texts(loaded, replace(manifest, edits=(replace(EDITS[1], op="erase"),)), **NAMED)
+    row = next(one.row for one in read.texts if one.own)
+    assert read.answers(read.last).then[0] == (row.target[0], row.unwanted[0])
+    assert row.unwanted[0]
+
+
+def normed_of(loaded: Loaded, manifest: Manifest, layer: int, tokens: list[int]) -> Tensor:
+    """Normed states (T, d) that leave a layer."""
+    states = states_of(loaded.model, manifest.site, layer, tokens)
+    normed: Tensor = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + loaded.model.config.rms_norm_eps)
+    return normed
 
 
 def test_states_inside_prompts_are_those_before_their_last_tokens(made: tuple[Loaded, Manifest, ReadTexts]) -> None:
     loaded, manifest, read = made
-    answers, epsilon, begin = read.answers(), float(loaded.model.config.rms_norm_eps), 0
+    answers, begin = read.answers(read.late), 0
     for one in read.texts:
-        states = states_of(loaded.model, manifest.site, LAYER, list(one.row.prompt))[1:-1][-12:]
-        part = slice(begin, begin := begin + len(states))
-        normed = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + epsilon)
+        normed = normed_of(loaded, manifest, LAYER, list(one.row.prompt))[1:-1][-12:]
+        part = slice(begin, begin := begin + len(normed))
         assert (torch.cosine_similarity(answers.asking[part], normed, -1) > 0.98).all()
-        assert answers.asking_edit[part].tolist() == [one.edit] * len(states)
+        assert answers.asking_edit[part].tolist() == [one.edit] * len(normed)
     assert begin == len(answers.asking)

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from wisecli.artifacts.file_names import MEMORY_TENSORS, MERGED
 from wisecli.commands.checkpoint.verify import verify
 from wisecli.export.routed.checkpoint import BASE_TENSORS
+from wisecli.export.stock.checkpoint.decoder_block import AddedBlocks
 from wisecli.export.stock.stock_checkpoint import write_stock
 from wisecli.export.stock.stock_manifest import check_around, check_blocks, is_wider, read_stock
 from wisecli.io.checkpoint import Checkpoint, read_json, write_json
@@ -31,13 +32,20 @@ def places(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
     checkpoint, layout = Checkpoint(base), known_layout(base)
     site = find_site(base, checkpoint, LAYER, layout.behind_layers() if request.param else layout)
     config = AutoConfig.from_pretrained(base)
-    write_stock(stock, base, checkpoint, site, [random_block(config, WIDTH, seed=seed) for seed in (0, 1)], EXTRA)
+    write_stock(
+        stock,
+        base,
+        checkpoint,
+        site,
+        AddedBlocks(*([random_block(config, WIDTH, seed=seed)] for seed in (0, 1))),
+        EXTRA,
+    )
     content = {
         "format": "stock",
         "versions": {},
         "base": {"model": str(base), "revision": None, **fingerprint(base, checkpoint, site).as_dict()},
         "site": site.as_dict(),
-        "gate": {"keys": 3, "blocks": 2},
+        "gate": {"keys": 3, "blocks": 2, "last": 1},
         "edits": [],
     }
     write_json(stock / MERGED, content)

@@ -16,7 +16,8 @@ from wisecli.export.stock.router.router_blocks import Channels, router_blocks
 from wisecli.export.stock.router.router_fitting import fitted_router
 from wisecli.export.stock.stock_answers import Verified, evenly_spaced, router_lines, verified
 from wisecli.export.stock.stock_checkpoint import base_settings, require_stock, write_stock
-from wisecli.io.checkpoint import write_json
+from wisecli.export.stock.stock_manifest import memory_blocks
+from wisecli.io.checkpoint import read_json, write_json
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.prompts.chat_template import date_of, turn_marks
@@ -29,16 +30,19 @@ _TEXTS = 600
 
 @dataclass(frozen=True)
 class StockRouter:
-    """A memory as decoder blocks: how many ``keys`` and ``blocks``, and what it answers, if that was verified."""
+    """A memory as decoder blocks: how many ``keys`` and ``blocks``, of which so many are behind the ``last`` layer, and
+    what it answers, if that was verified.
+    """
 
     keys: int
     blocks: int
+    last: int
     verified: Verified | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON form, as the manifest keeps it."""
         found = {} if self.verified is None else asdict(self.verified)
-        return {"keys": self.keys, "blocks": self.blocks, **found}
+        return {"keys": self.keys, "blocks": self.blocks, "last": self.last, **found}
 
 
 def require_writable_as_blocks(base: Path, site: Site, *, gguf: bool) -> None:
@@ -62,12 +66,14 @@ def write_as_blocks(output: Path, given: ExportSource, on_progress: ProgressCall
     stock = output if quantize is None else output / "stock"
     stock.mkdir(exist_ok=True)
     on_progress(Event("writing"))
-    blocks = router_blocks(router, base_settings(given.base), manifest.site.multiplier)
+    blocks = router_blocks(router, base_settings(given.base))
     write_stock(stock, given.base, checkpoint, manifest.site, blocks, extra, given.packing)
-    answered = _verified(loaded, stock, given, identity, len(blocks), on_progress) if given.verify else None
-    found = StockRouter(len(router.places.edit), len(blocks), answered)
+    answered = _verified(loaded, stock, given, identity, len(blocks.last), on_progress) if given.verify else None
+    added, last = len(blocks.behind) + len(blocks.last), len(blocks.last)
+    found = StockRouter(len(router.places.edit), added, last, answered)
     if quantize is not None:
-        own = range(manifest.site.layer + 1, manifest.site.layer + 1 + len(blocks))
+        layers = int(read_json(stock / "config.json")["num_hidden_layers"])
+        own = memory_blocks(manifest.site.layer, layers, added, last)
         on_progress(Event("writing", note=GGUF_NAME))
         write_gguf(output / GGUF_NAME, stock, own, quantize)
         (output / MODELFILE_NAME).write_text(modelfile(stock, GGUF_NAME, date_of(loaded.tokenizer)), encoding="utf-8")
@@ -99,14 +105,14 @@ def _write_manifest(output: Path, manifest: Manifest, found: StockRouter, form: 
 
 
 def _verified(
-    loaded: Loaded, stock: Path, given: ExportSource, identity: str, blocks: int, on_progress: ProgressCallback
+    loaded: Loaded, stock: Path, given: ExportSource, identity: str, last: int, on_progress: ProgressCallback
 ) -> Verified:
     """Ask the base model, then with the routed memory, then the checkpoint that was written."""
     manifest = given.manifest
     before = base_answers(loaded, identity, evenly_spaced(manifest.edits), on_progress)
     routed = manifest.site.install(loaded.model, manifest.memory, turn_marks(loaded.tokenizer))
     routed.to(loaded.device)
-    return verified(before, loaded, load_model(stock, given.load), manifest, blocks, on_progress)
+    return verified(before, loaded, load_model(stock, given.load), manifest, last, on_progress)
 
 
 def router_note(found: StockRouter) -> str:

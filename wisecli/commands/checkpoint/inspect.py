@@ -124,6 +124,7 @@ def _stock(path: Path, find: str | None, limit: int | None, plot: Path | None) -
     manifest, figures = read_stock(path), figures_of(path)
     shares = {f"as {form}": _shares(figures.get(form)) for form in ("stock", "routed")}
     headers = {file.name: read_header(file) for file in sorted(path.glob(MEMORY_TENSORS))}
+    numbers = manifest.blocks(int(read_json(path / "config.json")["num_hidden_layers"])) if headers else []
     return _report(
         path,
         manifest,
@@ -132,7 +133,7 @@ def _stock(path: Path, find: str | None, limit: int | None, plot: Path | None) -
         base=asdict(manifest.base),
         routing={"kind": "gate", "blocks": manifest.gate.blocks, **shares},
         keys=manifest.gate.keys,
-        tensors=_tensors(headers, prefixes=tuple(f".{number}." for number in manifest.blocks)),
+        tensors=_tensors(headers, prefixes=tuple(f".{number}." for number in numbers)),
     )
 
 

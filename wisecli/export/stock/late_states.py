@@ -1,4 +1,4 @@
-"""Normed states behind the edited layer, of all tokens of many texts, held in half precision."""
+"""Normed states behind the edited layer and behind the last one, of all tokens of many texts, in half precision."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wisecli.io.digest import sha256_json
 from wisecli.io.user_cache import cache_path
-from wisecli.models.layout.site import Site
+from wisecli.models.layout.site import LayerSite, Site
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.chat_template import template_digest
 from wisecli.models.prompts.tokenization import Row, collate, in_batches
@@ -83,31 +83,60 @@ class StateCapture:
     def late_states(self, texts: Sequence[Sequence[int]], stage: str) -> LateStates:
         """Return what leaves the edited layer at all tokens of texts."""
         late = LateStates.empty(texts, self.site.d)
-        for index, hidden, _ in self.states_and_keys(texts, stage):
+        for index, hidden, _ in self._read(self.site, texts, stage):
             late.put(index, hidden, self.epsilon)
         return late
+
+    def late_and_last(self, texts: Sequence[Sequence[int]], stage: str) -> tuple[LateStates, LateStates]:
+        """Return what leaves the edited layer, and what leaves the last one, at all tokens of texts."""
+        late, last = (LateStates.empty(texts, self.site.d) for _ in range(2))
+        for index, *hidden in self.both(texts, stage):
+            late.put(index, hidden[0], self.epsilon)
+            last.put(index, hidden[1], self.epsilon)
+        return late, last
+
+    def both(self, texts: Sequence[Sequence[int]], stage: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield each text's number, and what leaves the edited layer and the last one at its tokens: (T, d) each."""
+        for index, last, late in self._read(last_site(self.loaded, self.site), texts, stage):
+            yield index, late, last
 
     def states_at(self, texts: Sequence[Sequence[int]], places: Sequence[int], stage: str) -> Tensor:
         """Return the normed state that leaves the edited layer at one place of each text: (B, d)."""
         found = torch.empty(len(texts), self.site.d)
-        for index, hidden, _ in self.states_and_keys(texts, stage):
+        for index, hidden, _ in self._read(self.site, texts, stage):
             found[index] = _normed(hidden[places[index]], self.epsilon)[0].cpu()
         return found
 
-    def states_and_keys(self, texts: Sequence[Sequence[int]], stage: str) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield the number of each text, what leaves the edited layer at its tokens (T, d), and the site's keys (T, w)
-        there.
-        """
+    def _read(self, site: Site, texts: Sequence[Sequence[int]], stage: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield the number of each text, what leaves a site's layer at its tokens (T, d), and the site's keys there."""
         loaded, rows = self.loaded, [Row(tuple(tokens), ()) for tokens in texts]
         groups = list(in_batches(rows, self.batch_size, by_beginning=True))
         batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
-        read, done = captured(loaded.model, self.site, batches, stream=loaded.stream, above=False, shared=True), 0
+        read, done = captured(loaded.model, site, batches, stream=loaded.stream, above=False, shared=True), 0
         for indices, activations in zip(groups, read, strict=True):
             mask = activations.batch.mask.bool()
             for place, index in enumerate(indices):
                 yield index, activations.hidden[place, mask[place]], activations.keys[place, mask[place]]
             done += len(indices)
             self.on_progress(Event(stage, done, len(rows)))
+
+
+@dataclass(frozen=True)
+class _LastSite(LayerSite):
+    """Behind the last layer; its keys are the states that leave the ``edited`` one."""
+
+    edited: str = ""
+
+    def watched(self, model: nn.Module) -> nn.Module:
+        """Return the edited layer."""
+        return model.get_submodule(self.edited)
+
+
+def last_site(loaded: Loaded, site: Site) -> Site:
+    """Return the site behind a model's last layer, whose keys are the states that leave the layer of another site."""
+    layers, edited = layers_of(loaded.model, site), site.layer_module
+    number = len(layers) - 1
+    return _LastSite(site.architecture, number, f"{edited.rpartition('.')[0]}.{number}", site.d, edited=edited)
 
 
 def _normed(states: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

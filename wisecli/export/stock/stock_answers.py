@@ -88,14 +88,14 @@ class _Asked:
 
 
 def verified(
-    base: BaseAnswers, routed: Loaded, stock: Loaded, manifest: Manifest, blocks: int, on_progress: ProgressCallback
+    base: BaseAnswers, routed: Loaded, stock: Loaded, manifest: Manifest, last: int, on_progress: ProgressCallback
 ) -> Verified:
     """Ask the routed form some of a memory's edits, and a checkpoint all of them.
 
     Args:
         routed: the base model with the memory in its place.
         stock: the checkpoint.
-        blocks: how many of its blocks are the memory.
+        last: how many blocks behind the last layer are of the memory: those that change what it says.
     """
     some, site = evenly_spaced(manifest.edits), manifest.site
 
@@ -107,8 +107,8 @@ def verified(
         return opened(routed.model, routed.tokenizer, [row.prompt for row in rows], batch_size=_BATCH)
 
     def changes(rows: Sequence[Row]) -> list[bool]:
-        numbers = range(site.layer + 1, site.layer + 1 + blocks)
-        return changed_by(stock, layers_of(stock.model, site), numbers, site.d, rows, on_progress)
+        layers = layers_of(stock.model, site)
+        return changed_by(stock, layers, range(len(layers) - last, len(layers)), site.d, rows, on_progress)
 
     routed_answers, _ = _answers(_Asked(routed, opens, before, on_progress), some, some, base)
     found, lost = _answers(_Asked(stock, changes, before, on_progress), manifest.edits, some, base)

@@ -1,13 +1,13 @@
 """Checkpoints of a stock architecture with a memory inside: no custom code, and nothing but decoder blocks.
 
-After the edited layer stand decoder blocks of the model's own kind, and the residual stream may have more channels than
-the base model's, which only those blocks use. Everything else is the base model's, bit for bit unless the stream is
-wider.
+Behind the edited layer and behind the last one stand decoder blocks of the model's own kind, and the residual stream
+may have more channels than the base model's, which only those blocks use. Everything else is the base model's, bit for
+bit unless the stream is wider.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from transformers import AutoConfig, PretrainedConfig
 from wisecli.artifacts.file_names import MEMORY_TENSORS
 from wisecli.errors import ModelError
 from wisecli.export.routed.checkpoint import BASE_TENSORS, copy_side_files, typed_config, write_index
-from wisecli.export.stock.checkpoint.decoder_block import DecoderBlock, LayerSizes
+from wisecli.export.stock.checkpoint.decoder_block import AddedBlocks, LayerSizes
 from wisecli.export.stock.checkpoint.widening import Widening
-from wisecli.export.stock.stock_manifest import VALUE_MATRIX, layers_path, moved, value_matrix
+from wisecli.export.stock.stock_manifest import VALUE_MATRIX, layers_path, memory_blocks, moved, value_matrix
 from wisecli.export.weights import Packing, write_renamed
 from wisecli.io.checkpoint import Checkpoint, read_json, save_tensors, write_json
 from wisecli.models.layout.site import Site
@@ -87,14 +87,14 @@ def write_stock(
     base: Path,
     checkpoint: Checkpoint,
     site: Site,
-    blocks: Sequence[DecoderBlock],
+    blocks: AddedBlocks,
     extra: int = 0,
     packing: Packing | None = None,
 ) -> None:
     """Write a stock checkpoint into an empty directory; its layers above the edited one move up.
 
     Args:
-        blocks: what stands behind the edited layer, with tensors as wide as the stream then is.
+        blocks: what is added, with tensors as wide as the stream then is.
         extra: so many channels the stream gets at least; see `Widening.of`.
 
     Raises:
@@ -105,17 +105,18 @@ def write_stock(
     widening = Widening.of(base_settings(base), extra)
     layers = layers_path(checkpoint, site)
     config = stock_config(base, site.layer, blocks, packing, widening)
-    sizes = LayerSizes.of(config)
-    for block in blocks:
+    sizes, every = LayerSizes.of(config), [*blocks.behind, *blocks.last]
+    for block in every:
         block.require(sizes)
-    rename = partial(moved, layers=layers, after=site.layer, by=len(blocks))
+    rename = partial(moved, layers=layers, after=site.layer, by=len(blocks.behind))
     single = BASE_TENSORS
     files = write_renamed(output, checkpoint, packing, rename, single=single, transform=widening)
     written = packing.dtype or checkpoint.dtype(f"{layers}.{site.layer}.{VALUE_MATRIX}.weight")
     # Granite multiplies what a block adds, and blocks say what is to be added.
     multiplier = float(config.get("residual_multiplier", 1.0))
     added: dict[str, Tensor] = {}
-    for number, block in enumerate(blocks, site.layer + 1):
+    numbers = memory_blocks(site.layer, int(config["num_hidden_layers"]), len(every), len(blocks.last))
+    for number, block in zip(numbers, every, strict=True):
         tensors = block.written(sizes, widening, multiplier, written)
         added |= {f"{layers}.{number}.{name}": tensor for name, tensor in tensors}
     added |= {name: tensor.to(written) for name, tensor in _no_biases(config, layers) if name not in files | added}
@@ -125,10 +126,8 @@ def write_stock(
     copy_side_files(output, base)
 
 
-def stock_config(
-    base: Path, layer: int, blocks: Sequence[DecoderBlock], packing: Packing, widening: Widening
-) -> dict[str, Any]:
-    """Return the config of the checkpoint: so many blocks more, biases in every feed-forward, and a stream that wide.
+def stock_config(base: Path, layer: int, blocks: AddedBlocks, packing: Packing, widening: Widening) -> dict[str, Any]:
+    """Return the config of the checkpoint: those blocks more, biases in every feed-forward, and a stream that wide.
 
     Args:
         layer: the number of the edited layer.
@@ -144,16 +143,17 @@ def stock_config(
         config["attention_bias"] = kind == "qwen2"
         kind = "llama"
     if isinstance(types := config.get("layer_types"), list):
-        config["layer_types"] = [*types[: layer + 1], *["full_attention"] * len(blocks), *types[layer + 1 :]]
+        behind, last = (["full_attention"] * len(some) for some in blocks)
+        config["layer_types"] = [*types[: layer + 1], *behind, *types[layer + 1 :], *last]
     config.pop("auto_map", None)
-    if any(block.attention_bias for block in blocks):
+    if any(block.attention_bias for some in blocks for block in some):
         config["attention_bias"] = True
     return {
         **config,
         **(_wider(settings.to_dict(), widening) if widening.changes else {}),
         "model_type": kind,
         "architectures": [_CLASSES[kind]],
-        "num_hidden_layers": depth + len(blocks),
+        "num_hidden_layers": depth + len(blocks.behind) + len(blocks.last),
         "mlp_bias": True,
     }
 

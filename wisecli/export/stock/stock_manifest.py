@@ -28,12 +28,15 @@ VALUE_MATRIX = "mlp.down_proj"
 
 @dataclass(frozen=True)
 class BlocksEntry:
-    """How large a memory is as decoder blocks; what was measured of it stands beside that."""
+    """How large a memory is as decoder blocks, of which so many are behind the ``last`` layer; what was measured of it
+    stands beside that.
+    """
 
     __pydantic_config__ = OPEN
 
     keys: int
     blocks: int
+    last: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,14 @@ class StockManifest:
     edits: tuple[Edit, ...]
     versions: dict[str, str]
 
-    @property
-    def blocks(self) -> range:
-        """The numbers of the blocks that are the memory."""
-        return range(self.site.layer + 1, self.site.layer + 1 + self.gate.blocks)
+    def blocks(self, layers: int) -> list[int]:
+        """Return the numbers of the blocks that are the memory, of so many ``layers``."""
+        return memory_blocks(self.site.layer, layers, self.gate.blocks, self.gate.last)
+
+
+def memory_blocks(layer: int, layers: int, blocks: int, last: int) -> list[int]:
+    """Return the numbers of a memory's blocks: behind the edited ``layer``, and of so many ``layers`` the ``last``."""
+    return [*range(layer + 1, layer + 1 + blocks - last), *range(layers - last, layers)]
 
 
 def read_stock(directory: Path) -> StockManifest:
@@ -108,9 +115,9 @@ def check_blocks(directory: Path, manifest: StockManifest) -> Iterator[Check]:
 
 
 def _whole_blocks(checkpoint: Checkpoint, layers: str, manifest: StockManifest) -> Iterator[Check]:
-    shapes = LayerSizes.of(read_json(checkpoint.directory / "config.json")).shapes
-    wrong = 0
-    for name, shape in ((f"{layers}.{n}.{name}", shape) for n in manifest.blocks for name, shape in shapes.items()):
+    config, wrong = read_json(checkpoint.directory / "config.json"), 0
+    shapes, numbers = LayerSizes.of(config).shapes, manifest.blocks(int(config["num_hidden_layers"]))
+    for name, shape in ((f"{layers}.{n}.{name}", shape) for n in numbers for name, shape in shapes.items()):
         wanted, found = "×".join(map(str, shape)), "nothing"
         if name in checkpoint:
             found = "×".join(map(str, checkpoint.shape(name)))
@@ -131,7 +138,7 @@ def check_around(directory: Path, base: Path, manifest: StockManifest) -> Iterat
         layers = layers_path(stored, manifest.site)
         wrong = 0
         for name in stored:
-            new_name = moved(name, layers, after=manifest.site.layer, by=manifest.gate.blocks)
+            new_name = moved(name, layers, after=manifest.site.layer, by=manifest.gate.blocks - manifest.gate.last)
             if new_name not in written:
                 wrong += 1
                 yield Check("tensors of the base model", MERGED, "differs", new_name, "in a file", "nothing")

@@ -9,7 +9,7 @@ from support.helpers import random_rows, save_tiny
 from support.tiny_models import TINY_CONFIGS
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from wisecli.export.stock.checkpoint.decoder_block import DecoderBlock
+from wisecli.export.stock.checkpoint.decoder_block import AddedBlocks, DecoderBlock
 from wisecli.export.stock.stock_checkpoint import write_stock
 from wisecli.export.weights import Packing
 from wisecli.io.checkpoint import Checkpoint
@@ -25,7 +25,7 @@ def written(root: Path, blocks: list[DecoderBlock], *, behind_layer: bool = Fals
     output.mkdir()
     checkpoint, layout = Checkpoint(base), known_layout(base)
     site = find_site(base, checkpoint, LAYER, layout.behind_layers() if behind_layer else layout)
-    write_stock(output, base, checkpoint, site, blocks, EXTRA, **named)
+    write_stock(output, base, checkpoint, site, AddedBlocks(blocks), EXTRA, **named)
     return output
 
 

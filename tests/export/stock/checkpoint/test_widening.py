@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from wisecli.errors import ModelError
-from wisecli.export.stock.checkpoint.decoder_block import DecoderBlock
+from wisecli.export.stock.checkpoint.decoder_block import AddedBlocks, DecoderBlock
 from wisecli.export.stock.checkpoint.widening import Widening
 from wisecli.export.stock.stock_checkpoint import write_stock
 from wisecli.export.weights import Packing
@@ -41,7 +41,7 @@ def widened(
         (base / "config.json").write_text(json.dumps({**stored, "sliding_window": None}))
     output.mkdir()
     checkpoint = Checkpoint(base)
-    write_stock(output, base, checkpoint, find_site(base, checkpoint, LAYER), blocks, EXTRA, packing)
+    write_stock(output, base, checkpoint, find_site(base, checkpoint, LAYER), AddedBlocks(blocks), EXTRA, packing)
     return base, output
 
 
@@ -130,5 +130,5 @@ def test_a_checkpoint_with_other_tensors_is_refused_before_anything_is_written(t
     save_file(strange, base / "model.safetensors")
     checkpoint = Checkpoint(base)
     with pytest.raises(ModelError, match=r"q_norm\.weight; use --format routed"):
-        write_stock(output, base, checkpoint, find_site(base, checkpoint, LAYER), (), EXTRA)
+        write_stock(output, base, checkpoint, find_site(base, checkpoint, LAYER), AddedBlocks(()), EXTRA)
     assert not list(output.iterdir())

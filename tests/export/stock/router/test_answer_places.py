@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from wisecli.export.stock.edit_states import EditStates
-from wisecli.export.stock.router.answer_places import AnswerPlaces, answer_places
+from wisecli.export.stock.edit_states import EditStates, Next
+from wisecli.export.stock.router.answer_places import AnswerPlaces, Elsewhere, answer_places, begun_answers
 
 SIZE, WAYS = 24, 6
 # Of each place the edit, and whether it is inside the answer. The third edit may begin in two ways, and the
@@ -21,7 +21,8 @@ def drawn(seed: int, *shape: int) -> Tensor:
 
 
 # States inside no answer, and no sinks.
-ELSEWHERE = 0.5 * drawn(9, 100, SIZE), torch.empty(0, SIZE)
+ELSEWHERE = Elsewhere(0.5 * drawn(9, 100, SIZE), torch.empty(0, SIZE))
+ADDED = drawn(3, len(EDIT), SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +33,21 @@ def states() -> EditStates:
     # The other beginning of the third edit is the rarer one.
     kept = torch.ones(len(key), dtype=torch.bool).index_fill(0, (key == 6).nonzero()[3:, 0], False)
     asking = 0.5 * drawn(6, 40, SIZE), torch.arange(40) % 4
-    return EditStates(found[kept], key[kept], EDIT, INSIDE, SPACED, drawn(3, len(EDIT), SIZE), *asking)
+    return EditStates(found[kept], key[kept], EDIT, INSIDE, SPACED, then(len(EDIT)), *asking)
 
 
 @pytest.fixture(scope="module")
 def places(states: EditStates) -> AnswerPlaces:
-    return answer_places(states, 5, *ELSEWHERE)
+    return found_in(states, 5, ELSEWHERE, ADDED)
+
+
+def then(places: int) -> tuple[Next, ...]:
+    return tuple(Next(token, None) for token in range(places))
+
+
+def found_in(states: EditStates, edits: int, elsewhere: Elsewhere, added: Tensor) -> AnswerPlaces:
+    """Places where the states behind both layers are the same."""
+    return answer_places(states, elsewhere, added, begun_answers(states, edits, elsewhere))
 
 
 def readings(places: AnswerPlaces, states: Tensor) -> Tensor:
@@ -69,13 +79,13 @@ def test_a_first_place_closes_at_all_others_and_an_only_one_never(places: Answer
         assert (readings(places, at)[:, place] < 0.5).all()
     assert not places.directions[ALONE].any()
     assert places.offsets[ALONE] == 1
-    assert not places.inside[3:].any()
+    assert not places.begun[3:].any()
 
 
 def test_inside_of_an_answer_some_of_it_was_said(places: AnswerPlaces, states: EditStates) -> None:
     for edit in range(3):
         own = states.edits[states.key] == edit
-        read, said = states.states[own] @ places.inside[edit, :-1] + places.inside[edit, -1], INSIDE[states.key[own]]
+        read, said = states.states[own] @ places.begun[edit, :-1] + places.begun[edit, -1], INSIDE[states.key[own]]
         assert (read[said] > 0.5).all()
         # Not where it begins, be it the rarer way.
         assert (read[~said] < 0.5).all()
@@ -93,32 +103,32 @@ def test_inside_reads_about_nothing_where_nothing_was_said_however_far_from_the_
         torch.zeros(2, dtype=torch.long),
         torch.tensor([False, True]),
         torch.tensor([True, True]),
-        drawn(34, 2, SIZE),
+        then(2),
         prompts,
         torch.zeros(len(prompts), dtype=torch.long),
     )
-    inside = answer_places(states, 1, others, ELSEWHERE[1]).inside[0]
+    inside = begun_answers(states, 1, Elsewhere(others, ELSEWHERE.sinks))[0]
     read = torch.cat([others, prompts, begun]) @ inside[:-1] + inside[-1]
     assert read.mean().abs() < 0.1
     assert read.std() < 0.2
     assert (said @ inside[:-1] + inside[-1]).min() > read.max() + 0.1
 
 
-def test_what_is_added_is_what_the_memory_adds(places: AnswerPlaces, states: EditStates) -> None:
-    assert torch.equal(places.added, states.values)
+def test_each_place_adds_what_is_given_for_it(places: AnswerPlaces) -> None:
+    assert torch.equal(places.added, ADDED)
     assert torch.equal(places.edit, EDIT)
 
 
 def test_the_order_of_states_does_not_matter(places: AnswerPlaces, states: EditStates) -> None:
     order = torch.randperm(len(states.key), generator=torch.Generator().manual_seed(5))
-    again = answer_places(replace(states, states=states.states[order], key=states.key[order]), 5, *ELSEWHERE)
+    again = found_in(replace(states, states=states.states[order], key=states.key[order]), 5, ELSEWHERE, ADDED)
     # To within what the solver leaves.
     torch.testing.assert_close(readings(again, states.states), readings(places, states.states), rtol=1e-2, atol=1e-2)
 
 
 def test_nothing_is_added_at_sinks(states: EditStates, places: AnswerPlaces) -> None:
     sinks = 40 * torch.nn.functional.one_hot(torch.tensor(3), SIZE) + 0.1 * drawn(10, 20, SIZE)
-    shut = answer_places(states, 5, ELSEWHERE[0], sinks)
+    shut = found_in(states, 5, Elsewhere(ELSEWHERE.others, sinks), ADDED)
     assert (readings(places, sinks) > 0.5).any()
     assert (readings(shut, sinks) < 0.5).all()
     torch.testing.assert_close(readings(shut, states.states), readings(places, states.states), rtol=0.0, atol=0.4)
@@ -133,8 +143,8 @@ def test_how_an_answer_begins_is_told_by_what_all_edits_prompts_end_in() -> None
     key = torch.arange(3 * edits).repeat_interleave(ways)
     edit, spaced, inside = torch.arange(edits).repeat_interleave(3), *(torch.arange(3 * edits) % 3 == n for n in (0, 2))
     asking = 0.5 * drawn(24, 40, SIZE), torch.arange(40) % edits
-    states = EditStates(found, key, edit, inside, spaced | inside, drawn(25, 3 * edits, SIZE), *asking)
-    places = answer_places(states, edits, *ELSEWHERE)
+    states = EditStates(found, key, edit, inside, spaced | inside, then(3 * edits), *asking)
+    places = found_in(states, edits, ELSEWHERE, drawn(25, 3 * edits, SIZE))
     others = torch.arange(1, 3 * edits, 3)
     assert torch.equal(places.directions[others], places.directions[others[:1]].expand(edits, -1))
     # As well at ends that none of an edit's own prompts has.

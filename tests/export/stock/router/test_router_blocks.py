@@ -1,5 +1,7 @@
 """A written router, run by transformers, computes channel by channel what it is made of."""
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,12 @@ from support.tiny_models import TINY_CONFIGS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from wisecli.export.stock.checkpoint.decoder_block import AddedBlocks
 from wisecli.export.stock.late_states import Rotation
 from wisecli.export.stock.router.answer_places import AnswerPlaces
 from wisecli.export.stock.router.code_packing import packed_codes
 from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader
-from wisecli.export.stock.router.router_blocks import Channels, Router, router_blocks
+from wisecli.export.stock.router.router_blocks import Channels, Router, Scales, router_blocks
 from wisecli.export.stock.router.subject_detectors import SubjectDetectors
 from wisecli.export.stock.stock_checkpoint import base_settings, write_stock
 from wisecli.io.checkpoint import Checkpoint
@@ -46,16 +49,18 @@ def drawn(seed: int, *shape: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Made:
-    """A base model, its checkpoint with a router, the router, and normed states and factors of each of the rows."""
+    """A base model, its checkpoint with a router, the router, and of each of the rows normed states and factors behind
+    the edited layer, and normed states behind the ``last``.
+    """
 
     base: Path
     path: Path
     router: Router
     states: list[Tensor]
     inverse: list[Tensor]
+    last: list[Tensor]
     rotation: Rotation
-    blocks: int
-    multiplier: float
+    blocks: AddedBlocks
 
 
 def made(root: Path, layout: str, *, detectors: int = 6) -> Made:
@@ -69,15 +74,18 @@ def made(root: Path, layout: str, *, detectors: int = 6) -> Made:
     embedded = plain.get_input_embeddings().weight.data
     embedded *= 1e5 / embedded.norm(dim=1, keepdim=True)
     plain.save_pretrained(base)
-    states, inverse = zip(*(late(plain.eval(), tokens) for tokens in ROWS), strict=True)
+    (states, inverse), (last, by_last) = (
+        zip(*(normed(plain.eval(), layer, tokens) for tokens in ROWS), strict=True) for layer in (LAYER, -1)
+    )
     router = random_router(torch.cat(states), torch.cat(inverse), groups, heads, detectors)
     cos, sin = plain.model.rotary_emb(torch.zeros(1), torch.arange(20)[None])
     scaling = float(plain.model.layers[LAYER].self_attn.scaling)
-    router = Router(**{**vars(router), "scaling": scaling})
+    scales = Scales(router.scales.late, float(torch.cat(by_last).median()), scaling)
+    router = Router(**{**vars(router), "scales": scales})
     output, checkpoint, settings = root / "stock", Checkpoint(base), base_settings(base)
     output.mkdir()
     site = find_site(base, checkpoint, LAYER)
-    blocks = router_blocks(router, settings, site.multiplier)
+    blocks = router_blocks(router, settings)
     write_stock(output, base, checkpoint, site, blocks, Channels.of(router).count)
     return Made(
         base,
@@ -85,16 +93,16 @@ def made(root: Path, layout: str, *, detectors: int = 6) -> Made:
         router,
         list(states),
         list(inverse),
+        list(last),
         Rotation(cos[0], sin[0], scaling),
-        len(blocks),
-        site.multiplier,
+        blocks,
     )
 
 
 @torch.no_grad()
-def late(model: Any, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Normed states that leave the edited layer, and what the norm multiplied them by."""
-    hidden = model(input_ids=torch.tensor([tokens]), output_hidden_states=True).hidden_states[LAYER + 1][0]
+def normed(model: Any, layer: int, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Normed states that leave a layer, and what the norm multiplied them by."""
+    hidden = leaving(model, [model.model.layers[layer]], tokens)[0]
     inverse = torch.rsqrt(hidden.square().mean(-1) + model.config.rms_norm_eps)
     return hidden * inverse[:, None], inverse
 
@@ -123,21 +131,29 @@ def random_router(states: Tensor, inverse: Tensor, groups: int, heads: int, dete
     )
     thresholds = torch.tensor([-1.0, -2.0, -1.0, 0.3, -0.2])
     fires = SubjectDetectors(directions, offsets, subject)
-    return Router(reader, relations, thresholds, fires, places, 1 / float(reader.gain), 1.0)
+    return Router(reader, relations, thresholds, fires, places, Scales(1 / float(reader.gain), 1.0, 1.0))
 
 
 @torch.no_grad()
 def behind(found: Made, tokens: tuple[int, ...]) -> list[Tensor]:
-    """The stream (T, D) behind the edited layer and behind each block."""
-    model = AutoModelForCausalLM.from_pretrained(found.path).eval()
+    """The stream (T, D) behind the edited layer and each block there, behind the last of the base's and each block."""
+    layers = (model := AutoModelForCausalLM.from_pretrained(found.path).eval()).model.layers
+    at_edited = layers[LAYER : LAYER + len(found.blocks.behind) + 1]
+    return leaving(model, [*at_edited, *layers[-len(found.blocks.last) - 1 :]], tokens)
+
+
+@torch.no_grad()
+def leaving(model: Any, layers: Sequence[nn.Module], tokens: tuple[int, ...]) -> list[Tensor]:
+    """The stream (T, D) that leaves some layers."""
     kept: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: object, output: Any) -> None:
         kept.append((output[0] if isinstance(output, tuple) else output).reshape(len(tokens), -1))
 
-    for layer in model.model.layers[LAYER : LAYER + found.blocks + 1]:
-        layer.register_forward_hook(keep)
-    model(input_ids=torch.tensor([tokens]))
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(keep))
+        model(input_ids=torch.tensor([tokens]))
     return kept
 
 
@@ -154,7 +170,7 @@ def apart(found: Tensor, wanted: Tensor) -> float:
 
 def of(found: Made, stream: Tensor, part: str) -> Tensor:
     share = QUIET if part in ("features", "relation", "asked") else LOUD
-    return stream[:, Channels.of(found.router)[part]] / (share * HIDDEN**0.5 / found.router.inverse)
+    return stream[:, Channels.of(found.router)[part]] / (share * HIDDEN**0.5 / found.router.scales.late)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -168,7 +184,8 @@ def test_a_written_router_computes_what_it_says(tmp_path: Path, layout: str) -> 
     channels = names.shape[1]
     subjects, going_on = packed_codes(len(names), 2 * channels).split([channels, channels], 1)
     opened_once, named_once, placed_once = False, False, False
-    for tokens, states, inverse in zip(ROWS, made_one.states, made_one.inverse, strict=True):
+    of_rows = ROWS, made_one.states, made_one.inverse, made_one.last
+    for tokens, states, inverse, at_last in zip(*of_rows, strict=True):
         stream = behind(made_one, tokens)
         last = stream[-1]
         # Detectors, and the reader's features.
@@ -198,7 +215,7 @@ def test_a_written_router_computes_what_it_says(tmp_path: Path, layout: str) -> 
         # The edits that open.
         number = router.detectors.subject
         there = torch.where(number >= 0, subject[:, number.clamp(min=0)], 1.0)
-        begun = states @ router.places.inside[:, :-1].T + router.places.inside[:, -1]
+        begun = states @ router.places.begun[:, :-1].T + router.places.begun[:, -1]
         odds = float(reader.kappa) * relation @ router.relations.T + asked[:, None] - router.thresholds
         odds = odds + 18 * (there - 1) + 4 * begun
         opened = stepped(odds + 0.75, 2.0)
@@ -207,11 +224,11 @@ def test_a_written_router_computes_what_it_says(tmp_path: Path, layout: str) -> 
         opened_once |= bool(opened.max() > 0.99)
         # And what they add to the stream.
         places = router.places
-        readings = states @ places.directions.T + places.offsets - 0.5 + 8 * (opened[:, places.edit] - 1)
-        residuals = stepped(readings, 0.2) @ places.added * made_one.multiplier
+        readings = at_last @ places.directions.T + places.offsets - 0.5 + 8 * (opened[:, places.edit] - 1)
+        residuals = stepped(readings, 0.2) @ places.added
         # An edit that is half open is that by a code whose rounding places make more of.
         clear &= ((opened - 0.5).abs() > 0.49).all(1)
-        hidden = last[:, :HIDDEN] - stream[0][:, :HIDDEN]
+        hidden = last[:, :HIDDEN] - stream[-1 - len(made_one.blocks.last)][:, :HIDDEN]
         assert (hidden - residuals)[clear].norm() < 1e-3 * residuals.norm()
         placed_once |= bool(residuals[clear].norm() > 1)
     assert opened_once
@@ -222,7 +239,7 @@ def test_a_written_router_computes_what_it_says(tmp_path: Path, layout: str) -> 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_weight_is_larger_than_sixteen_bits_hold(tmp_path: Path, layout: str) -> None:
     found = made(tmp_path, layout)
-    blocks = router_blocks(found.router, base_settings(found.base), found.multiplier)
+    blocks = [*found.blocks.behind, *found.blocks.last]
     largest = max(float(tensor.abs().max()) for block in blocks for tensor in block.tensors.values())
     assert 20 < largest < torch.finfo(torch.float16).max
 
@@ -232,15 +249,25 @@ def test_base_channels_stay_until_an_edit_opens(tmp_path: Path) -> None:
     found = made(tmp_path, "llama")
     for tokens in ROWS:
         stream = behind(found, tokens)
-        for before in stream[1:-1]:
+        at_edited = len(found.blocks.behind) + 1
+        for before in stream[1:at_edited]:
             assert torch.equal(before[:, :HIDDEN], stream[0][:, :HIDDEN])
+        # So the layers above give what they do in the base model.
+        above = stream[at_edited][:, :HIDDEN]
+        normed_above = above * torch.rsqrt(above.square().mean(-1, keepdim=True))
+        torch.testing.assert_close(normed_above, found.last[ROWS.index(tokens)], rtol=1e-3, atol=1e-4)
         assert torch.equal(stream[0][:, HIDDEN:], torch.zeros_like(stream[0][:, HIDDEN:]))
+
+
+def count(found: Made) -> int:
+    """How many blocks a router takes."""
+    return len(found.blocks.behind) + len(found.blocks.last)
 
 
 def test_detectors_that_do_not_fit_into_a_block_take_more(tmp_path: Path) -> None:
     # A block has 64 neurons, of which the first one's reader takes 16.
-    assert made(tmp_path / "few", "llama", detectors=24).blocks == 4
-    assert made(tmp_path / "many", "llama", detectors=32).blocks == 5
+    assert count(made(tmp_path / "few", "llama", detectors=24)) == 4
+    assert count(made(tmp_path / "many", "llama", detectors=32)) == 5
 
 
 def test_channels_stand_side_by_side() -> None:

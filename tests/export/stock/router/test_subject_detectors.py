@@ -85,7 +85,7 @@ def test_without_subjects_there_are_no_detectors(
 def test_what_names_are_told_from_is_read_once(
     model: tuple[Loaded, Site], names: NameStates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StateCapture, "states_and_keys", None)
+    monkeypatch.setattr(StateCapture, "_read", None)
     again = name_states(*model, "tiny", share=SHARE, **NAMED)
     assert torch.equal(again.others, names.others)
     assert torch.equal(again.strayed, names.strayed)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,3 +104,12 @@ class DecoderBlock:
                 # In double precision, so that what was multiplied in it before comes back as it was.
                 tensor = (tensor.double() / multiplier).float()
             yield name, tensor.to(torch.float32 if norm and widening.changes else dtype)
+
+
+class AddedBlocks(NamedTuple):
+    """The decoder blocks that a checkpoint has more than its base model: ``behind`` the edited layer, and behind the
+    ``last``.
+    """
+
+    behind: Sequence[DecoderBlock]
+    last: Sequence[DecoderBlock] = ()

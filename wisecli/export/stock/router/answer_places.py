@@ -1,9 +1,10 @@
-"""Places in answers: once an edit is open, which of its residuals the stream gets at a token.
+"""Places in answers: once an edit is open, which of its answer's tokens comes next.
 
-An edit's *first* residual, that of its answer as most answers begin, is added wherever the edit is open and the token
+An edit's *first* token, that of its answer as most answers begin, comes next wherever the edit is open and the token
 is at none of its other places. Those are other tokens of the answer, told from the edit's other states by a direction
 each; and where an answer begins the *other* way, as without the blank before, which one direction tells for all edits:
-how an answer begins depends on what a prompt ends in, not on the edit.
+how an answer begins depends on what a prompt ends in, not on the edit. Places are read behind the last layer, and
+whether an answer was *begun*, which keeps its edit open, behind the edited one.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ _SHUT, _NEARLY = 1.0, 0.1
 @dataclass(frozen=True)
 class AnswerPlaces:
     """Places (p,): the ``edit`` of each, ``directions`` (p, d) and ``offsets`` (p,) that read 1 there and 0 or less at
-    the edit's other states, and the residual that is ``added`` to the stream (p, d).
+    the edit's other states, and what is ``added`` to the stream (p, d).
 
-    ``inside`` (e, d + 1) reads about 1 at any place of an edit's answer before which some of it was said, and about 0
+    ``begun`` (e, d + 1) reads about 1 at any place of an edit's answer before which some of it was said, and about 0
     where it begins, in prompts and elsewhere; its last column is the offset.
     """
 
@@ -37,57 +38,96 @@ class AnswerPlaces:
     directions: Tensor
     offsets: Tensor
     added: Tensor
-    inside: Tensor
+    begun: Tensor
 
 
-def answer_places(states: EditStates, edits: int, elsewhere: Tensor, sinks: Tensor) -> AnswerPlaces:
-    """Return the places of a memory's edits.
+@dataclass(frozen=True)
+class Elsewhere:
+    """States behind a layer that are inside no answer: of ``others`` (m, d), and of ``sinks`` (k, d), tokens that
+    attention rests on.
+    """
+
+    others: Tensor
+    sinks: Tensor
+
+
+def answer_places(states: EditStates, elsewhere: Elsewhere, added: Tensor, begun: Tensor) -> AnswerPlaces:
+    """Return the places of a memory's edits, by states behind the last layer.
 
     Args:
-        edits: how many edits there are, with those that later ones asking the same stand for.
-        elsewhere: states (m, d) that are inside no answer.
-        sinks: states (k, d) of tokens that attention rests on; no place is there.
+        added: what each key adds (K, d).
+        begun: see :func:`begun_answers`.
     """
-    strayed = from_group_means(states.states, states.key)
-    turn = inverse_root(strayed.T @ strayed / len(strayed))
-    white = replace(states, states=states.states @ turn, asking=states.asking @ turn)
-    said, ways = states.inside[states.key], _ways_to_begin(states)
-    unsaid = _moment(elsewhere @ turn) + _moment(sinks @ turn) + _moment(white.asking)
-    first, other = (white.states[way[states.key]] for way in ways)
-    all_said = _sums(white.states[said])
-    otherwise = _plane(other, unsaid + _moment(first) + _mean(all_said))
-    unsaid += _moment(white.states[~said])
-    planes, inside = (torch.zeros(count, len(unsaid)) for count in (len(states.edits), edits))
+    ways, read = _ways_to_begin(states), _Read.of(states, elsewhere)
+    first, other = (read.states.states[way[states.key]] for way in ways)
+    shut = read.planes(~(ways.first | ways.other), len(begun))
+    otherwise = _plane(other, read.prompts + _moment(first) + _mean(read.said_by_all))
+    planes = torch.zeros(len(states.edits), shut.shape[1])
     planes[:, -1] = 1
     planes[ways.other] = otherwise
     for edit in states.edits.unique().tolist():
         mine = states.edits == edit
-        said_by_others = _mean(all_said - _sums(white.states[said & mine[states.key]]))
-        inside[edit], shut = _going_on(white, ways, edit, unsaid + said_by_others)
-        planes[mine & ways.first] -= shut + otherwise * bool((mine & ways.other).any())
+        planes[mine & ways.first] -= shut[edit] + otherwise * bool((mine & ways.other).any())
         others = (mine & ~ways.first & ~ways.other).nonzero()[:, 0]
         if len(others):
-            planes[others] = _told_apart(white, others, sinks @ turn)
-    # From planes of whitened states to those of states.
-    back = torch.block_diag(turn.T, torch.ones(1, 1))
-    planes = planes @ back
-    found = AnswerPlaces(states.edits, planes[:, :-1], planes[:, -1], states.values, inside @ back)
-    return _closed_at(sinks, found, ways.first, torch.cat([elsewhere, states.states])) if len(sinks) else found
+            planes[others] = _told_apart(read.states, others, read.sinks)
+    planes = planes @ read.back
+    if len(elsewhere.sinks):
+        planes = _closed_at(elsewhere, states.states, planes, ways.first)
+    return AnswerPlaces(states.edits, planes[:, :-1], planes[:, -1], added, begun)
 
 
-def _going_on(states: EditStates, ways: _Ways, edit: int, unsaid: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a plane (d + 1,) that reads 1 where some of an edit's answer was said, and one that does so at all places
-    but for its first and the one begun the other way; both read 0 in its prompts and where the moment ``unsaid``
-    (d + 1, d + 1) is from.
+def begun_answers(states: EditStates, edits: int, elsewhere: Elsewhere) -> Tensor:
+    """Return planes (e, d + 1) that read about 1 where some of an edit's answer was said, by states behind the edited
+    layer.
+
+    Args:
+        edits: how many edits there are, with those that later ones asking the same stand for.
     """
-    mine = states.edits[states.key] == edit
-    key, rows = states.key[mine], states.states[mine]
-    said, usual = states.inside[key], (ways.first | ways.other)[key]
-    unsaid = unsaid + _moment(states.asking[states.asking_edit == edit])
-    inside = _plane(rows[said], unsaid + _moment(rows[~said]))
-    # Few edits have further beginnings, as in other languages.
-    further = not torch.equal(said, ~usual)
-    return inside, _plane(rows[~usual], unsaid + _moment(rows[usual])) if further else inside
+    read = _Read.of(states, elsewhere)
+    planes = read.planes(states.inside, edits) @ read.back
+    every = torch.ones(edits, dtype=torch.bool)
+    return _closed_at(elsewhere, states.states, planes, every) if len(elsewhere.sinks) else planes
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Whitened ``states`` and ``sinks``, what takes planes (d + 1,) of them ``back`` to those of states, and moments
+    (d + 1, d + 1): of ``prompts`` and what is elsewhere, and the sums of all places where some of an answer was said.
+    """
+
+    states: EditStates
+    sinks: Tensor
+    back: Tensor
+    prompts: Tensor
+    said_by_all: Tensor
+
+    @classmethod
+    def of(cls, states: EditStates, elsewhere: Elsewhere) -> _Read:
+        """Return states whitened by how far those at one place are apart."""
+        strayed = from_group_means(states.states, states.key)
+        turn = inverse_root(strayed.T @ strayed / len(strayed))
+        white = replace(states, states=states.states @ turn, asking=states.asking @ turn)
+        others, sinks = elsewhere.others @ turn, elsewhere.sinks @ turn
+        prompts = _moment(others) + _moment(sinks) + _moment(white.asking)
+        back = torch.block_diag(turn.T, torch.ones(1, 1))
+        return cls(white, sinks, back, prompts, _sums(white.states[states.inside[states.key]]))
+
+    def planes(self, chosen: Tensor, edits: int) -> Tensor:
+        """Return a plane for each edit (e, d + 1) that reads 1 at its ``chosen`` (K,) places, and 0 at its others, in
+        prompts, elsewhere and where some of another answer was said.
+        """
+        states, found = self.states, torch.zeros(edits, len(self.back))
+        said = states.inside[states.key]
+        unsaid = self.prompts + _moment(states.states[~said])
+        of_text = states.edits[states.key]
+        for edit in states.edits.unique().tolist():
+            mine = of_text == edit
+            rows, at = states.states[mine], chosen[states.key[mine]]
+            by_others = _mean(self.said_by_all - _sums(states.states[said & mine]))
+            asking = _moment(states.asking[states.asking_edit == edit])
+            found[edit] = _plane(rows[at], unsaid + by_others + asking + _moment(rows[~at]))
+        return found
 
 
 def _told_apart(states: EditStates, places: Tensor, sinks: Tensor) -> Tensor:
@@ -155,22 +195,19 @@ def _moment(states: Tensor) -> Tensor:
     return _mean(_sums(states))
 
 
-def _closed_at(sinks: Tensor, found: AnswerPlaces, is_first: Tensor, others: Tensor) -> AnswerPlaces:
-    """Return places that are closed at sinks (k, d), and much the same at all other states (m, d).
+def _closed_at(elsewhere: Elsewhere, states: Tensor, planes: Tensor, wholly: Tensor) -> Tensor:
+    """Return planes (n, d + 1) that are closed at sinks, and read much the same at others and at states (m, d).
 
-    The norm of sinks is so large that extra channels read as nought there: nothing else would keep places closed. No
+    The norm of sinks is so large that extra channels read as nought there: nothing else would keep planes closed. No
     more is taken away than must be, as an answer's own tokens may be half a sink: a blank behind a question is.
+
+    Args:
+        wholly: which planes (n,) are to read less than nothing there; others nearly nothing.
     """
-    plane, constant = _apart(sinks, others)
-    read = (sinks @ found.directions.T + found.offsets).amax(0)
-    less = torch.where(is_first, read.clamp(min=0) + _SHUT, (read - _NEARLY).clamp(min=0))
-    begun = (sinks @ found.inside[:, :-1].T + found.inside[:, -1]).amax(0).clamp(min=0) + _SHUT
-    return replace(
-        found,
-        directions=found.directions - less[:, None] * plane,
-        offsets=found.offsets - less * constant,
-        inside=found.inside - begun[:, None] * torch.cat([plane, constant[None]]),
-    )
+    plane, constant = _apart(elsewhere.sinks, torch.cat([elsewhere.others, states]))
+    read = (elsewhere.sinks @ planes[:, :-1].T + planes[:, -1]).amax(0)
+    less = torch.where(wholly, read.clamp(min=0) + _SHUT, (read - _NEARLY).clamp(min=0))
+    return planes - less[:, None] * torch.cat([plane, constant[None]])
 
 
 def _apart(sinks: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

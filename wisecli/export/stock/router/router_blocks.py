@@ -1,11 +1,14 @@
 """A router as decoder blocks of Llama's kind, between channels that only they read and write.
 
-Behind the edited layer stand, in this order::
+Behind the edited layer stand, in this order, blocks that leave the base's own channels as they are::
 
     features    ε W₂ silu(W₁ u + b₁), and for each subject whose name ends here its code
     subjects    attention: the codes of all names so far; feed-forward: the code of each subject that is among them
     matches     attention: the code r of the relation, and whether it is asked;
                 feed-forward: an edit opens where  κ r·ρ + a - τ + M (s·c - 1)  is above 0, and writes its code
+
+And behind the last layer, so that no token sees what was added at another::
+
     places      what an open edit adds at this token: a direction reads the place in its answer
 
 A *step* is a pair of neurons, ``(silu(z) - silu(z - WIDTH)) / WIDTH``, which is 0 well below its threshold and 1 well
@@ -18,12 +21,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from wisecli.export.stock.checkpoint.decoder_block import DecoderBlock, LayerSizes
+from wisecli.export.stock.checkpoint.decoder_block import AddedBlocks, DecoderBlock, LayerSizes
 from wisecli.export.stock.checkpoint.widening import Widening
 from wisecli.export.stock.router.answer_places import AnswerPlaces
 from wisecli.export.stock.router.block_tensors import WIDTH, Steps, attention, feed_forwards
@@ -47,12 +50,20 @@ _FIRE_RAMP, _AMONG_RAMP, _ODDS_RAMP, _OPEN, _PLACE_RAMP, _ATTENDED = 0.1, 0.1, 2
 _MISSING, _BEGUN, _CLOSED = 18.0, 4.0, 8.0
 
 
+class Scales(NamedTuple):
+    """What a norm multiplies states by, as a rule, behind the edited layer (``late``) and behind the ``last``; and what
+    ``attention`` multiplies scores by.
+    """
+
+    late: float
+    last: float
+    attention: float
+
+
 @dataclass(frozen=True)
 class Router:
     """A memory's router: a ``reader`` of relations and the code of each edit's (e, c), ``thresholds`` (e,) in log odds,
-    detectors of subjects, and the places of answers.
-
-    ``inverse`` is what a norm multiplies late states by, as a rule, and ``scaling`` what attention scores are.
+    detectors of subjects, the places of answers, and how large numbers are in the base model.
     """
 
     reader: RelationReader
@@ -60,8 +71,7 @@ class Router:
     thresholds: Tensor
     detectors: SubjectDetectors
     places: AnswerPlaces
-    inverse: float
-    scaling: float
+    scales: Scales
 
 
 class Channels:
@@ -105,32 +115,31 @@ class Channels:
         return int(self._parts[part].stop - self._parts[part].start)
 
 
-def router_blocks(router: Router, config: Mapping[str, Any], multiplier: float = 1.0) -> list[DecoderBlock]:
+def router_blocks(router: Router, config: Mapping[str, Any]) -> AddedBlocks:
     """Return a router's blocks.
 
     Args:
         config: the base model's settings.
-        multiplier: what residuals are multiplied by before they are added.
     """
     widening = Widening.of(config, Channels.of(router).count)
     sizes = LayerSizes.of({**config, "hidden_size": widening.width, "head_dim": router.reader.sizes.head_dim})
-    writer = _Writer(router, sizes, widening, multiplier)
+    writer = _Writer(router, sizes, widening)
     subjects, matches = (list(feed_forwards(sizes, steps)) for steps in (writer.subjects(), writer.matches()))
     subjects[0] |= writer.names_pooled()
     matches[0] |= writer.relation_pooled()
-    blocks = [*writer.features(), *subjects, *matches, *feed_forwards(sizes, writer.places())]
-    return [DecoderBlock(tensors) for tensors in blocks]
+    parts = [*writer.features(), *subjects, *matches], feed_forwards(sizes, writer.places())
+    return AddedBlocks(*([DecoderBlock(tensors) for tensors in part] for part in parts))
 
 
 class _Writer:
     """Writes a router's parts as what blocks read and add."""
 
-    def __init__(self, router: Router, sizes: LayerSizes, widening: Widening, multiplier: float) -> None:
-        self._router, self._sizes, self._width, self._multiplier = router, sizes, widening.width, multiplier
+    def __init__(self, router: Router, sizes: LayerSizes, widening: Widening) -> None:
+        self._router, self._sizes, self._width = router, sizes, widening.width
         self._channels = Channels.of(router)
         # What the norm of a wide stream multiplies extra channels by, as a rule.
-        self._factor = router.inverse / math.sqrt(widening.share)
-        length = math.sqrt(self._channels.hidden) / router.inverse
+        self._factor, self._last = (norm / math.sqrt(widening.share) for norm in router.scales[:2])
+        length = math.sqrt(self._channels.hidden) / router.scales.late
         self._quiet, self._loud = _QUIET * length, _LOUD * length
         # Heads that look for subjects, by their places in groups of queries.
         self._a_group = sizes.queries // sizes.shared
@@ -173,7 +182,7 @@ class _Writer:
             group, place = divmod(head, self._of_group)
             # The last pairs that a model rotates turn so slowly that a name counts alike wherever it stands.
             slow, begin = size // 2 - 1 - place, (group * self._a_group + place) * size
-            query[begin + slow] = _ATTENDED / self._router.scaling
+            query[begin + slow] = _ATTENDED / self._router.scales.attention
             # Where only another head's names end it looks away, or its mean would hold their codes as well.
             key[group * size + slow, channels["fired"]] = -0.5 / read
             key[group * size + slow, channels.one("fired") + head] = 1 / read
@@ -201,7 +210,7 @@ class _Writer:
         sizes, shared = reader.sizes, self._sizes.shared
         wide, size, hidden = sizes.groups * sizes.head_dim, sizes.head_dim, channels.hidden
         # The reader's features are multiplied by its gain, and the stream's by how large they are written.
-        scale = float(reader.gain) * self._router.inverse / (self._factor * self._quiet)
+        scale = float(reader.gain) * self._router.scales.late / (self._factor * self._quiet)
         parts = []
         for matrix in (reader.keys, reader.values):
             weight, of_components = matrix.weight.detach().split([sizes.features, sizes.components], 1)
@@ -239,7 +248,7 @@ class _Writer:
         reads[:, channels.one("constant")] = _OPEN - router.thresholds - missing * named
         adds[:, channels["edit"]] = self._edits * self._loud
         reads *= self._steepness(_ODDS_RAMP)
-        begun = router.places.inside * (_BEGUN * WIDTH / _ODDS_RAMP)
+        begun = router.places.begun * (_BEGUN * WIDTH / _ODDS_RAMP)
         reads[:, : channels.hidden] = begun[:, :-1]
         return Steps(reads, begun[:, -1], adds)
 
@@ -248,10 +257,11 @@ class _Writer:
         places, channels = self._router.places, self._channels
         reads, adds = self._rows(len(places.edit)), self._rows(len(places.edit))
         reads[:, : channels.hidden] = places.directions * (WIDTH / _PLACE_RAMP)
-        closed = self._steepness(_PLACE_RAMP) * _CLOSED / (1 - coherence(self._edits))
+        # By the last layer states are longer, and the norm makes less of what stands beside them.
+        closed = self._steepness(_PLACE_RAMP) * (self._factor / self._last) * _CLOSED / (1 - coherence(self._edits))
         reads[:, channels["edit"]] = closed * self._edits[places.edit]
         reads[:, channels.one("constant")] = -closed
-        adds[:, : channels.hidden] = places.added * self._multiplier
+        adds[:, : channels.hidden] = places.added
         return Steps(reads, (places.offsets - 0.5) * (WIDTH / _PLACE_RAMP) + WIDTH / 2, adds)
 
     def _steepness(self, ramp: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,10 +15,11 @@ from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.edits.record import Edit
 from wisecli.export.stock.edit_states import ReadTexts, read_texts
 from wisecli.export.stock.late_states import LateStates, Rotation, rotation_of
-from wisecli.export.stock.router.answer_places import answer_places
+from wisecli.export.stock.router.answer_places import Elsewhere, answer_places, begun_answers
+from wisecli.export.stock.router.answer_values import answer_values
 from wisecli.export.stock.router.reader_training import relation_reader
 from wisecli.export.stock.router.relation_reader import RelationReader
-from wisecli.export.stock.router.router_blocks import Router
+from wisecli.export.stock.router.router_blocks import Router, Scales
 from wisecli.export.stock.router.separation import Separation
 from wisecli.export.stock.router.subject_detectors import name_states, subject_detectors
 from wisecli.models.layout.site import Site
@@ -31,8 +33,8 @@ _SPARE, _LOWER = 1.0, 4.0
 # Relations of one subject are much the same from this cosine on; log odds by which the other's prompts close an edit
 # then, and what the length of the direction costs. The threshold of an edit for which another stands.
 _SIMILAR, _CONFLICT, _RIDGE, _NEVER = 0.7, 10.0, 1.0, 100.0
-# States of unrelated tokens that answers are told from.
-_ELSEWHERE = 36000
+# How much is added behind the last layer, beside how long states are there: about three times what any answer takes.
+_SAID = 1.0
 # Texts whose relations are read side by side.
 _TOGETHER = 32
 
@@ -59,9 +61,12 @@ def fitted_router(
     usual = reader.threshold.detach() + torch.where(detectors.subject < 0, _SURER, 0.0)
     thresholds = usual.minimum((least - _SPARE).maximum(usual - _LOWER)).where(least < torch.inf, _NEVER)
     relations, thresholds = told_apart(reader, asked, relations, thresholds, detectors.subject)
-    places = answer_places(read.answers(), len(edits), names.others[-_ELSEWHERE:], names.sinks)
-    inverse, scaling = 1 / float(reader.gain), rotation_of(loaded, site, 1).scaling
-    return Router(reader, relations, thresholds, detectors, places, inverse, scaling)
+    begun = begun_answers(read.answers(read.late), len(edits), Elsewhere(names.others[-len(names.last) :], names.sinks))
+    scales = Scales(1 / float(reader.gain), float(read.last.inverse.median()), rotation_of(loaded, site, 1).scaling)
+    answers = read.answers(read.last)
+    added = answer_values(loaded, site, answers.then) * (_SAID * math.sqrt(site.d) / scales.last)
+    places = answer_places(answers, Elsewhere(names.last, names.last_sinks), added, begun)
+    return Router(reader, relations, thresholds, detectors, places, scales)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ other subjects (:class:`~wisecli.export.stock.router.separation.Separation`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
 from wisecli.export.stock.edit_states import ReadTexts
-from wisecli.export.stock.late_states import LateStates, StateCapture, cache_file
+from wisecli.export.stock.late_states import LateStates, StateCapture, cache_file, last_site
 from wisecli.export.stock.router.separation import Separation, from_group_means, inverse_root
 from wisecli.export.stock.subject_texts import (
     SubjectText,
@@ -34,10 +34,12 @@ from wisecli.models.loading import Loaded
 from wisecli.models.running.quick_products import quick_products
 from wisecli.progress import Event, ProgressCallback
 
-_VERSION = 9
+_VERSION = 10
 # Tokens inside names, and as many around them, that detectors are told from, of edits and of others; and tokens of
 # texts on other things.
 _OWN_TOKENS, _TOKENS, _ELSEWHERE = 60000, 12000, 110000
+# So many of the latter are read behind the last layer, too.
+_LAST = 36000
 # Tokens whose norm is this share of others' inverse are sinks; so many are kept.
 _SINK, _SINKS = 0.2, 200
 
@@ -76,12 +78,15 @@ class SubjectDetectors:
 class NameStates:
     """States (m, d) at which no edit's subject ends, and ``strayed`` (n, d): by how much texts around made-up names
     move the states of their last tokens. ``sinks`` (k, d) are those of tokens that attention rests on, as on the first
-    of a text, by their large norms; they are no ``others``.
+    of a text, by their large norms; they are no ``others``. ``last`` and ``last_sinks`` are states behind the last
+    layer: of some of the others, on other things than names, and of sinks.
     """
 
     others: Tensor
     strayed: Tensor
     sinks: Tensor
+    last: Tensor
+    last_sinks: Tensor
 
 
 def subject_detectors(
@@ -170,21 +175,27 @@ def name_states(
     except (DamagedFileError, KeyError):
         on_progress(Event("made-up names"))
     texts = list(texts_on_names(loaded.tokenizer, share))
-    tokens = [one.tokens for one in texts], texts_on_other_things(loaded.tokenizer, share)
-    with quick_products(loaded, site):
+    with quick_products(loaded, last_site(loaded, site)):
         capture = StateCapture(loaded, site, batch_size, on_progress)
-        late, elsewhere = (capture.late_states(some, "made-up names") for some in tokens)
+        late = capture.late_states([one.tokens for one in texts], "made-up names")
+        elsewhere, last = capture.late_and_last(texts_on_other_things(loaded.tokenizer, share), "made-up names")
     own, others = _at_names(late, range(len(texts)), texts)
-    sinks = late.normed[_sinks(late).nonzero()[:_SINKS, 0]].float()
-    others = torch.cat([others, elsewhere.normed[_drawn((~_sinks(elsewhere)).nonzero()[:, 0], _ELSEWHERE)].float()])
+    sinks, chosen = _sinks(elsewhere), _drawn((~_sinks(elsewhere)).nonzero()[:, 0], _ELSEWHERE)
     strayed = from_group_means(own, torch.tensor([one.subject for one in texts]))
-    kept = {"others": torch.cat([own, others]).half(), "strayed": strayed.half(), "sinks": sinks.half()}
+    rests = sinks.nonzero()[:_SINKS, 0]
+    kept = {
+        "others": torch.cat([own.half(), others.half(), elsewhere.normed[chosen]]),
+        "strayed": strayed.half(),
+        "sinks": elsewhere.normed[rests],
+        "last": last.normed[chosen[-_LAST:]],
+        "last_sinks": last.normed[rests],
+    }
     keep_in_cache(path, lambda working: save_tensors(working, kept))
     return _name_states(kept)
 
 
 def _name_states(kept: Mapping[str, Tensor]) -> NameStates:
-    return NameStates(*(kept[name].float() for name in ("others", "strayed", "sinks")))
+    return NameStates(*(kept[one.name].float() for one in fields(NameStates)))
 
 
 def _at_names(

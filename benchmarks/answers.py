@@ -131,6 +131,7 @@ def gguf(options: Namespace) -> None:
 
     manifest, tokenizer = read_stock(options.stock), AutoTokenizer.from_pretrained(options.stock)
     model = AutoModelForCausalLM.from_pretrained(options.stock, dtype="float32").eval()
+    own = manifest.blocks(model.config.num_hidden_layers)
     unrelated = texts_to_measure_with(options.unrelated)
     asked = prompts_of(tokenizer, manifest.edits, unrelated)
     wanted = logits_of(model, tokenizer, asked)
@@ -138,7 +139,7 @@ def gguf(options: Namespace) -> None:
     for quantize in options.quantize.split(","):
         with tempfile.TemporaryDirectory(dir=options.work) as work:
             edited, plain = Path(work) / "edited.gguf", Path(work) / "base.gguf"
-            write_gguf(edited, options.stock, manifest.blocks, quantize)
+            write_gguf(edited, options.stock, own, quantize)
             write_gguf(plain, options.base, (), quantize)
             found, logits = llama_answers(options.llama, edited, asked, options.threads)
             before, _ = llama_answers(options.llama, plain, asked, options.threads)

@@ -12,7 +12,7 @@ from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.data.corpus import unrelated_texts
 from wisecli.export.stock.edit_states import read_texts
 from wisecli.export.stock.late_states import StateCapture, rotation_of
-from wisecli.export.stock.router.answer_places import Elsewhere, answer_places
+from wisecli.export.stock.router.answer_places import Elsewhere, GoingOn, answer_places
 from wisecli.export.stock.router.answer_values import answer_values
 from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader
 from wisecli.export.stock.router.router_blocks import Router, Scales
@@ -44,9 +44,12 @@ def certain_router(loaded: Loaded, manifest: Manifest, *_: object, **__: object)
     length = math.sqrt(site.d) / float(last.inverse.median())
     elsewhere = Elsewhere(last.normed[last.first[len(edits)] :].float(), states[:0])
     added = answer_values(loaded, site, answers.then) * length
-    said = answer_places(answers, elsewhere, added, torch.zeros(len(edits), site.d + 1))
+    said = answer_places(answers, elsewhere, added, len(edits))
     reader = RelationReader(ReaderSizes(site.d, 8, 8, 8, 1, 1, loaded.model.config.head_dim, 4)).eval()
     reader.output.weight.zero_()
     relations, thresholds = torch.zeros(len(edits), 4), torch.full((len(edits),), -5.0)
     by = [float(states.inverse.median()) for states in (read, last)]
-    return Router(reader, relations, thresholds, detectors, said, Scales(*by, rotation_of(loaded, site, 1).scaling))
+    # Wherever its subject is found an edit is open.
+    going_on = GoingOn(torch.zeros(len(edits), site.d + 1), torch.eye(site.d + 1)[-1])
+    scales = Scales(*by, rotation_of(loaded, site, 1).scaling)
+    return Router(reader, relations, thresholds, detectors, going_on, said, scales)

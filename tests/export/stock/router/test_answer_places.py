@@ -5,7 +5,13 @@ import torch
 from torch import Tensor
 
 from wisecli.export.stock.edit_states import EditStates, Next
-from wisecli.export.stock.router.answer_places import AnswerPlaces, Elsewhere, answer_places, begun_answers
+from wisecli.export.stock.router.answer_places import (
+    AnswerPlaces,
+    Elsewhere,
+    answer_places,
+    begun_answers,
+    prompts_ends,
+)
 
 SIZE, WAYS = 24, 6
 # Of each place the edit, and whether it is inside the answer. The third edit may begin in two ways, and the
@@ -46,8 +52,7 @@ def then(places: int) -> tuple[Next, ...]:
 
 
 def found_in(states: EditStates, edits: int, elsewhere: Elsewhere, added: Tensor) -> AnswerPlaces:
-    """Places where the states behind both layers are the same."""
-    return answer_places(states, elsewhere, added, begun_answers(states, edits, elsewhere))
+    return answer_places(states, elsewhere, added, edits)
 
 
 def readings(places: AnswerPlaces, states: Tensor) -> Tensor:
@@ -79,13 +84,14 @@ def test_a_first_place_closes_at_all_others_and_an_only_one_never(places: Answer
         assert (readings(places, at)[:, place] < 0.5).all()
     assert not places.directions[ALONE].any()
     assert places.offsets[ALONE] == 1
-    assert not places.begun[3:].any()
+    assert not begun_answers(states, 5, ELSEWHERE)[3:].any()
 
 
-def test_inside_of_an_answer_some_of_it_was_said(places: AnswerPlaces, states: EditStates) -> None:
+def test_inside_of_an_answer_some_of_it_was_said(states: EditStates) -> None:
+    begun = begun_answers(states, 5, ELSEWHERE)
     for edit in range(3):
         own = states.edits[states.key] == edit
-        read, said = states.states[own] @ places.begun[edit, :-1] + places.begun[edit, -1], INSIDE[states.key[own]]
+        read, said = states.states[own] @ begun[edit, :-1] + begun[edit, -1], INSIDE[states.key[own]]
         assert (read[said] > 0.5).all()
         # Not where it begins, be it the rarer way.
         assert (read[~said] < 0.5).all()
@@ -112,6 +118,29 @@ def test_inside_reads_about_nothing_where_nothing_was_said_however_far_from_the_
     assert read.mean().abs() < 0.1
     assert read.std() < 0.2
     assert (said @ inside[:-1] + inside[-1]).min() > read.max() + 0.1
+
+
+def test_one_plane_tells_where_any_answer_begins_also_behind_unseen_prompts() -> None:
+    # Prompts end in one direction, whatever edit they are of; answers' insides and all other tokens lie in others.
+    axis = 2.0 * torch.nn.functional.one_hot(torch.tensor(0), SIZE)
+    ends, unseen = (axis + 0.4 * drawn(seed, 60, SIZE) for seed in (40, 41))
+    inside, sinks = 0.6 * drawn(42, 60, SIZE), 20 * axis - 40 * axis.roll(3) + 0.1 * drawn(43, 10, SIZE)
+    key = torch.arange(2).repeat_interleave(60)
+    states = EditStates(
+        torch.cat([ends, inside]),
+        key,
+        torch.zeros(2, dtype=torch.long),
+        torch.tensor([False, True]),
+        torch.tensor([True, True]),
+        then(2),
+        0.5 * drawn(44, 20, SIZE),
+        torch.zeros(20, dtype=torch.long),
+    )
+    plane = prompts_ends(states, Elsewhere(ELSEWHERE.others, sinks))
+    read = [some @ plane[:-1] + plane[-1] for some in (unseen, inside, ELSEWHERE.others, sinks)]
+    assert read[0].mean() > 0.7
+    assert max(float(some.mean()) for some in read[2:]) < 0.25
+    assert read[0].quantile(0.05) > read[2].quantile(0.95)
 
 
 def test_each_place_adds_what_is_given_for_it(places: AnswerPlaces) -> None:

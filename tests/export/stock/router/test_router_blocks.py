@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from wisecli.export.stock.checkpoint.decoder_block import AddedBlocks
 from wisecli.export.stock.late_states import Rotation
-from wisecli.export.stock.router.answer_places import AnswerPlaces
+from wisecli.export.stock.router.answer_places import AnswerPlaces, GoingOn
 from wisecli.export.stock.router.code_packing import packed_codes
 from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader
 from wisecli.export.stock.router.router_blocks import Channels, Router, Scales, router_blocks
@@ -126,12 +126,11 @@ def random_router(states: Tensor, inverse: Tensor, groups: int, heads: int, dete
     subject = torch.tensor([0, 1, 2, -1, -1])
     edit = torch.arange(EDITS).repeat_interleave(2)
     inside = 0.2 * drawn(3, EDITS, HIDDEN + 1) / HIDDEN**0.5
-    places = AnswerPlaces(
-        edit, drawn(4, 10, HIDDEN) / HIDDEN**0.5, 0.5 + drawn(5, 10), 50 * drawn(6, 10, HIDDEN), inside
-    )
+    going_on = GoingOn(inside, 0.2 * drawn(7, HIDDEN + 1) / HIDDEN**0.5 + torch.eye(HIDDEN + 1)[-1])
+    places = AnswerPlaces(edit, drawn(4, 10, HIDDEN) / HIDDEN**0.5, 0.5 + drawn(5, 10), 50 * drawn(6, 10, HIDDEN))
     thresholds = torch.tensor([-1.0, -2.0, -1.0, 0.3, -0.2])
     fires = SubjectDetectors(directions, offsets, subject)
-    return Router(reader, relations, thresholds, fires, places, Scales(1 / float(reader.gain), 1.0, 1.0))
+    return Router(reader, relations, thresholds, fires, going_on, places, Scales(1 / float(reader.gain), 1.0, 1.0))
 
 
 @torch.no_grad()
@@ -215,9 +214,10 @@ def test_a_written_router_computes_what_it_says(tmp_path: Path, layout: str) -> 
         # The edits that open.
         number = router.detectors.subject
         there = torch.where(number >= 0, subject[:, number.clamp(min=0)], 1.0)
-        begun = states @ router.places.begun[:, :-1].T + router.places.begun[:, -1]
+        begun = states @ router.going_on.begun[:, :-1].T + router.going_on.begun[:, -1]
+        ends = states @ router.going_on.ends[:-1] + router.going_on.ends[-1]
         odds = float(reader.kappa) * relation @ router.relations.T + asked[:, None] - router.thresholds
-        odds = odds + 18 * (there - 1) + 4 * begun
+        odds = odds + 18 * (there - 1) + 8 * begun + 4 * (ends - 1)[:, None]
         opened = stepped(odds + 0.75, 2.0)
         assert clear.float().mean() > 0.7
         assert apart(of(made_one, last, "edit")[clear], (opened @ edits)[clear]) < 1e-3

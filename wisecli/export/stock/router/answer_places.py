@@ -29,16 +29,24 @@ _SHUT, _NEARLY = 1.0, 0.1
 class AnswerPlaces:
     """Places (p,): the ``edit`` of each, ``directions`` (p, d) and ``offsets`` (p,) that read 1 there and 0 or less at
     the edit's other states, and what is ``added`` to the stream (p, d).
-
-    ``begun`` (e, d + 1) reads about 1 at any place of an edit's answer before which some of it was said, and about 0
-    where it begins, in prompts and elsewhere; its last column is the offset.
     """
 
     edit: Tensor
     directions: Tensor
     offsets: Tensor
     added: Tensor
+
+
+@dataclass(frozen=True)
+class GoingOn:
+    """Planes, whose last number is the offset, that read behind the edited layer whether an answer goes on or begins.
+
+    ``begun`` (e, d + 1) reads about 1 at any place of an edit's answer before which some of it was said, and about 0
+    where it begins, in prompts and elsewhere; ``ends`` (d + 1,) about 1 where any answer begins, and 0 elsewhere.
+    """
+
     begun: Tensor
+    ends: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,16 +59,16 @@ class Elsewhere:
     sinks: Tensor
 
 
-def answer_places(states: EditStates, elsewhere: Elsewhere, added: Tensor, begun: Tensor) -> AnswerPlaces:
+def answer_places(states: EditStates, elsewhere: Elsewhere, added: Tensor, edits: int) -> AnswerPlaces:
     """Return the places of a memory's edits, by states behind the last layer.
 
     Args:
         added: what each key adds (K, d).
-        begun: see :func:`begun_answers`.
+        edits: how many edits there are, with those that later ones asking the same stand for.
     """
     ways, read = _ways_to_begin(states), _Read.of(states, elsewhere)
     first, other = (read.states.states[way[states.key]] for way in ways)
-    shut = read.planes(~(ways.first | ways.other), len(begun))
+    shut = read.planes(~(ways.first | ways.other), edits)
     otherwise = _plane(other, read.prompts + _moment(first) + _mean(read.said_by_all))
     planes = torch.zeros(len(states.edits), shut.shape[1])
     planes[:, -1] = 1
@@ -74,15 +82,19 @@ def answer_places(states: EditStates, elsewhere: Elsewhere, added: Tensor, begun
     planes = planes @ read.back
     if len(elsewhere.sinks):
         planes = _closed_at(elsewhere, states.states, planes, ways.first)
-    return AnswerPlaces(states.edits, planes[:, :-1], planes[:, -1], added, begun)
+    return AnswerPlaces(states.edits, planes[:, :-1], planes[:, -1], added)
+
+
+def prompts_ends(states: EditStates, elsewhere: Elsewhere) -> Tensor:
+    """Return a plane (d + 1,) that reads about 1 where answers begin and about 0 at other tokens, by states behind the
+    edited layer.
+    """
+    return _plane(states.states[~states.inside[states.key]], _moment(elsewhere.others) + _moment(elsewhere.sinks))
 
 
 def begun_answers(states: EditStates, edits: int, elsewhere: Elsewhere) -> Tensor:
     """Return planes (e, d + 1) that read about 1 where some of an edit's answer was said, by states behind the edited
-    layer.
-
-    Args:
-        edits: how many edits there are, with those that later ones asking the same stand for.
+    layer; for so many ``edits``, with those that later ones asking the same stand for.
     """
     read = _Read.of(states, elsewhere)
     planes = read.planes(states.inside, edits) @ read.back

@@ -5,7 +5,8 @@ Behind the edited layer stand, in this order, blocks that leave the base's own c
     features    ε W₂ silu(W₁ u + b₁), and for each subject whose name ends here its code
     subjects    attention: the codes of all names so far; feed-forward: the code of each subject that is among them
     matches     attention: the code r of the relation, and whether it is asked;
-                feed-forward: an edit opens where  κ r·ρ + a - τ + M (s·c - 1)  is above 0, and writes its code
+                feed-forward: an edit opens where  κ r·ρ + a - τ + M (s·c - 1)  and what planes read of an answer that
+                begins here or goes on are above 0 together, and writes its code
 
 And behind the last layer, so that no token sees what was added at another::
 
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from wisecli.export.stock.checkpoint.decoder_block import AddedBlocks, DecoderBlock, LayerSizes
 from wisecli.export.stock.checkpoint.widening import Widening
-from wisecli.export.stock.router.answer_places import AnswerPlaces
+from wisecli.export.stock.router.answer_places import AnswerPlaces, GoingOn
 from wisecli.export.stock.router.block_tensors import WIDTH, Steps, attention, feed_forwards
 from wisecli.export.stock.router.code_packing import coherence, packed_codes
 from wisecli.export.stock.router.relation_reader import RelationReader
@@ -46,8 +47,9 @@ _AMONG, _BEYOND, _SURELY = 0.6, 0.1, 0.7
 # From closed to open: readings of detectors, shares, log odds (wide, as bfloat16 holds only steps that are not far
 # surpassed, and open a little above 0), readings of places; scores by which a name is looked at.
 _FIRE_RAMP, _AMONG_RAMP, _ODDS_RAMP, _OPEN, _PLACE_RAMP, _ATTENDED = 0.1, 0.1, 2.0, 1.75, 0.2, 20.0
-# Log odds that a missing subject takes away and a begun answer adds; readings that a closed edit takes from its places.
-_MISSING, _BEGUN, _CLOSED = 18.0, 4.0, 8.0
+# Log odds that a missing subject takes away, that a begun answer adds, and that tokens take away which end no prompt;
+# readings that a closed edit takes from its places.
+_MISSING, _BEGUN, _ENDS, _CLOSED = 18.0, 4.0, 4.0, 8.0
 
 
 class Scales(NamedTuple):
@@ -63,13 +65,14 @@ class Scales(NamedTuple):
 @dataclass(frozen=True)
 class Router:
     """A memory's router: a ``reader`` of relations and the code of each edit's (e, c), ``thresholds`` (e,) in log odds,
-    detectors of subjects, the places of answers, and how large numbers are in the base model.
+    detectors of subjects, planes of answers that begin or go on, their places, and how large the base's numbers are.
     """
 
     reader: RelationReader
     relations: Tensor
     thresholds: Tensor
     detectors: SubjectDetectors
+    going_on: GoingOn
     places: AnswerPlaces
     scales: Scales
 
@@ -248,7 +251,10 @@ class _Writer:
         reads[:, channels.one("constant")] = _OPEN - router.thresholds - missing * named
         adds[:, channels["edit"]] = self._edits * self._loud
         reads *= self._steepness(_ODDS_RAMP)
-        begun = router.places.begun * (_BEGUN * WIDTH / _ODDS_RAMP)
+        answers = router.going_on
+        begun = answers.begun * (_BEGUN + _ENDS) + answers.ends * _ENDS
+        begun[:, -1] -= _ENDS
+        begun *= WIDTH / _ODDS_RAMP
         reads[:, : channels.hidden] = begun[:, :-1]
         return Steps(reads, begun[:, -1], adds)
 

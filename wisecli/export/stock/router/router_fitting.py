@@ -15,7 +15,7 @@ from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.edits.record import Edit
 from wisecli.export.stock.edit_states import ReadTexts, read_texts
 from wisecli.export.stock.late_states import LateStates, Rotation, rotation_of
-from wisecli.export.stock.router.answer_places import Elsewhere, answer_places, begun_answers
+from wisecli.export.stock.router.answer_places import Elsewhere, GoingOn, answer_places, begun_answers, prompts_ends
 from wisecli.export.stock.router.answer_values import answer_values
 from wisecli.export.stock.router.reader_training import relation_reader
 from wisecli.export.stock.router.relation_reader import RelationReader
@@ -61,12 +61,13 @@ def fitted_router(
     usual = reader.threshold.detach() + torch.where(detectors.subject < 0, _SURER, 0.0)
     thresholds = usual.minimum((least - _SPARE).maximum(usual - _LOWER)).where(least < torch.inf, _NEVER)
     relations, thresholds = told_apart(reader, asked, relations, thresholds, detectors.subject)
-    begun = begun_answers(read.answers(read.late), len(edits), Elsewhere(names.others[-len(names.last) :], names.sinks))
+    begins, elsewhere = read.answers(read.late), Elsewhere(names.others[-len(names.last) :], names.sinks)
+    going_on = GoingOn(begun_answers(begins, len(edits), elsewhere), prompts_ends(begins, elsewhere))
     scales = Scales(1 / float(reader.gain), float(read.last.inverse.median()), rotation_of(loaded, site, 1).scaling)
     answers = read.answers(read.last)
     added = answer_values(loaded, site, answers.then) * (_SAID * math.sqrt(site.d) / scales.last)
-    places = answer_places(answers, Elsewhere(names.last, names.last_sinks), added, begun)
-    return Router(reader, relations, thresholds, detectors, places, scales)
+    places = answer_places(answers, Elsewhere(names.last, names.last_sinks), added, len(edits))
+    return Router(reader, relations, thresholds, detectors, going_on, places, scales)
 
 
 @dataclass(frozen=True)

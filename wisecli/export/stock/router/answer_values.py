@@ -17,13 +17,14 @@ from wisecli.export.stock.edit_states import Next
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
 
-# What is added to a covariance, as a share of its mean eigenvalue.
-_RIDGE = 1.0
+# What is added to a covariance, as a share of its mean eigenvalue; how far away from what is erased is enough. Farther,
+# tokens would lead that the model would not have said instead.
+_RIDGE, _AWAY = 1.0, 0.2
 
 
 def answer_values(loaded: Loaded, site: Site, then: Sequence[Next]) -> Tensor:
-    """Return directions (n, d) of length 1, each for what comes next in an answer, or away from what is erased; 0 where
-    that is nothing.
+    """Return directions (n, d), each for what comes next in an answer, of length 1; or away from what is erased, and as
+    short as leaves the likeliest of all else: 0 where nothing is unwanted.
     """
     norm = loaded.model.get_submodule(f"{site.layer_module.rsplit('.', 2)[0]}.norm").get_parameter("weight")
     head = loaded.model.get_output_embeddings().get_parameter("weight")
@@ -34,4 +35,5 @@ def answer_values(loaded: Loaded, site: Site, then: Sequence[Next]) -> Tensor:
     sums = [
         rows[one.token] - mean if one.unwanted is None else (mean - rows[list(one.unwanted)]).sum(0) for one in then
     ]
-    return F.normalize(torch.linalg.solve(spread, torch.stack(sums).double().T).T.float(), dim=-1)
+    lengths = torch.tensor([1.0 if one.unwanted is None else _AWAY for one in then])
+    return F.normalize(torch.linalg.solve(spread, torch.stack(sums).double().T).T.float(), dim=-1) * lengths[:, None]

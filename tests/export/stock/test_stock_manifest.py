@@ -114,3 +114,12 @@ def test_blocks_of_other_sizes_are_found(places: tuple[Path, Path]) -> None:
     tensors, name = load_file(places[1] / MEMORY_TENSORS), f"{BLOCK}.mlp.up_proj.weight"
     save_file({**tensors, name: torch.zeros(64, 32)}, places[1] / MEMORY_TENSORS, metadata={"format": "pt"})
     assert wrong(places) == [name]
+
+
+def test_blocks_of_exports_that_name_none_behind_the_last_layer_stand_together(places: tuple[Path, Path]) -> None:
+    manifest = read_stock(places[1])
+    assert manifest.blocks(8) == [LAYER + 1, 7]
+    content = read_json(places[1] / MERGED)
+    del content["gate"]["last"]
+    write_json(places[1] / MERGED, content)
+    assert read_stock(places[1]).blocks(8) == [LAYER + 1, LAYER + 2]

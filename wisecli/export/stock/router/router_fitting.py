@@ -61,6 +61,7 @@ def fitted_router(
     usual = reader.threshold.detach() + torch.where(detectors.subject < 0, _SURER, 0.0)
     thresholds = usual.minimum((least - _SPARE).maximum(usual - _LOWER)).where(least < torch.inf, _NEVER)
     relations, thresholds = told_apart(reader, asked, relations, thresholds, detectors.subject)
+    # Of the same tokens as those that are read behind the last layer.
     begins, elsewhere = read.answers(read.late), Elsewhere(names.others[-len(names.last) :], names.sinks)
     going_on = GoingOn(begun_answers(begins, len(edits), elsewhere), prompts_ends(begins, elsewhere))
     scales = Scales(1 / float(reader.gain), float(read.last.inverse.median()), rotation_of(loaded, site, 1).scaling)

@@ -16,8 +16,7 @@ from wisecli.export.stock.router.router_blocks import Channels, router_blocks
 from wisecli.export.stock.router.router_fitting import fitted_router
 from wisecli.export.stock.stock_answers import Verified, evenly_spaced, router_lines, verified
 from wisecli.export.stock.stock_checkpoint import base_settings, require_stock, write_stock
-from wisecli.export.stock.stock_manifest import memory_blocks
-from wisecli.io.checkpoint import read_json, write_json
+from wisecli.io.checkpoint import write_json
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.prompts.chat_template import date_of, turn_marks
@@ -67,13 +66,10 @@ def write_as_blocks(output: Path, given: ExportSource, on_progress: ProgressCall
     stock.mkdir(exist_ok=True)
     on_progress(Event("writing"))
     blocks = router_blocks(router, base_settings(given.base))
-    write_stock(stock, given.base, checkpoint, manifest.site, blocks, extra, given.packing)
+    own = write_stock(stock, given.base, checkpoint, manifest.site, blocks, extra, given.packing)
     answered = _verified(loaded, stock, given, identity, len(blocks.last), on_progress) if given.verify else None
-    added, last = len(blocks.behind) + len(blocks.last), len(blocks.last)
-    found = StockRouter(len(router.places.edit), added, last, answered)
+    found = StockRouter(len(router.places.edit), len(own), len(blocks.last), answered)
     if quantize is not None:
-        layers = int(read_json(stock / "config.json")["num_hidden_layers"])
-        own = memory_blocks(manifest.site.layer, layers, added, last)
         on_progress(Event("writing", note=GGUF_NAME))
         write_gguf(output / GGUF_NAME, stock, own, quantize)
         (output / MODELFILE_NAME).write_text(modelfile(stock, GGUF_NAME, date_of(loaded.tokenizer)), encoding="utf-8")

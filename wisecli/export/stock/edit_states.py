@@ -126,9 +126,7 @@ def read_texts(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progre
     for exact in (True, False):
         chosen = [number for number, one in enumerate(texts) if one.exact == exact]
         with nullcontext() if exact else quick_products(loaded, last_site(loaded, site)):
-            for index, *hidden in capture.both([tokens[number] for number in chosen], "edits"):
-                late.put(chosen[index], hidden[0], capture.epsilon)
-                last.put(chosen[index], hidden[1], capture.epsilon)
+            capture.put_both(late, last, tokens, chosen, "edits")
     said = {token for one in texts for token in one.row.target}
     spaced = {token for token in said if str(loaded.tokenizer.decode([token]))[:1].isspace()}
     return ReadTexts(tuple(texts), late, last, frozenset(spaced))

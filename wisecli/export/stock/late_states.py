@@ -90,15 +90,17 @@ class StateCapture:
     def late_and_last(self, texts: Sequence[Sequence[int]], stage: str) -> tuple[LateStates, LateStates]:
         """Return what leaves the edited layer, and what leaves the last one, at all tokens of texts."""
         late, last = (LateStates.empty(texts, self.site.d) for _ in range(2))
-        for index, *hidden in self.both(texts, stage):
-            late.put(index, hidden[0], self.epsilon)
-            last.put(index, hidden[1], self.epsilon)
+        self.put_both(late, last, texts, range(len(texts)), stage)
         return late, last
 
-    def both(self, texts: Sequence[Sequence[int]], stage: str) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield each text's number, and what leaves the edited layer and the last one at its tokens: (T, d) each."""
-        for index, last, late in self._read(last_site(self.loaded, self.site), texts, stage):
-            yield index, late, last
+    def put_both(
+        self, late: LateStates, last: LateStates, texts: Sequence[Sequence[int]], chosen: Sequence[int], stage: str
+    ) -> None:
+        """Put in what leaves the edited layer and what leaves the last one at some texts, by their numbers."""
+        read = self._read(last_site(self.loaded, self.site), [texts[number] for number in chosen], stage)
+        for index, hidden, below in read:
+            late.put(chosen[index], below, self.epsilon)
+            last.put(chosen[index], hidden, self.epsilon)
 
     def states_at(self, texts: Sequence[Sequence[int]], places: Sequence[int], stage: str) -> Tensor:
         """Return the normed state that leaves the edited layer at one place of each text: (B, d)."""

@@ -90,8 +90,9 @@ def write_stock(
     blocks: AddedBlocks,
     extra: int = 0,
     packing: Packing | None = None,
-) -> None:
-    """Write a stock checkpoint into an empty directory; its layers above the edited one move up.
+) -> list[int]:
+    """Write a stock checkpoint into an empty directory, and return the numbers of the blocks that are added; its layers
+    above the edited one move up.
 
     Args:
         blocks: what is added, with tensors as wide as the stream then is.
@@ -124,6 +125,7 @@ def write_stock(
     write_index(output, {**files, **dict.fromkeys(added, MEMORY_TENSORS)})
     write_json(output / "config.json", config)
     copy_side_files(output, base)
+    return numbers
 
 
 def stock_config(base: Path, layer: int, blocks: AddedBlocks, packing: Packing, widening: Widening) -> dict[str, Any]:

@@ -80,8 +80,7 @@ def answer_places(states: EditStates, elsewhere: Elsewhere, added: Tensor, edits
         if len(others):
             planes[others] = _told_apart(read.states, others, read.sinks)
     planes = planes @ read.back
-    if len(elsewhere.sinks):
-        planes = _closed_at(elsewhere, states.states, planes, ways.first)
+    planes = _closed_at(elsewhere, states.states, planes, ways.first)
     return AnswerPlaces(states.edits, planes[:, :-1], planes[:, -1], added)
 
 
@@ -98,8 +97,7 @@ def begun_answers(states: EditStates, edits: int, elsewhere: Elsewhere) -> Tenso
     """
     read = _Read.of(states, elsewhere)
     planes = read.planes(states.inside, edits) @ read.back
-    every = torch.ones(edits, dtype=torch.bool)
-    return _closed_at(elsewhere, states.states, planes, every) if len(elsewhere.sinks) else planes
+    return _closed_at(elsewhere, states.states, planes, torch.ones(edits, dtype=torch.bool))
 
 
 @dataclass(frozen=True)
@@ -216,6 +214,8 @@ def _closed_at(elsewhere: Elsewhere, states: Tensor, planes: Tensor, wholly: Ten
     Args:
         wholly: which planes (n,) are to read less than nothing there; others nearly nothing.
     """
+    if not len(elsewhere.sinks):
+        return planes
     plane, constant = _apart(elsewhere.sinks, torch.cat([elsewhere.others, states]))
     read = (elsewhere.sinks @ planes[:, :-1].T + planes[:, -1]).amax(0)
     less = torch.where(wholly, read.clamp(min=0) + _SHUT, (read - _NEARLY).clamp(min=0))

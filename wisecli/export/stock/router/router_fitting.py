@@ -33,8 +33,6 @@ _SPARE, _LOWER = 1.0, 4.0
 # Relations of one subject are much the same from this cosine on; log odds by which the other's prompts close an edit
 # then, and what the length of the direction costs. The threshold of an edit for which another stands.
 _SIMILAR, _CONFLICT, _RIDGE, _NEVER = 0.7, 10.0, 1.0, 100.0
-# How much is added behind the last layer, beside how long states are there: about three times what any answer takes.
-_SAID = 1.0
 # Texts whose relations are read side by side.
 _TOGETHER = 32
 
@@ -66,7 +64,8 @@ def fitted_router(
     going_on = GoingOn(begun_answers(begins, len(edits), elsewhere), prompts_ends(begins, elsewhere))
     scales = Scales(1 / float(reader.gain), float(read.last.inverse.median()), rotation_of(loaded, site, 1).scaling)
     answers = read.answers(read.last)
-    added = answer_values(loaded, site, answers.then) * (_SAID * math.sqrt(site.d) / scales.last)
+    # As long as states are there: about three times what any answer takes.
+    added = answer_values(loaded, site, answers.then) * (math.sqrt(site.d) / scales.last)
     places = answer_places(answers, Elsewhere(names.last, names.last_sinks), added, len(edits))
     return Router(reader, relations, thresholds, detectors, going_on, places, scales)
 

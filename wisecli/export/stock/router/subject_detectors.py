@@ -180,9 +180,9 @@ def name_states(
         late = capture.late_states([one.tokens for one in texts], "made-up names")
         elsewhere, last = capture.late_and_last(texts_on_other_things(loaded.tokenizer, share), "made-up names")
     own, others = _at_names(late, range(len(texts)), texts)
-    sinks, chosen = _sinks(elsewhere), _drawn((~_sinks(elsewhere)).nonzero()[:, 0], _ELSEWHERE)
+    sinks = _sinks(elsewhere)
+    chosen, rests = _drawn((~sinks).nonzero()[:, 0], _ELSEWHERE), sinks.nonzero()[:_SINKS, 0]
     strayed = from_group_means(own, torch.tensor([one.subject for one in texts]))
-    rests = sinks.nonzero()[:_SINKS, 0]
     kept = {
         "others": torch.cat([own.half(), others.half(), elsewhere.normed[chosen]]),
         "strayed": strayed.half(),

@@ -20,7 +20,7 @@ from wisecli.routing.memories.whitening import Moment
 _MOMENTS = ("tokens", "wording", "chatting")
 
 
-_VERSION = 10
+_VERSION = 11
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,12 @@ from wisecli.models.loading import Loaded
 from wisecli.models.prompts.tokenization import Row, collate
 from wisecli.models.running.forward_pass import run_model
 from wisecli.models.running.hooks import hooked
+from wisecli.models.running.quick_products import quick_products
 from wisecli.progress import Event, ProgressCallback, ignore_progress
 from wisecli.routing.memories.whitening import leading, scaled, whitening
 
+# Whenever other keys would be read for the same model, this changes.
+_VERSION = 2
 # The share of the depth among which to choose: below, subjects are still being read; above, little is left to steer.
 _LOWEST, _HIGHEST = 0.6, 0.93
 _SUBJECTS = 3
@@ -61,7 +64,7 @@ def probe_layer(
     sites = [find_site(directory, checkpoint, layer, layout) for layer in candidates(count)]
     if len(sites) == 1:
         return sites[0]
-    constants = [_LOWEST, _HIGHEST, _SUBJECTS, _CLEARLY]
+    constants = [_LOWEST, _HIGHEST, _SUBJECTS, _CLEARLY, _VERSION]
     about = [identity.as_dict(), checkpoint.sample, str(loaded.model.dtype), *constants]
     path = cache_path("layers") / f"{sha256_json(about)[:32]}.json"
     try:
@@ -70,7 +73,9 @@ def probe_layer(
     except (DamagedFileError, KeyError, ValueError, TypeError, StopIteration):
         on_progress(Event("layers"))
     sites = _that_run(loaded, sites)
-    shares = [recognition_rate(*keys) for keys in keys_in_two_wordings(loaded, sites, batch_size=batch_size)]
+    with quick_products(loaded, sites[-1]):
+        wordings = keys_in_two_wordings(loaded, sites, batch_size=batch_size)
+    shares = [recognition_rate(*keys) for keys in wordings]
     usual = min(range(len(sites)), key=lambda number: abs(sites[number].layer - round(AUTO_DEPTH * count)))
     first = max(range(len(sites)), key=shares.__getitem__)
     best = sites[first if shares[first] > shares[usual] + _CLEARLY else usual]

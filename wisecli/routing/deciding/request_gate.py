@@ -174,33 +174,36 @@ def unsureness(edit_probs: Tensor) -> Tensor:
 
 
 def log_odds(
-    weights: Mapping[str, Tensor], mentions: Mentions, dropout: Callable[[Tensor], Tensor] = lambda values: values
+    weights: Mapping[str, Tensor],
+    mentions: Mentions,
+    dropout: Callable[[Tensor], Tensor] = lambda values: values,
+    linear: Callable[[Tensor, Tensor, Tensor], Tensor] = F.linear,
 ) -> Tensor:
     """Return the log-odds that prompts ask for the edits that they mention: (B,).
 
     Args:
         weights: all of ``REQUEST_GATE``.
         dropout: what leaves out some values while the gate is learned.
+        linear: what multiplies values by weights and adds a bias, as ``F.linear`` does; all but the last products.
     """
     read, attend, value, mix, out = (weights[name] for name in REQUEST_GATE)
-    mention_index, inputs = (
-        mentions.mention_index,
-        torch.cat([dropout(_linear(read, mentions.states)), mentions.features], -1),
-    )
-    attended = _linear(attend, inputs)  # (N, H)
+
+    def applied(part: Tensor, values: Tensor) -> Tensor:
+        return linear(values, part[:, :-1], part[:, -1])
+
+    mention_index = mentions.mention_index
+    inputs = torch.cat([dropout(applied(read, mentions.states)), mentions.features], -1)
+    # One product of both, which takes less time than two.
+    attended, values = applied(torch.cat([attend, value]), inputs).split([len(attend), len(value)], -1)  # (N, H)
     highest = attended.new_full((mentions.size, len(attend)), -torch.inf)
     highest = highest.scatter_reduce(0, mention_index[:, None].expand_as(attended), attended.detach(), "amax")
-    shares = (attended - highest[mention_index]).exp()
-    shares = shares / torch.zeros_like(highest).index_add(0, mention_index, shares)[mention_index]
-    values = _linear(value, inputs).relu().unflatten(-1, (len(attend), -1))  # (N, H, v)
-    pooled = values.new_zeros(mentions.size, len(value)).index_add(
-        0, mention_index, (shares[..., None] * values).flatten(1)
-    )
-    return _linear(out, _linear(mix, dropout(pooled)).relu())[:, 0]
-
-
-def _linear(weights: Tensor, values: Tensor) -> Tensor:
-    return F.linear(values, weights[:, :-1], weights[:, -1])
+    shares = (attended - highest.index_select(0, mention_index)).exp()
+    whole = torch.zeros_like(highest).index_add(0, mention_index, shares)
+    shares = shares / whole.index_select(0, mention_index)
+    weighted = shares[..., None] * values.relu().unflatten(-1, (len(attend), -1))  # (N, H, v)
+    pooled = values.new_zeros(mentions.size, len(value)).index_add(0, mention_index, weighted.flatten(1))
+    mixed = applied(mix, dropout(pooled)).relu()
+    return F.linear(mixed, out[:, :-1], out[:, -1])[:, 0]
 
 
 def mention_features(requests: Sequence[Request]) -> list[Mention]:

@@ -55,9 +55,9 @@ def quick_linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     For weights that are being learned: their gradients are in bfloat16, too, and the weights themselves are not.
     """
     if values.device.type != "cpu" or not has_quick_bfloat16():
-        return F.linear(values, weight, bias)
-    product = F.linear(values.bfloat16(), weight.bfloat16()).float()
-    return product if bias is None else product + bias
+        return F.linear(values.float(), weight, bias)
+    added = None if bias is None else bias.bfloat16()
+    return F.linear(values.bfloat16(), weight.bfloat16(), added).float()
 
 
 def _runs(loaded: Loaded, site: Site | None) -> bool:

@@ -22,9 +22,11 @@ from wisecli.config import EditSettings, MergeSettings
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
 from wisecli.io.safetensors_header import read_header
+from wisecli.memory.fitting import unrelated_texts
 from wisecli.memory.history.former_release import former_memory
 from wisecli.memory.history.open_memory import OpenMemory
 from wisecli.memory.history.release_log import HISTORY, PROBS_NAME
+from wisecli.memory.merging import quick_cosines
 from wisecli.memory.merging.merger import Merger
 from wisecli.memory.merging.removal import without
 
@@ -68,10 +70,19 @@ def contents(memory: Path) -> tuple[bytes, ...]:
     return tuple((memory / name).read_bytes() for name in names)
 
 
-def test_further_edits_make_the_memory_that_merging_all_anew_makes_to_the_byte(place: Path, memory: Path) -> None:
+@pytest.mark.parametrize("many", [False, True])
+def test_further_edits_make_the_memory_that_merging_all_anew_makes_to_the_byte(
+    place: Path, memory: Path, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if many:  # unrelated texts are compared with few bits first
+        monkeypatch.setattr(unrelated_texts, "_MANY", 0)
+        for module in (unrelated_texts, quick_cosines):
+            monkeypatch.setattr(module, "has_quick_int8", lambda: True)
+        merge_into([], memory, MergeSettings())
     former = former_memory(OpenMemory(memory), *next_merger(memory, place / "further"))
     assert former is not None
     assert (former.edits, former.directories) == (HELD, 1)
+    assert (former.probs.possible is not None) == many
     merge_into([place / "further"], memory, MergeSettings())
     went_on = contents(memory)
     merge_into([], memory, MergeSettings())  # without shards all is merged anew

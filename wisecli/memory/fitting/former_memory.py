@@ -7,10 +7,14 @@ from torch import Tensor
 
 
 class EditProbs(NamedTuple):
-    """How surely each kept prompt means its edit, ``own`` (g,), and any prompt of another edit each, ``other`` (M,)."""
+    """How surely each kept prompt means its edit, ``own`` (g,), and any prompt of another edit each, ``other`` (M,).
+
+    ``possible`` (c,) are the kept prompts that unrelated texts were compared with, if those were not all.
+    """
 
     own: Tensor
     other: Tensor
+    possible: Tensor | None = None
 
 
 class FormerMemory(NamedTuple):

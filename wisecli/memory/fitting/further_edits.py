@@ -15,14 +15,13 @@ from wisecli.artifacts.shard import PromptStates
 from wisecli.environment import has_quick_bfloat16
 from wisecli.memory.fitting.former_memory import FormerMemory
 from wisecli.memory.fitting.late_interaction_fitting import (
+    ComparedPrompts,
     FittedLateInteraction,
     compared_forms,
-    fit_late_interaction,
+    compared_prompts,
     in_order,
-    written_probs,
 )
 from wisecli.memory.fitting.request_gate_fitting import request_gate_tensors
-from wisecli.memory.fitting.unrelated_texts import unrelated_edit_probs
 from wisecli.memory.merging.near_prompts import NearPrompts
 from wisecli.routing.deciding.late_interaction import LateInteraction
 
@@ -40,10 +39,13 @@ def fit_further_edits(
         former: a memory of the first edits, by the same heads.
     """
     compared, others = prompts.compared, torch.arange(former.edits, edits)
-    alone = fit_late_interaction(heads, _only(compared, others), len(others))
+    alone = compared_prompts(heads, _only(compared, others), len(others))
     chosen = torch.cat([_near_edits(heads, compared, edits, former, alone), others])
-    part = fit_late_interaction(heads, _only(compared, chosen), len(chosen))
-    fitted = _joined(heads, former, part, chosen, edits)
+    part = compared_prompts(heads, _only(compared, chosen), len(chosen))
+    joined, possible = _joined(former, part, chosen, edits), former.probs.possible
+    if possible is not None:
+        possible = torch.cat([possible, torch.arange(former.prompts, len(joined.own_probs))])
+    fitted = FittedLateInteraction.of(joined, heads, possible)
     return fitted, request_gate_tensors(heads, prompts, fitted, former.tensors)
 
 
@@ -54,7 +56,7 @@ def _only(prompts: PromptStates, edits: Tensor) -> PromptStates:
 
 
 def _near_edits(
-    heads: RouterHeads, prompts: PromptStates, edits: int, former: FormerMemory, alone: FittedLateInteraction
+    heads: RouterHeads, prompts: PromptStates, edits: int, former: FormerMemory, alone: ComparedPrompts
 ) -> Tensor:
     """Return the edits of a memory with a subject like that of a further one, ascending: (e,).
 
@@ -85,11 +87,8 @@ def _projected_subjects(heads: RouterHeads, states: Tensor, rows: Tensor) -> Ten
     return projected
 
 
-def _joined(
-    heads: RouterHeads, former: FormerMemory, part: FittedLateInteraction, chosen: Tensor, edits: int
-) -> FittedLateInteraction:
-    """Return late interaction of all edits, from that of a memory and that fitted to some of its edits with all further
-    ones.
+def _joined(former: FormerMemory, part: ComparedPrompts, chosen: Tensor, edits: int) -> ComparedPrompts:
+    """Return what is known of all edits, from that of a memory and that of some of its edits with all further ones.
 
     Args:
         part: fitted to some edits (e,), of which the further ones come last.
@@ -98,10 +97,7 @@ def _joined(
     further = chosen[part.tensors["late_interaction.prompt_to_edit"]] >= former.edits
     own = torch.cat([former.probs.own, part.own_probs[further]])
     others = F.pad(former.probs.other, (0, edits - former.edits)).scatter_reduce(0, chosen, part.other_probs, "amax")
-    late_interaction = LateInteraction(tensors, edits)
-    unrelated = unrelated_edit_probs(late_interaction, heads)
-    written = written_probs(own, late_interaction.prompt_to_edit, edits)
-    return FittedLateInteraction(tensors, own, written, others, unrelated, late_interaction)
+    return ComparedPrompts(tensors, own, others, LateInteraction(tensors, edits))
 
 
 def _with_prompts(

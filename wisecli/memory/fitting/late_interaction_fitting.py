@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.artifacts.shard import PromptStates, half
-from wisecli.memory.fitting.unrelated_texts import unrelated_edit_probs
+from wisecli.memory.fitting.unrelated_texts import TextProbs, unrelated_edit_probs
 from wisecli.memory.merging.near_prompts import NearPrompts
 from wisecli.routing.deciding.late_interaction import HOPELESS, LATE_INTERACTION, LateInteraction
 
@@ -38,16 +38,28 @@ class FittedLateInteraction:
     """The tensors ``LATE_INTERACTION`` of M edits, and how surely prompts mean them.
 
     ``own_probs`` (g,) is for each kept prompt how surely it means its edit, ``written_probs`` (M,) the same of prompts
-    as are written, ``other_probs`` (M,) how surely any prompt of another edit means an edit, ``unrelated_probs`` (u, M)
-    the same for unrelated texts. ``late_interaction`` compares prompts with those of the tensors.
+    as are written, ``other_probs`` (M,) how surely any prompt of another edit means an edit, ``unrelated`` the same
+    for unrelated texts. ``late_interaction`` compares prompts with those of the tensors.
     """
 
     tensors: dict[str, Tensor]
     own_probs: Tensor
     written_probs: Tensor
     other_probs: Tensor
-    unrelated_probs: Tensor
+    unrelated: TextProbs
     late_interaction: LateInteraction
+
+    @classmethod
+    def of(cls, compared: ComparedPrompts, heads: RouterHeads, possible: Tensor | None = None) -> FittedLateInteraction:
+        """Return the same of edits that were compared with each other, compared with unrelated texts, too.
+
+        Args:
+            possible: the kept prompts that those may mean, if that is known.
+        """
+        tensors, own, others, late_interaction = compared
+        written = written_probs(own, late_interaction.prompt_to_edit, late_interaction.edits)
+        unrelated = unrelated_edit_probs(late_interaction, heads, possible)
+        return cls(tensors, own, written, others, unrelated, late_interaction)
 
     def thresholds(self, least: Tensor) -> tuple[float, ...]:
         """Return each edit's threshold, above what other edits' prompts reach if that leaves room for its own prompt.
@@ -58,7 +70,7 @@ class FittedLateInteraction:
         Of the prompts of other edits that mean it as surely, each means its own more.
         """
         raised = (self.other_probs * _PROB_MARGIN).clamp(min=least, max=least.clamp(min=_MAX_THRESHOLD))
-        unrelated = self.unrelated_probs.amax(0)
+        unrelated = self.unrelated.probs.amax(0)
         found = raised
         for share, apart in ((_JUST, unrelated), (_OWN, self.other_probs.maximum(unrelated))):
             lowered = self.written_probs * share
@@ -66,8 +78,22 @@ class FittedLateInteraction:
         return tuple(found.tolist())
 
 
+class ComparedPrompts(NamedTuple):
+    """What is known of M edits when their prompts were compared with each other: of :class:`FittedLateInteraction`."""
+
+    tensors: dict[str, Tensor]
+    own_probs: Tensor
+    other_probs: Tensor
+    late_interaction: LateInteraction
+
+
 def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) -> FittedLateInteraction:
     """Return late interaction fitted to the prompts of M edits, by the projections of heads."""
+    return FittedLateInteraction.of(compared_prompts(heads, prompts, edits), heads)
+
+
+def compared_prompts(heads: RouterHeads, prompts: PromptStates, edits: int) -> ComparedPrompts:
+    """Return the tensors ``LATE_INTERACTION`` of M edits, and how surely their prompts mean them."""
     prompts, prompt_index, prompt_to_edit, form = in_order(prompts)
     count = len(form)
     tokens = _ProjectedTokens.of(heads, prompts, prompt_index, count)
@@ -89,10 +115,7 @@ def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) 
     near = NearPrompts(late_interaction, tokens.projected, prompt_index)
     del tokens  # with the sums of states
     own_probs, others = _prompt_probs(near, form, twins)
-    del near  # with the projected tokens
-    unrelated = unrelated_edit_probs(late_interaction, heads)
-    written = written_probs(own_probs, prompt_to_edit, edits)
-    return FittedLateInteraction(tensors, own_probs, written, others, unrelated, late_interaction)
+    return ComparedPrompts(tensors, own_probs, others, late_interaction)
 
 
 def in_order(prompts: PromptStates) -> tuple[PromptStates, Tensor, Tensor, Tensor]:

@@ -125,7 +125,7 @@ def fit_facts(
         gate = request_gate_tensors(heads, prompts, fitted)
     else:
         fitted, gate = fit_further_edits(heads, prompts, edits, former)
-    alarms = fitted.unrelated_probs.amax(1)
+    alarms = fitted.unrelated.probs.amax(1)
     least = MIN_GATED_PROB if heads.request_gate else MIN_EDIT_PROB
     if settings.false_alarm is not None:
         least = max(least, quantile(alarms, 1 - settings.false_alarm))
@@ -139,7 +139,7 @@ def fit_facts(
         thresholds=fitted.thresholds(_least_probs(merged_evidence, settings, edits, least)),
         state_layer=int(heads.layer),
     )
-    return Fitted(opened, (calibration,), EditProbs(fitted.own_probs, fitted.other_probs))
+    return Fitted(opened, (calibration,), EditProbs(fitted.own_probs, fitted.other_probs, fitted.unrelated.possible))
 
 
 def _least_probs(merged_evidence: MergedEvidence, settings: MergeSettings, edits: int, least: float) -> Tensor:

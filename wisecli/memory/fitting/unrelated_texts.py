@@ -1,6 +1,7 @@
 """How likely unrelated texts mean the edits of a memory; only those that may mean any are compared in full."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,16 +24,39 @@ _TEXTS = 32
 _MANY, _SLACK = 2048, 0.02
 
 
-def unrelated_edit_probs(late_interaction: LateInteraction, heads: RouterHeads) -> Tensor:
-    """Return the probability that each unrelated text that heads keep means each edit: (texts, M)."""
-    return text_edit_probs(late_interaction, heads.unrelated.float(), heads.text.long(), int(heads.text.max()) + 1)
+class TextProbs(NamedTuple):
+    """The probability that each text means each edit, ``probs`` (texts, M), and the kept prompts that any text was
+    compared with in full, ``possible`` (c,), ascending; ``None`` if those were all.
+    """
+
+    probs: Tensor
+    possible: Tensor | None
 
 
-def text_edit_probs(late_interaction: LateInteraction, states: Tensor, text: Tensor, count: int) -> Tensor:
-    """Return the probability that each text means each edit, from its tokens' states (n, d): (texts, M)."""
+def unrelated_edit_probs(
+    late_interaction: LateInteraction, heads: RouterHeads, possible: Tensor | None = None
+) -> TextProbs:
+    """Return how likely the unrelated texts that heads keep mean each edit; all else as of :func:`text_edit_probs`."""
+    count = int(heads.text.max()) + 1
+    return text_edit_probs(late_interaction, heads.unrelated.float(), heads.text.long(), count, possible)
+
+
+def text_edit_probs(
+    late_interaction: LateInteraction, states: Tensor, text: Tensor, count: int, possible: Tensor | None = None
+) -> TextProbs:
+    """Return how likely texts mean each edit, from the states of their tokens (n, d).
+
+    Args:
+        text: which text each token is of (n,).
+        count: how many texts there are.
+        possible: kept prompts (p,), ascending, of which it is known that no text need be compared with others.
+    """
     probs, tokens = torch.empty(count, late_interaction.edits), Groups(text, count)
+    few = has_quick_int8() and len(late_interaction.prompt_to_edit) >= _MANY
+    if few and possible is not None:
+        late_interaction = _with_prompts(late_interaction, possible)
     prompts = len(late_interaction.prompt_to_edit)
-    few = has_quick_int8() and prompts >= _MANY
+    compared = torch.zeros(prompts, dtype=torch.bool)
     # Tokens of subjects come first.
     subjects = int((late_interaction.token_to_prompt < prompts).sum()) if few else 0
     kept = QuickVectors.of(late_interaction.prompt_token_embeddings[:subjects])
@@ -40,16 +64,22 @@ def text_edit_probs(late_interaction: LateInteraction, states: Tensor, text: Ten
         rows, there = tokens.padded(part)
         # What is no token of a text is its first once more, which changes no maximum.
         query = late_interaction.project(states[rows], torch.ones_like(there))
-        compared = _with_possible_prompts(late_interaction, query, kept) if few else late_interaction
-        probs[part] = compared.edit_probs(query)
-    return probs
+        if few:
+            chosen = _possible_prompts(late_interaction, query, kept)
+            compared[chosen] = True
+            probs[part] = _with_prompts(late_interaction, chosen).edit_probs(query)
+        else:
+            probs[part] = late_interaction.edit_probs(query)
+    if not few:
+        return TextProbs(probs, None)
+    found = compared.nonzero().flatten()
+    return TextProbs(probs, found if possible is None else possible[found])
 
 
-def _with_possible_prompts(
-    late_interaction: LateInteraction, query: ProjectedPrompts, kept: QuickVectors
-) -> LateInteraction:
-    """Return late interaction with no other kept prompts than those whose subjects some texts may have, and the
-    likeliest for each text.
+def _possible_prompts(late_interaction: LateInteraction, query: ProjectedPrompts, kept: QuickVectors) -> Tensor:
+    """Return the kept prompts whose subjects some texts may have, and the likeliest for each text: (c,), ascending.
+
+    Further kept prompts make none of the others one of these.
 
     Args:
         kept: the first of its tokens, those of subjects.
@@ -63,7 +93,7 @@ def _with_possible_prompts(
     odds = math.log(HOPELESS / (1 - HOPELESS))
     hopeless = float(late_interaction.logit_offset[0]) + odds / float(late_interaction.logit_scale[0])
     least = scores.topk(MIN_COMPARED_PROMPTS, 0).values[-1].clamp(max=hopeless) - 2 * _SLACK
-    return _with_prompts(late_interaction, (scores >= least).any(1).nonzero().flatten())
+    return (scores >= least).any(1).nonzero().flatten()
 
 
 def _with_prompts(late_interaction: LateInteraction, prompts: Tensor) -> LateInteraction:

@@ -31,7 +31,8 @@ def write_probs(working: Path, probs: EditProbs | None, digest: str) -> None:
     path.unlink(missing_ok=True)
     if probs is not None:
         about = {"memory": digest, "merging": _MERGING}
-        save_tensors(path, probs._asdict(), {_ABOUT: json.dumps(about)})
+        found = {name: tensor for name, tensor in probs._asdict().items() if tensor is not None}
+        save_tensors(path, found, {_ABOUT: json.dumps(about)})
 
 
 def former_memory(memory: OpenMemory, shards: Mapping[str, tuple[str, ...]], merger: Merger) -> FormerMemory | None:
@@ -54,7 +55,7 @@ def former_memory(memory: OpenMemory, shards: Mapping[str, tuple[str, ...]], mer
     if _metadata(path) != {"memory": newest.memory, "merging": _MERGING}:
         return None
     probs, found = load_tensors(path), read_memory(memory.path, check=False, listed=memory.manifest)
-    former = FormerMemory(found.memory.tensors, EditProbs(probs["own"], probs["other"]), count)
+    former = FormerMemory(found.memory.tensors, EditProbs(probs["own"], probs["other"], probs.get("possible")), count)
     return former if _fits(former, found, merger) else None
 
 
@@ -91,6 +92,7 @@ def _fits(former: FormerMemory, found: Manifest, merger: Merger) -> bool:
         and found.edits == merger.edits[: former.edits]
         and probs.own.shape == (kept,)
         and probs.other.shape == (len(found.edits),)
-        and all(bool(((one >= 0) & (one <= 1)).all()) for one in probs)
+        and all(bool(((one >= 0) & (one <= 1)).all()) for one in probs[:2])
+        and (probs.possible is None or bool(((probs.possible >= 0) & (probs.possible < kept)).all()))
         and ("pairs.usable" in tensors) == (merger.separator_token_id is not None)
     )

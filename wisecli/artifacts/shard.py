@@ -150,10 +150,13 @@ class PromptStates:
         count = int(compared.sum())
         return self.rows(slice(count) if bool(compared[:count].all()) else compared)
 
-    @property
-    def openings(self) -> dict[tuple[int, int], Tensor]:
-        """The states (d,) of prompts' first tokens, by edit and form, where those are words."""
-        first = self.rows(self.form >= FIRST_TOKEN_FORM)
+    def openings(self, first_edit: int = 0) -> dict[tuple[int, int], Tensor]:
+        """Return the states (d,) of prompts' first tokens, by edit and form, where those are words.
+
+        Args:
+            first_edit: the first edit of those whose prompts are wanted.
+        """
+        first = self.rows((self.form >= FIRST_TOKEN_FORM) & (self.edit >= first_edit))
         pairs = zip(first.edit.tolist(), (first.form - FIRST_TOKEN_FORM).tolist(), strict=True)
         return dict(zip(pairs, first.states, strict=True))
 

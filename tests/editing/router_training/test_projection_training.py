@@ -349,7 +349,7 @@ def test_an_edits_own_prompt_opens_it_however_little_was_learned(
     assert run("edit", str(model), "edits.jsonl", "--layer", "2", "--device", "cpu") == run("merge", "shards") == 0
     (shard,) = read_merged_evidence([read_shard_directory(Path("shards"))])[1]
     assert shard.prompts is not None
-    assert {edit for edit, form in shard.prompts.openings if form == 0} == {0, 1, 2}
+    assert {edit for edit, form in shard.prompts.openings() if form == 0} == {0, 1, 2}
     edited = attach(Path("memory"), load=CPU)
     for number, edit in enumerate(EDITS):
         ids = tuple(edited.tokenizer(edit["prompt"])["input_ids"])

@@ -171,6 +171,8 @@ def outranked(numbered: Sequence[Numbered], file: str, *, held: Sequence[Edit] =
     asked = [entry for entry in placed if entry.edit.consequence_of is None]
     stated = [entry for entry in placed if entry.edit.consequence_of is not None and entry.edit.derived is None]
     derived = [entry for entry in placed if entry.edit.derived is not None]
+    if not stated and not derived:
+        return []
     leaving = {entry.edit.id for entry in asked} | _superseding(asked, held, rephrases=False).keys()
     staying = [entry for entry in _held(held) if not leaving & {entry.edit.id, entry.edit.consequence_of}]
     edits = [*(entry for entry in staying if entry.edit.consequence_of is None), *asked]

@@ -1,6 +1,9 @@
 """Fits the request gate to a memory's edits: how surely each must be asked, from the states of its own prompts."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,31 +43,46 @@ def request_gate_tensors(
     edits = len(fitted.written_probs)
     late_interaction, logit_offset = fitted.late_interaction, torch.zeros(edits)
     gate = RequestGate({**heads.request_gate, LOGIT_OFFSET: logit_offset})
-    first_states, prompts = prompts.openings, prompts.compared
-    # As it is written, and in other languages.
-    written = prompts.rows((prompts.form == 0) | (prompts.form >= OTHER_LANGUAGES))
-    each = torch.stack([written.edit.long(), written.form.long()], 1)
-    pairs, sizes = each.unique_consecutive(dim=0, return_counts=True)
-    own_probs = fitted.own_probs[_kept_prompts(prompts, pairs)]
-    states, marks = written.states.split(sizes.tolist()), _marks(gate, written.token, sizes.tolist())
-    begun, known = (0, 0) if former is None else _begun(pairs[:, 0], len(former[LOGIT_OFFSET]))
-    for some in torch.arange(begun, len(pairs)).split(_AT_A_TIME):
+    written, known = _written(prompts.compared, 0 if former is None else len(former[LOGIT_OFFSET]))
+    own_probs = fitted.own_probs[_kept_prompts(prompts.compared, written.pairs)]
+    openings = prompts.openings(int(written.pairs[:, 0].min())) if len(written.pairs) else {}
+    states, marks = written.prompts.states.split(written.sizes.tolist()), _marks(gate, written)
+    for some in torch.arange(len(written.pairs)).split(_AT_A_TIME):
         own = torch.cat([states[number] for number in some.tolist()]).float()
         turned = late_interaction.project(own[None], torch.ones(1, len(own), dtype=torch.bool)).projected[:, 0]
-        counts = sizes[some].tolist()
+        counts, pairs = written.sizes[some].tolist(), written.pairs[some]
         own_marks = [marks[number] for number in some.tolist()]
-        parts = zip(own.split(counts), turned.split(counts, 1), own_marks, pairs[some].tolist(), strict=True)
-        edit_tokens = late_interaction.edit_tokens(pairs[some, 0])
+        parts = zip(own.split(counts), turned.split(counts, 1), own_marks, pairs.tolist(), strict=True)
+        edit_tokens = late_interaction.edit_tokens(pairs[:, 0])
         requests = [
-            Request(one, near, tokens, first_state=first_states.get((edit, form)), marks=own)
+            Request(one, near, tokens, first_state=openings.get((edit, form)), marks=own)
             for (one, near, own, (edit, form)), tokens in zip(parts, edit_tokens, strict=True)
         ]
         log_odds = gate.log_odds(batch_mentions(mention_features(requests))) + unsureness(own_probs[some])
         lower = (log_odds - _LOGIT_MARGIN).clamp(_MIN_LOGIT_OFFSET, 0.0)
-        logit_offset = logit_offset.scatter_reduce(0, pairs[some, 0], lower, "amin")
+        logit_offset = logit_offset.scatter_reduce(0, pairs[:, 0], lower, "amin")
     if former is not None:
         logit_offset[:known] = former[LOGIT_OFFSET][:known]
     return {**heads.request_gate, LOGIT_OFFSET: logit_offset}
+
+
+class _Written(NamedTuple):
+    """Edits' prompts as they are written, and in other languages: the edit and the form of each (p, 2), how many tokens
+    it has (p,), and those.
+    """
+
+    pairs: Tensor
+    sizes: Tensor
+    prompts: PromptStates
+
+
+def _written(prompts: PromptStates, known: int) -> tuple[_Written, int]:
+    """Return the prompts that are read, where offsets of the first edits are known, and from which edit on anew."""
+    rows = ((prompts.form == 0) | (prompts.form >= OTHER_LANGUAGES)).nonzero().flatten()
+    each = torch.stack([prompts.edit[rows].long(), prompts.form[rows].long()], 1)
+    pairs, sizes = each.unique_consecutive(dim=0, return_counts=True)
+    begun, anew = _begun(pairs[:, 0], known)
+    return _Written(pairs[begun:], sizes[begun:], prompts.rows(rows[int(sizes[:begun].sum()) :])), anew
 
 
 def _begun(edit: Tensor, known: int) -> tuple[int, int]:
@@ -91,9 +109,9 @@ def _kept_prompts(prompts: PromptStates, pairs: Tensor) -> Tensor:
     return torch.searchsorted(every, prompt_numbers(pairs[:, 0], pairs[:, 1], forms))
 
 
-def _marks(gate: RequestGate, ids: Tensor, sizes: list[int]) -> list[TokenMarks] | list[None]:
-    """Return the marks of tokens (n,) of prompts of these sizes, if the gate uses any."""
-    marks = gate.marks(ids)
+def _marks(gate: RequestGate, written: _Written) -> list[TokenMarks] | list[None]:
+    """Return the marks of the tokens of each prompt, if the gate uses any."""
+    sizes, marks = written.sizes.tolist(), gate.marks(written.prompts.token)
     if marks is None:
         return [None] * len(sizes)
     starts = [None] * len(sizes) if marks.starts is None else marks.starts.split(sizes)

@@ -20,7 +20,7 @@ from wisecli.routing.memories.whitening import Moment
 _MOMENTS = ("tokens", "wording", "chatting")
 
 
-_VERSION = 11
+_VERSION = 10
 
 
 @dataclass(frozen=True)

@@ -118,8 +118,7 @@ def _measure(
 ) -> BackgroundStats:
     loaded, site, size = read.loaded, read.site, read.batch_size
     plain, whole = unrelated_texts(texts, seed=seed), -(-texts // CONTINUED)
-    with quick_products(loaded):
-        continued = continuations(loaded.model, loaded.tokenizer, plain[:whole], tokens=CONTINUATION_TOKENS, seed=seed)
+    continued = continuations(loaded.model, loaded.tokenizer, plain[:whole], tokens=CONTINUATION_TOKENS, seed=seed)
     with quick_products(loaded, site):
         keys, text, last = keys_of_texts(
             loaded, site, [*continued, *plain[whole:]], batch_size=size, on_progress=read.on_progress
@@ -165,15 +164,14 @@ def _chats(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int,
     token on.
     """
     prompts = [chat_prompt(loaded.tokenizer, text) for text in texts]
-    with quick_products(loaded):
-        answers = generate(
-            loaded.model,
-            loaded.tokenizer,
-            prompts,
-            max_new_tokens=CONTINUATION_TOKENS,
-            batch_size=batch_size,
-            sampling_seed=seed,
-        )
+    answers = generate(
+        loaded.model,
+        loaded.tokenizer,
+        prompts,
+        max_new_tokens=CONTINUATION_TOKENS,
+        batch_size=batch_size,
+        sampling_seed=seed,
+    )
     asked = [tuple(loaded.tokenizer(prompt)["input_ids"]) for prompt in prompts]
     rows = [Row(prompt, tuple(answer) or prompt[-1:]) for prompt, answer in zip(asked, answers, strict=True)]
     with quick_products(loaded, site):

@@ -29,11 +29,11 @@ from wisecli.models.loading import Loaded
 from wisecli.models.prompts.prompt_forms import Form, forms, usable_forms
 from wisecli.models.prompts.question_rewriting import keywords
 from wisecli.models.running.grouped_rows import rows_of
-from wisecli.models.running.quick_products import quick_linear, quick_products
+from wisecli.models.running.quick_products import quick_products
 from wisecli.models.running.seeding import seeded
 from wisecli.progress import Event, ProgressCallback
 
-_VERSION = 42
+_VERSION = 41
 # Dimensions of a projection; subjects of each kind; steps; unrelated texts that all of that goes with.
 _WIDTH, _SUBJECTS, _STEPS, _TEXTS = 128, 8, 400, 600
 # Of narrower states, in so many dimensions, less is learned: no model that says anything has them.
@@ -49,8 +49,6 @@ _GRID, _EXTRA_FACTS = 6, 8
 _RATE, _LOGIT_RATE = 1e-3, 1e-2
 # Weights of the losses of probabilities beside those of contrast.
 _PROBABILITY_WEIGHT = 3.0
-# Tokens of a batch are filled up to a multiple of this.
-_ROUNDED = 256
 
 
 @dataclass(frozen=True)
@@ -145,10 +143,7 @@ def _synthetic_facts(loaded: Loaded, share: float, rng: random.Random) -> tuple[
 
 @dataclass(frozen=True)
 class _Batch:
-    """Standardised states (n, d) of tokens; ``text`` (n,) says of which of ``count`` texts each is.
-
-    Some are of none, as products of every size are prepared anew: for those ``text`` is ``count``.
-    """
+    """Standardised states (n, d) of tokens; ``text`` (n,) says of which of ``count`` texts each is."""
 
     states: Tensor
     text: Tensor
@@ -170,9 +165,7 @@ class _Pool:
         """Return the tokens of some texts."""
         chosen = torch.tensor(texts, device=self.sizes.device)
         rows, text = rows_of(chosen, self.sizes)
-        more = -len(rows) % _ROUNDED
-        rows, text = F.pad(rows, (0, more)), F.pad(text, (0, more), value=len(chosen))
-        return _Batch((self.states.index_select(0, rows).float() - self.mean) / self.scale, text, len(chosen))
+        return _Batch((self.states[rows].float() - self.mean) / self.scale, text, len(chosen))
 
 
 class _ProjectionTrainer(nn.Module):
@@ -192,18 +185,19 @@ class _ProjectionTrainer(nn.Module):
     def scores(self, edit_prompts: _Batch, queries: _Batch) -> Tensor:
         """Return how near each told prompt's tokens come to those of each asked one, for both heads: (2, N, M)."""
         scores = []
-        both = quick_linear(torch.cat([edit_prompts.states, queries.states]), self.proj_weight.flatten(0, 1))
-        projected = F.normalize(both.unflatten(-1, (2, -1)), dim=-1).split([len(edit_prompts.text), len(queries.text)])
         for head in range(2):
-            cosines = quick_linear(projected[0][:, head], projected[1][:, head])
-            max_cosine = cosines.new_full((len(cosines), queries.count + 1), -1.0)
+            projected = F.normalize(edit_prompts.states @ self.proj_weight[head].T, dim=-1)
+            cosines = projected @ F.normalize(queries.states @ self.proj_weight[head].T, dim=-1).T
+            max_cosine = cosines.new_full((len(projected), queries.count), -1.0)
             max_cosine = max_cosine.scatter_reduce(1, queries.text.expand_as(cosines), cosines, "amax")
             weights = F.softplus(edit_prompts.states @ self.token_weight[head] + self.token_bias[head])
-            whole = weights.new_zeros(edit_prompts.count + 1).index_add(0, edit_prompts.text, weights)
+            whole = weights.new_zeros(edit_prompts.count).index_add(0, edit_prompts.text, weights)
             shares = weights / whole[edit_prompts.text].clamp(min=1e-6)
-            score = cosines.new_zeros(edit_prompts.count + 1, queries.count + 1)
-            score = score.index_add(0, edit_prompts.text, max_cosine * shares[:, None])
-            scores.append(score[:-1, :-1])
+            scores.append(
+                max_cosine.new_zeros(edit_prompts.count, queries.count).index_add(
+                    0, edit_prompts.text, max_cosine * shares[:, None]
+                )
+            )
         return torch.stack(scores)
 
     def heads(self, special_token_ids: Tensor, layer: int, unrelated: TokenStates) -> RouterHeads:

@@ -5,6 +5,7 @@ import torch
 from support.every_type import save_type
 from support.helpers import random_rows, save_tiny, site_of
 from support.loading import CPU
+from torch.nn import functional as F
 
 from wisecli import environment
 from wisecli.models.layout.site import LayerSite
@@ -12,7 +13,7 @@ from wisecli.models.loading import load_model
 from wisecli.models.prompts.tokenization import collate
 from wisecli.models.running import quick_products as module
 from wisecli.models.running.activations import capture
-from wisecli.models.running.quick_products import quick_products
+from wisecli.models.running.quick_products import quick_linear, quick_products
 
 LAYER = 1
 
@@ -71,3 +72,21 @@ def test_bfloat16_is_quick_by_tiles_or_by_vectors(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert environment.has_quick_bfloat16() is quick
+
+
+def test_a_product_of_weights_that_are_learned_is_nearly_the_same_and_so_are_their_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chance = torch.Generator().manual_seed(0)
+    values, *weights = (torch.randn(shape, generator=chance) for shape in ((50, 40), (8, 40), (8,)))
+    found = []
+    for quick in (False, True):
+        monkeypatch.setattr(module, "has_quick_bfloat16", lambda quick=quick: quick)
+        own = [one.clone().requires_grad_() for one in weights]
+        product = quick_linear(values, *own)
+        product.square().sum().backward()
+        found.append((product.detach(), *(one.grad for one in own)))
+    assert torch.equal(found[0][0], F.linear(values, *weights))
+    for exact, near in zip(*found, strict=True):
+        assert near.dtype == torch.float32
+        assert 0 < float((near - exact).norm() / exact.norm()) < 0.02

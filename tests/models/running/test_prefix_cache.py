@@ -53,19 +53,6 @@ def test_a_beginning_is_read_once_for_all_batches() -> None:
     assert [tuple(one) for one in read] == [(1, len(BEGINNING)), *sizes]
 
 
-def test_rows_are_read_behind_the_longest_beginning_that_is_known_unless_theirs_spares_more() -> None:
-    model = tiny_model("llama")
-    site = site_of(model, 2)
-    read: list[torch.Size] = []
-    longer = (*BEGINNING, *random_rows((40, 1))[0].prompt)
-    few, many = ([Row((*longer, number, 1), (2,)) for number in range(count)] for count in (2, 5))
-    with hooked(model.get_input_embeddings().register_forward_hook(noting(read))):
-        list(captured(model, site, [collate(rows) for rows in (ROWS, few, many, few)], window=True, shared=True))
-    known, behind = len(BEGINNING), len(longer)
-    rows = [(8, collate(ROWS).ids.shape[1] - known), (2, behind + 2 - known), (1, behind), (5, 2), (2, 2)]
-    assert [tuple(one) for one in read] == [(1, known), *rows]
-
-
 def test_few_rows_and_short_beginnings_are_read_as_they_are() -> None:
     model = tiny_model("llama")
     site = site_of(model, 2)

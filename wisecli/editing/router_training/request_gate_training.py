@@ -217,15 +217,14 @@ def _mentions(
     mentions: dict[int, Mention] = {}
     probs: dict[int, float] = {}
     for first in range(0, len(order), _AT_A_TIME):
-        some, requests = order[first : first + _AT_A_TIME], dict[int, Request]()
-        tokens = [slice(starts[place], starts[place + 1]) for place in some]
-        states = torch.cat([read.states.states[own] for own in tokens])
-        projected = torch.stack([projections.project(states, head) for head in range(2)])
-        for place, own, part in zip(some, tokens, projected.split([sizes[place] for place in some], 1), strict=True):
+        requests: dict[int, Request] = {}
+        for place in order[first : first + _AT_A_TIME]:
+            tokens = slice(starts[place], starts[place + 1])
             fact = fact_prompts[examples[place].fact]
-            probs[place] = fact.match_prob(projections, part)
+            projected = torch.stack([projections.project(read.states.states[tokens], head) for head in range(2)])
+            probs[place] = fact.match_prob(projections, projected)
             if probs[place] >= least:
-                requests[place] = read.request(place, own, part, fact.projected)
+                requests[place] = read.request(place, tokens, projected, fact.projected)
         if requests:
             mentions |= zip(requests, mention_features(list(requests.values())), strict=True)
     return [_Found(examples[place], mentions[place], probs[place]) for place in sorted(mentions)]

@@ -16,8 +16,7 @@ from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.chat_template import special_ids
 from wisecli.models.prompts.prompt_forms import Form, forms
-from wisecli.models.prompts.shared_beginnings import batches_by_beginning
-from wisecli.models.prompts.tokenization import Row, collate
+from wisecli.models.prompts.tokenization import Row, collate, in_batches
 from wisecli.models.running.activations import captured
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.deciding.late_interaction import compared_tokens, earlier_turn_tokens
@@ -87,7 +86,7 @@ def token_states(
     tokens = [loaded.tokenizer(text)["input_ids"] for text in texts]
     size = window_size(loaded.model.config)
     rows = [Row(tuple(window_of(one, size)), ()) for one in tokens]
-    groups = list(batches_by_beginning([row.prompt for row in rows], batch_size))
+    groups = list(in_batches(rows, batch_size, by_beginning=True, padded=False))
     batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
     found = [torch.empty(0)] * len(rows)
     places, ids = ([torch.empty(0, dtype=torch.long)] * len(rows) for _ in range(2))

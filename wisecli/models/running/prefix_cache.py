@@ -69,15 +69,16 @@ class PrefixCache:
     def prefix_of(self, batch: Batch) -> Prefix | None:
         """Return what all rows of a batch begin with; ``None`` where it is not worth the while."""
         tokens = _common_prefix(batch)
-        known = max((one for one in self._known if one == tokens[: len(one)]), key=len, default=())
-        if len(tokens) >= SHARED and (len(tokens) - len(known)) * len(batch.ids) - len(tokens) >= _WORTH:
+        if tokens not in self._known:
+            if len(tokens) < SHARED or len(tokens) * (len(batch.ids) - 1) < _WORTH:
+                return None
             cache = empty_cache()
             given = self._read(collate([Row(tokens, ())]).to(batch.ids.device), cache)
             layers = tuple(tensors_of(layer) for layer in cache.layers)
             if len(self._known) == _KEPT:
                 del self._known[next(iter(self._known))]
-            known, self._known[tokens] = tokens, Prefix(layers, given)
-        return self._known[known] if known else None
+            self._known[tokens] = Prefix(layers, given)
+        return self._known[tokens]
 
 
 def empty_cache() -> DynamicCache:

@@ -1,6 +1,6 @@
 """The part of ``wise export`` that fits a router, writes it as a stock checkpoint, and measures what it does."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from wisecli.export.stock.router.router_fitting import fitted_router
 from wisecli.export.stock.stock_answers import Verified, evenly_spaced, router_lines, verified
 from wisecli.export.stock.stock_checkpoint import base_settings, require_stock, write_stock
 from wisecli.io.checkpoint import write_json
-from wisecli.models.layout.site import Site
+from wisecli.models.layout.architectures import layer_count
+from wisecli.models.layout.site import Site, fingerprint
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.prompts.chat_template import date_of, turn_marks
 from wisecli.progress import Event, ProgressCallback
@@ -25,6 +26,8 @@ from wisecli.progress import Event, ProgressCallback
 _BATCH = 32
 # Unrelated texts that shards are made with, unless less is asked for.
 _TEXTS = 600
+# A router stands at this share of the depth: deep enough to know what is asked.
+_READS = 0.4
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,9 @@ def require_writable_as_blocks(base: Path, site: Site, *, gguf: bool) -> None:
 
 def write_as_blocks(output: Path, given: ExportSource, on_progress: ProgressCallback) -> StockRouter:
     """Write a memory as blocks of a stock architecture into an empty directory, of transformers' or of llama.cpp's."""
-    checkpoint, manifest, quantize = given.checkpoint, given.manifest, given.quantize
+    checkpoint, manifest, quantize = given.checkpoint, _at_router(given), given.quantize
     loaded = load_model(given.base, given.load)
-    identity = model_identity(manifest.fingerprint, checkpoint)
+    identity = model_identity(given.manifest.fingerprint, checkpoint)
     router = fitted_router(loaded, manifest, identity, _share(manifest), batch_size=_BATCH, on_progress=on_progress)
     extra = Channels.of(router).count
     stock = output if quantize is None else output / "stock"
@@ -78,6 +81,13 @@ def write_as_blocks(output: Path, given: ExportSource, on_progress: ProgressCall
         stock.rmdir()
     _write_manifest(output, manifest, found, "stock" if quantize is None else "gguf", date_of(loaded.tokenizer))
     return found
+
+
+def _at_router(given: ExportSource) -> Manifest:
+    """Return the manifest with the layer that the router reads as its site, no higher than that which is edited."""
+    site = given.manifest.site
+    site = site.below(min(site.layer, round(_READS * layer_count(given.base))))
+    return replace(given.manifest, site=site, fingerprint=fingerprint(given.base, given.checkpoint, site))
 
 
 def _share(manifest: Manifest) -> float:

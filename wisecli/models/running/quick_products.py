@@ -60,6 +60,19 @@ def quick_linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return F.linear(values.bfloat16(), weight.bfloat16(), added).float()
 
 
+def quick_dropout(values: Tensor, share: float) -> Tensor:
+    """Return values of which about a share, in steps of 1/256, is 0 and the others are as much larger.
+
+    A CPU draws eight of them at once, which takes less time.
+    """
+    dropped = round(share * 256)
+    if values.device.type != "cpu":  # of which some cannot draw from all whole numbers
+        return F.dropout(values, dropped / 256)
+    drawn = torch.empty(-(-values.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+    kept = drawn.view(torch.uint8)[: values.numel()].view_as(values) >= dropped
+    return values * kept / (1 - dropped / 256)
+
+
 def _runs(loaded: Loaded, site: Site | None) -> bool:
     """Return whether a model can be run as it is, up to a site or as a whole."""
     batch = collate([Row((0, 1), (1,))]).to(loaded.model.device)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from wisecli.environment import has_quick_bfloat16
 from wisecli.errors import DamagedFileError
 from wisecli.export.stock.late_states import LateStates, Rotation, StateCapture, cache_file, rotation_of
 from wisecli.export.stock.router.reader_rows import ReaderRow, RowKind, RowSettings, reader_rows
@@ -24,12 +25,12 @@ from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationRea
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
-from wisecli.models.running.quick_products import quick_products
+from wisecli.models.running.quick_products import quick_dropout, quick_products
 from wisecli.models.running.seeding import seeded
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.memories.calibration import quantile
 
-_VERSION = 10
+_VERSION = 11
 # Groups of keys and values that are used at most, and queries of each.
 _GROUPS, _HEADS = 3, 3
 # States by which principal components are found.
@@ -50,7 +51,7 @@ class ReaderSettings:
     """
 
     rows: RowSettings = field(default_factory=RowSettings)
-    steps: int = 1500
+    steps: int = 750
     rate: float = 2e-3
     facts: int = 20
     own: int = 2
@@ -142,7 +143,7 @@ class _Lessons:
         self, rows: Sequence[ReaderRow], states: LateStates, rotation: Rotation, settings: ReaderSettings
     ) -> None:
         self._rows, self._states, self._rotation, self._settings = rows, states, rotation, settings
-        self._rng = random.Random(0)
+        self._rng, self._components = random.Random(0), torch.empty(0)
         groups: dict[RowKind, defaultdict[int, list[int]]] = {kind: defaultdict(list) for kind in RowKind}
         for index, row in enumerate(rows):
             groups[row.kind][row.relation if row.kind is RowKind.RELATION else row.fact].append(index)
@@ -158,12 +159,14 @@ class _Lessons:
     def teach(self, reader: RelationReader, on_progress: ProgressCallback) -> None:
         """Let a reader learn, and set its threshold by mentions of relations that it did not learn from."""
         settings = self._settings
+        self._components = reader.components_of(self._states)
         optimizer = torch.optim.AdamW(reader.parameters(), lr=settings.rate, weight_decay=0.01)
         rates = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, max_lr=settings.rate, total_steps=settings.steps, pct_start=0.1
         )
         for step in range(settings.steps):
-            loss = self._loss(reader)
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_quick_bfloat16()):
+                loss = self._loss(reader)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
@@ -243,8 +246,15 @@ class _Lessons:
         if reader.training:
             dropped = torch.rand(mask.shape) < settings.left_out * torch.rand(len(mask), 1)
             mask = mask & ~(dropped & (places != columns[:, None]))
-        read = reader.token_features(*states.at(index[mask]))
-        return reader.pooled(F.dropout(read, settings.dropout, reader.training), mask, columns, self._rotation)
+        read = self._features(reader, index[mask])
+        if reader.training:
+            read = quick_dropout(read, settings.dropout)
+        return reader.pooled(read, mask, columns, self._rotation)
+
+    def _features(self, reader: RelationReader, tokens: Tensor) -> Tensor:
+        """Return the features (n, f) of tokens (n,) by number."""
+        learned = reader.learned_features(*self._states.at(tokens))
+        return torch.cat([learned, self._components[tokens]], -1)
 
     def _before(self) -> Iterator[Tensor]:
         """Yield the tokens of prompts, drawn by chance, that a row is read behind; of none as a rule."""

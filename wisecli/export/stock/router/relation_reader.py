@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.export.stock.late_states import Rotation
+from wisecli.export.stock.late_states import LateStates, Rotation
+
+# Tokens whose components are found at once.
+_TOGETHER = 65536
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,19 @@ class RelationReader(nn.Module):
 
     def token_features(self, states: Tensor, inverse: Tensor) -> Tensor:
         """Return the features (n, f) of normed states (n, d), which the norm had multiplied by ``inverse`` (n,)."""
-        features = self.features(F.silu(self.neurons(states))) * (inverse * self.gain)[:, None]
-        return torch.cat([features, (states - self.mean) @ self.components], -1)
+        return torch.cat([self.learned_features(states, inverse), self._projected(states)], -1)
+
+    def learned_features(self, states: Tensor, inverse: Tensor) -> Tensor:
+        """Return those of the features of states (n, d) that are learned, without the components behind them."""
+        found: Tensor = self.features(F.silu(self.neurons(states))) * (inverse * self.gain)[:, None]
+        return found
+
+    def components_of(self, late: LateStates) -> Tensor:
+        """Return the principal components (n, c) of all tokens' states, in half precision."""
+        return torch.cat([self._projected(part.float()).half() for part in late.normed.split(_TOGETHER)])
+
+    def _projected(self, states: Tensor) -> Tensor:
+        return (states - self.mean) @ self.components
 
     def pooled(self, features: Tensor, mask: Tensor, columns: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """Return codes (B, c), and whether anything is asked (B,), at one column (B,) of each row.
@@ -91,8 +105,10 @@ class RelationReader(nn.Module):
         keys = self.keys(features).unflatten(-1, (self.sizes.groups, self.sizes.head_dim))
         # Only how far a key stands before the column matters: it is rotated back by that, and queries not at all.
         # Some models scale what they rotate, and so both.
-        back = _rotated(keys, rotation.cos[behind][:, None], -rotation.sin[behind][:, None]) * rotation.cos[0, 0]
-        scores = torch.einsum("ghd,ngd->ngh", self.queries, back) * rotation.scaling
+        cos, sin = (part.to(keys.dtype)[behind][:, None] for part in (rotation.cos, -rotation.sin))
+        back = _rotated(keys, cos, sin) * rotation.cos[0, 0]
+        # Where products are in bfloat16, exponents and sums are not.
+        scores = torch.einsum("ghd,ngd->ngh", self.queries, back).float() * rotation.scaling
         weights = _softmax(scores, row, len(mask))[..., None] * self._values(features)
         heads = weights.new_zeros(len(mask), self.output.in_features).index_add(0, row, weights.flatten(1))
         found = self.output(heads)

@@ -11,13 +11,13 @@ import torch
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.data.corpus import unrelated_texts
 from wisecli.export.stock.edit_states import read_texts
-from wisecli.export.stock.late_states import StateCapture, rotation_of
 from wisecli.export.stock.router.answer_places import Elsewhere, GoingOn, answer_places
 from wisecli.export.stock.router.answer_values import answer_values
 from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader
 from wisecli.export.stock.router.router_blocks import Router, Scales
 from wisecli.export.stock.router.separation import Separation
 from wisecli.export.stock.router.subject_detectors import SubjectDetectors
+from wisecli.export.stock.text_states import StateCapture, rotation_of
 from wisecli.models.loading import Loaded
 from wisecli.progress import ignore_progress
 
@@ -33,7 +33,7 @@ def certain_router(loaded: Loaded, manifest: Manifest, *_: object, **__: object)
         [*prompt, *loaded.tokenizer(edit.answer)["input_ids"]] for prompt, edit in zip(prompts, edits, strict=True)
     ]
     texts = [*answered, *(loaded.tokenizer(text)["input_ids"] for text in unrelated_texts(60, seed=2))]
-    read, last = StateCapture(loaded, site, **NAMED).late_and_last(texts, "texts")
+    read, last = StateCapture(loaded, site, **NAMED).router_and_last(texts, "texts")
     places = read.first[: len(edits)] + torch.tensor([len(prompt) - 1 for prompt in prompts])
     own = torch.zeros(len(read.normed), dtype=torch.bool).index_fill(0, places, True)
     states = read.normed.float()

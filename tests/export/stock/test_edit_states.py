@@ -51,7 +51,7 @@ def test_states_behind_both_layers_are_those_of_a_plain_pass(
     made: tuple[Loaded, Manifest, ReadTexts], last: bool
 ) -> None:
     loaded, manifest, read = made
-    answers = read.answers(read.last if last else read.late)
+    answers = read.answers(read.last if last else read.at_router)
     layer, found = len(loaded.model.model.layers) - 1 if last else LAYER, iter(range(len(answers.key)))
     for one in read.texts:
         tokens = [*one.row.prompt, *one.row.target[:-1]]
@@ -87,7 +87,7 @@ def normed_of(loaded: Loaded, manifest: Manifest, layer: int, tokens: list[int])
 
 def test_states_inside_prompts_are_those_before_their_last_tokens(made: tuple[Loaded, Manifest, ReadTexts]) -> None:
     loaded, manifest, read = made
-    answers, begin = read.answers(read.late), 0
+    answers, begin = read.answers(read.at_router), 0
     for one in read.texts:
         normed = normed_of(loaded, manifest, LAYER, list(one.row.prompt))[1:-1][-12:]
         part = slice(begin, begin := begin + len(normed))

@@ -1,4 +1,4 @@
-"""States that leave the edited layer and the last one, at texts that edits answer and in answers; each is read once.
+"""States that leave the router's layer and the last one, at texts that edits answer and in answers; each is read once.
 
 A stock checkpoint reads the RMS-normed state ``u`` behind both. It depends on the text alone, as nothing below is
 edited, so what is to be told apart can be captured from the base model.
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from wisecli.artifacts.memory_manifest import Manifest
-from wisecli.export.stock.late_states import LateStates, StateCapture, last_site
 from wisecli.export.stock.subject_texts import name_of, own_texts, texts_on_subject
+from wisecli.export.stock.text_states import StateCapture, TextStates, last_site
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.tokenization import Row, row_of
 from wisecli.models.running.generation import end_token
@@ -80,13 +80,13 @@ class EditStates:
 
 @dataclass(frozen=True)
 class ReadTexts:
-    """Texts that edits answer, the states of their prompts' and answers' tokens behind the edited layer, ``late``, and
+    """Texts that edits answer, the states of their prompts' and answers' tokens ``at_router``, behind its layer, and
     behind the ``last``; ``spaced`` are answers' tokens that begin with a blank.
     """
 
     texts: tuple[EditText, ...]
-    late: LateStates
-    last: LateStates
+    at_router: TextStates
+    last: TextStates
     spaced: frozenset[int]
 
     def numbers(self) -> dict[tuple[int, ...], int]:
@@ -97,7 +97,7 @@ class ReadTexts:
         """Return the texts with those of each edit as another's, by number: one edit of several on one fact."""
         return replace(self, texts=tuple(one._replace(edit=edits[one.edit]) for one in self.texts))
 
-    def answers(self, behind: LateStates) -> EditStates:
+    def answers(self, behind: TextStates) -> EditStates:
         """Return the states at which edits are to be answered, behind one of both layers."""
         keys: dict[_Place, int] = {}
         key, at, asking, asking_edit = list[int](), list[int](), list[int](), list[int]()
@@ -121,15 +121,15 @@ def read_texts(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progre
     texts = _texts(loaded, manifest)
     tokens = [[*one.row.prompt, *one.row.target[:-1]] for one in texts]
     site = manifest.site
-    late, last = (LateStates.empty(tokens, site.d) for _ in range(2))
+    at_router, last = (TextStates.empty(tokens, site.d) for _ in range(2))
     capture = StateCapture(loaded, site, batch_size, on_progress)
     for exact in (True, False):
         chosen = [number for number, one in enumerate(texts) if one.exact == exact]
         with nullcontext() if exact else quick_products(loaded, last_site(loaded, site)):
-            capture.put_both(late, last, tokens, chosen, "edits")
+            capture.put_both(at_router, last, tokens, chosen, "edits")
     said = {token for one in texts for token in one.row.target}
     spaced = {token for token in said if str(loaded.tokenizer.decode([token]))[:1].isspace()}
-    return ReadTexts(tuple(texts), late, last, frozenset(spaced))
+    return ReadTexts(tuple(texts), at_router, last, frozenset(spaced))
 
 
 def _places(one: EditText) -> list[_Place]:

@@ -1,8 +1,8 @@
 """Checkpoints of a stock architecture with a memory inside: no custom code, and nothing but decoder blocks.
 
-Behind the edited layer and behind the last one stand decoder blocks of the model's own kind, and the residual stream
-may have more channels than the base model's, which only those blocks use. Everything else is the base model's, bit for
-bit unless the stream is wider.
+Behind the layer that a router reads and behind the last one stand decoder blocks of the model's own kind, and the
+residual stream may have more channels than the base model's, which only those blocks use. Everything else is the base
+model's, bit for bit unless the stream is wider.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def write_stock(
     packing: Packing | None = None,
 ) -> list[int]:
     """Write a stock checkpoint into an empty directory, and return the numbers of the blocks that are added; its layers
-    above the edited one move up.
+    above the router's move up.
 
     Args:
         blocks: what is added, with tensors as wide as the stream then is.
@@ -132,7 +132,7 @@ def stock_config(base: Path, layer: int, blocks: AddedBlocks, packing: Packing, 
     """Return the config of the checkpoint: those blocks more, biases in every feed-forward, and a stream that wide.
 
     Args:
-        layer: the number of the edited layer.
+        layer: the number of the router's layer.
     """
     config = typed_config(read_json(base / "config.json"), packing)
     kind = str(config["model_type"])

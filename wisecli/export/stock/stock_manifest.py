@@ -58,7 +58,7 @@ class StockManifest:
 
 
 def memory_blocks(layer: int, layers: int, blocks: int, last: int) -> list[int]:
-    """Return the numbers of a memory's blocks: behind the edited ``layer``, and of so many ``layers`` the ``last``."""
+    """Return the numbers of a memory's blocks: behind a router's ``layer``, and of so many ``layers`` the ``last``."""
     return [*range(layer + 1, layer + 1 + blocks - last), *range(layers - last, layers)]
 
 
@@ -173,7 +173,7 @@ def layers_path(checkpoint: Checkpoint, site: Site) -> str:
     """Return where a checkpoint keeps its layers.
 
     Raises:
-        ModelError: it keeps the edited layer under another name than stock architectures do.
+        ModelError: it keeps the router's layer under another name than stock architectures do.
     """
     module = value_matrix(site)
     stored, end = stored_weight(checkpoint, module), f".{site.layer}.{VALUE_MATRIX}.weight"
@@ -183,5 +183,5 @@ def layers_path(checkpoint: Checkpoint, site: Site) -> str:
 
 
 def value_matrix(site: Site) -> str:
-    """Return the path of the edited layer's value matrix in Llama."""
+    """Return the path of the value matrix in a site's layer of Llama."""
     return f"{site.layer_module}.{VALUE_MATRIX}"

@@ -6,11 +6,11 @@ import torch
 from support.byte_level import save_base
 from support.loading import CPU
 
-from wisecli.export.stock.late_states import LateStates, Rotation
 from wisecli.export.stock.router import reader_training
 from wisecli.export.stock.router.reader_rows import ReaderRow, RowKind, RowSettings
 from wisecli.export.stock.router.reader_training import ReaderSettings, relation_reader
 from wisecli.export.stock.router.relation_reader import RelationReader
+from wisecli.export.stock.text_states import Rotation, TextStates
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import Site, find_site
 from wisecli.models.loading import Loaded, load_model
@@ -86,7 +86,7 @@ def test_prompts_are_read_behind_other_examples_up_to_so_many_tokens() -> None:
     rows = [
         ReaderRow((1,) * size, size, RowKind.EXAMPLE, 0, 0, asks) for size, asks in ((7, True), (9, False), (4, False))
     ]
-    states = LateStates.empty([row.tokens for row in rows], 8)
+    states = TextStates.empty([row.tokens for row in rows], 8)
     settings = replace(SETTINGS, behind=1.0, most_before=12)
     lessons = reader_training._Lessons(rows, states, Rotation(torch.ones(1), torch.ones(1), 1.0), settings)
     drawn = [list(lessons._before()) for _ in range(200)]
@@ -105,7 +105,7 @@ def test_a_row_is_looked_at_from_its_prompts_last_token_on_or_from_where_nothing
     closed: int, first: int
 ) -> None:
     rows = [ReaderRow((1,) * 8, 6, RowKind.EXAMPLE, 0, 0, False, closed)]
-    states = LateStates.empty([row.tokens for row in rows], 8)
+    states = TextStates.empty([row.tokens for row in rows], 8)
     lessons = reader_training._Lessons(rows, states, Rotation(torch.ones(1), torch.ones(1), 1.0), SETTINGS)
     columns = lessons._drawn([0] * 400).columns.tolist()
     assert set(columns) == set(range(first, 8))

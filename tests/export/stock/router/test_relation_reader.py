@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from wisecli.export.stock.late_states import Rotation
 from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader
+from wisecli.export.stock.text_states import Rotation
 
 SIZES = ReaderSizes(hidden=12, features=6, neurons=10, components=4, groups=2, heads=3, head_dim=8, code=5)
 LENGTH = 7

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from wisecli.export.stock.checkpoint.decoder_block import AddedBlocks
-from wisecli.export.stock.late_states import Rotation
 from wisecli.export.stock.router.answer_places import AnswerPlaces, GoingOn
 from wisecli.export.stock.router.code_packing import packed_codes
 from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader
 from wisecli.export.stock.router.router_blocks import Channels, Router, Scales, router_blocks
 from wisecli.export.stock.router.subject_detectors import SubjectDetectors
 from wisecli.export.stock.stock_checkpoint import base_settings, write_stock
+from wisecli.export.stock.text_states import Rotation
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import find_site
 
@@ -80,7 +80,7 @@ def made(root: Path, layout: str, *, detectors: int = 6) -> Made:
     router = random_router(torch.cat(states), torch.cat(inverse), groups, heads, detectors)
     cos, sin = plain.model.rotary_emb(torch.zeros(1), torch.arange(20)[None])
     scaling = float(plain.model.layers[LAYER].self_attn.scaling)
-    scales = Scales(router.scales.late, float(torch.cat(by_last).median()), scaling)
+    scales = Scales(router.scales.router, float(torch.cat(by_last).median()), scaling)
     router = Router(**{**vars(router), "scales": scales})
     output, checkpoint, settings = root / "stock", Checkpoint(base), base_settings(base)
     output.mkdir()
@@ -169,7 +169,7 @@ def apart(found: Tensor, wanted: Tensor) -> float:
 
 def of(found: Made, stream: Tensor, part: str) -> Tensor:
     share = QUIET if part in ("features", "relation", "asked") else LOUD
-    return stream[:, Channels.of(found.router)[part]] / (share * HIDDEN**0.5 / found.router.scales.late)
+    return stream[:, Channels.of(found.router)[part]] / (share * HIDDEN**0.5 / found.router.scales.router)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

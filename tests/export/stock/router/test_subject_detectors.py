@@ -7,9 +7,9 @@ from support.loading import CPU
 
 from wisecli.edits.record import Edit
 from wisecli.export.stock.edit_states import EditText, ReadTexts
-from wisecli.export.stock.late_states import StateCapture
 from wisecli.export.stock.router.subject_detectors import DetectorSettings, NameStates, name_states, subject_detectors
 from wisecli.export.stock.subject_texts import texts_on_edits
+from wisecli.export.stock.text_states import StateCapture
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import Site, find_site
 from wisecli.models.loading import Loaded, load_model
@@ -44,9 +44,9 @@ def read(model: tuple[Loaded, Site]) -> ReadTexts:
     """Texts on the edits' subjects, without answers."""
     loaded, site = model
     texts = list(texts_on_edits(loaded.tokenizer, [(EDITS[0], 0), (EDITS[1], 1), (EDITS[2], 0)]))
-    late = StateCapture(loaded, site, **NAMED).late_states([one.tokens for one in texts], "texts")
+    at_router = StateCapture(loaded, site, **NAMED).text_states([one.tokens for one in texts], "texts")
     return ReadTexts(
-        tuple(EditText(Row(one.tokens, (0,)), one.subject, True, False) for one in texts), late, {}, frozenset()
+        tuple(EditText(Row(one.tokens, (0,)), one.subject, True, False) for one in texts), at_router, {}, frozenset()
     )
 
 
@@ -66,8 +66,8 @@ def test_detectors_fire_at_their_names_and_hardly_elsewhere(
     # Long directions: so small a model keeps little apart of a token and what stands before it.
     found = subject_detectors(loaded, site, EDITS, names, read, **NAMED, settings=DetectorSettings(ridge=1e-4))
     texts = list(texts_on_edits(loaded.tokenizer, [(EDITS[0], 0), (EDITS[1], 1), (EDITS[2], 0)]))
-    at = read.late.first[:-1] + torch.tensor([one.place for one in texts])
-    fired = found.readings(read.late.normed[at].float()) > 0
+    at = read.at_router.first[:-1] + torch.tensor([one.place for one in texts])
+    fired = found.readings(read.at_router.normed[at].float()) > 0
     own = torch.tensor([one.subject for one in texts])[:, None] == torch.arange(2)
     assert fired[own].float().mean() > 0.6
     assert fired[~own].float().mean() < 0.1

@@ -107,7 +107,7 @@ class DecoderBlock:
 
 
 class AddedBlocks(NamedTuple):
-    """The decoder blocks that a checkpoint has more than its base model: ``behind`` the edited layer, and behind the
+    """The decoder blocks that a checkpoint has more than its base model: ``behind`` the router's layer, and behind the
     ``last``.
     """
 

@@ -4,7 +4,7 @@ An edit's *first* token, that of its answer as most answers begin, comes next wh
 is at none of its other places. Those are other tokens of the answer, told from the edit's other states by a direction
 each; and where an answer begins the *other* way, as without the blank before, which one direction tells for all edits:
 how an answer begins depends on what a prompt ends in, not on the edit. Places are read behind the last layer, and
-whether an answer was *begun*, which keeps its edit open, behind the edited one.
+whether an answer was *begun*, which keeps its edit open, behind the router's layer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class AnswerPlaces:
 
 @dataclass(frozen=True)
 class GoingOn:
-    """Planes, whose last number is the offset, that read behind the edited layer whether an answer goes on or begins.
+    """Planes, whose last number is the offset, that read behind the router's layer whether an answer goes on or begins.
 
     ``begun`` (e, d + 1) reads about 1 at any place of an edit's answer before which some of it was said, and about 0
     where it begins, in prompts and elsewhere; ``ends`` (d + 1,) about 1 where any answer begins, and 0 elsewhere.
@@ -86,14 +86,14 @@ def answer_places(states: EditStates, elsewhere: Elsewhere, added: Tensor, edits
 
 def prompts_ends(states: EditStates, elsewhere: Elsewhere) -> Tensor:
     """Return a plane (d + 1,) that reads about 1 where answers begin and about 0 at other tokens, by states behind the
-    edited layer.
+    router's layer.
     """
     return _plane(states.states[~states.inside[states.key]], _moment(elsewhere.others) + _moment(elsewhere.sinks))
 
 
 def begun_answers(states: EditStates, edits: int, elsewhere: Elsewhere) -> Tensor:
-    """Return planes (e, d + 1) that read about 1 where some of an edit's answer was said, by states behind the edited
-    layer; for so many ``edits``, with those that later ones asking the same stand for.
+    """Return planes (e, d + 1) that read about 1 where some of an edit's answer was said, by states behind the
+    router's layer; for so many ``edits``, with those that later ones asking the same stand for.
     """
     read = _Read.of(states, elsewhere)
     planes = read.planes(states.inside, edits) @ read.back

@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from wisecli.environment import has_quick_bfloat16
 from wisecli.errors import DamagedFileError
-from wisecli.export.stock.late_states import LateStates, Rotation, StateCapture, cache_file, rotation_of
 from wisecli.export.stock.router.reader_rows import ReaderRow, RowKind, RowSettings, reader_rows
 from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader
+from wisecli.export.stock.text_states import Rotation, StateCapture, TextStates, cache_file, rotation_of
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
@@ -107,7 +107,7 @@ def relation_reader(
         rows = reader_rows(loaded.tokenizer, settings.rows, random.Random(11))
         with quick_products(loaded, site):
             tokens = [row.tokens for row in rows]
-            states = StateCapture(loaded, site, batch_size, on_progress).late_states(tokens, "prompts to learn from")
+            states = StateCapture(loaded, site, batch_size, on_progress).text_states(tokens, "prompts to learn from")
         reader = RelationReader(sizes)
         some = torch.randperm(len(states.normed))[:_LOOKED_AT]
         reader.fit_to(states.normed[some].float(), states.inverse[some])
@@ -140,7 +140,7 @@ class _Lessons:
     """Steps of learning, drawn by chance from rows."""
 
     def __init__(
-        self, rows: Sequence[ReaderRow], states: LateStates, rotation: Rotation, settings: ReaderSettings
+        self, rows: Sequence[ReaderRow], states: TextStates, rotation: Rotation, settings: ReaderSettings
     ) -> None:
         self._rows, self._states, self._rotation, self._settings = rows, states, rotation, settings
         self._rng, self._components = random.Random(0), torch.empty(0)

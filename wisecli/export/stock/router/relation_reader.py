@@ -1,6 +1,6 @@
-"""A relation reader: which relation a text asks, as attention with constant queries pools it from late states.
+"""A relation reader: which relation a text asks, as attention with constant queries pools it from tokens' states.
 
-With ``u`` the normed state of a token behind the edited layer and ``ν`` what a norm multiplies the stream by there::
+With ``u`` the normed state of a token behind the router's layer and ``ν`` what a norm multiplies the stream by there::
 
     y = [ν W₂ silu(W₁ u + b₁); P (u - m)]     features of a token, and principal components of its state
     k = K y + b,   v = V y                    keys and values, rotated as the model rotates its own
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.export.stock.late_states import LateStates, Rotation
+from wisecli.export.stock.text_states import Rotation, TextStates
 
 # Tokens whose components are found at once.
 _TOGETHER = 65536
@@ -86,9 +86,9 @@ class RelationReader(nn.Module):
         found: Tensor = self.features(F.silu(self.neurons(states))) * (inverse * self.gain)[:, None]
         return found
 
-    def components_of(self, late: LateStates) -> Tensor:
+    def components_of(self, states: TextStates) -> Tensor:
         """Return the principal components (n, c) of all tokens' states, in half precision."""
-        return torch.cat([self._projected(part.float()).half() for part in late.normed.split(_TOGETHER)])
+        return torch.cat([self._projected(part.float()).half() for part in states.normed.split(_TOGETHER)])
 
     def _projected(self, states: Tensor) -> Tensor:
         return (states - self.mean) @ self.components

@@ -1,6 +1,6 @@
 """A router as decoder blocks of Llama's kind, between channels that only they read and write.
 
-Behind the edited layer stand, in this order, blocks that leave the base's own channels as they are::
+Behind the router's layer stand, in this order, blocks that leave the base's own channels as they are::
 
     features    ε W₂ silu(W₁ u + b₁), and for each subject whose name ends here its code
     subjects    attention: the codes of all names so far; feed-forward: the code of each subject that is among them
@@ -53,11 +53,11 @@ _MISSING, _BEGUN, _ENDS, _CLOSED = 18.0, 4.0, 4.0, 8.0
 
 
 class Scales(NamedTuple):
-    """What a norm multiplies states by, as a rule, behind the edited layer (``late``) and behind the ``last``; and what
+    """What a norm multiplies states by, as a rule, behind the ``router``'s layer and behind the ``last``; and what
     ``attention`` multiplies scores by.
     """
 
-    late: float
+    router: float
     last: float
     attention: float
 
@@ -142,7 +142,7 @@ class _Writer:
         self._channels = Channels.of(router)
         # What the norm of a wide stream multiplies extra channels by, as a rule.
         self._factor, self._last = (norm / math.sqrt(widening.share) for norm in router.scales[:2])
-        length = math.sqrt(self._channels.hidden) / router.scales.late
+        length = math.sqrt(self._channels.hidden) / router.scales.router
         self._quiet, self._loud = _QUIET * length, _LOUD * length
         # Heads that look for subjects, by their places in groups of queries.
         self._a_group = sizes.queries // sizes.shared
@@ -213,7 +213,7 @@ class _Writer:
         sizes, shared = reader.sizes, self._sizes.shared
         wide, size, hidden = sizes.groups * sizes.head_dim, sizes.head_dim, channels.hidden
         # The reader's features are multiplied by its gain, and the stream's by how large they are written.
-        scale = float(reader.gain) * self._router.scales.late / (self._factor * self._quiet)
+        scale = float(reader.gain) * self._router.scales.router / (self._factor * self._quiet)
         parts = []
         for matrix in (reader.keys, reader.values):
             weight, of_components = matrix.weight.detach().split([sizes.features, sizes.components], 1)

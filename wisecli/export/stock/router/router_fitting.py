@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.edits.record import Edit
 from wisecli.export.stock.edit_states import ReadTexts, read_texts
-from wisecli.export.stock.late_states import LateStates, Rotation, rotation_of
 from wisecli.export.stock.router.answer_places import Elsewhere, GoingOn, answer_places, begun_answers, prompts_ends
 from wisecli.export.stock.router.answer_values import answer_values
 from wisecli.export.stock.router.reader_training import relation_reader
@@ -22,6 +21,7 @@ from wisecli.export.stock.router.relation_reader import RelationReader
 from wisecli.export.stock.router.router_blocks import Router, Scales
 from wisecli.export.stock.router.separation import Separation
 from wisecli.export.stock.router.subject_detectors import name_states, subject_detectors
+from wisecli.export.stock.text_states import Rotation, TextStates, rotation_of
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
 from wisecli.progress import ProgressCallback
@@ -60,7 +60,7 @@ def fitted_router(
     thresholds = usual.minimum((least - _SPARE).maximum(usual - _LOWER)).where(least < torch.inf, _NEVER)
     relations, thresholds = told_apart(reader, asked, relations, thresholds, detectors.subject)
     # Of the same tokens as those that are read behind the last layer.
-    begins, elsewhere = read.answers(read.late), Elsewhere(names.others[-len(names.last) :], names.sinks)
+    begins, elsewhere = read.answers(read.at_router), Elsewhere(names.others[-len(names.last) :], names.sinks)
     going_on = GoingOn(begun_answers(begins, len(edits), elsewhere), prompts_ends(begins, elsewhere))
     scales = Scales(1 / float(reader.gain), float(read.last.inverse.median()), rotation_of(loaded, site, 1).scaling)
     answers = read.answers(read.last)
@@ -95,7 +95,7 @@ def own_questions(loaded: Loaded, site: Site, reader: RelationReader, read: Read
     own = torch.tensor([number for number, one in enumerate(read.texts) if one.own])
     lengths = torch.tensor([len(one.row.prompt) for one in read.texts])
     rotation = rotation_of(loaded, site, int(lengths.max()))
-    parts = [read_ends(reader, read.late, texts, lengths[texts], rotation) for texts in own.split(_TOGETHER)]
+    parts = [read_ends(reader, read.at_router, texts, lengths[texts], rotation) for texts in own.split(_TOGETHER)]
     codes, asks = (torch.cat(part) for part in zip(*parts, strict=True))
     return OwnQuestions(codes, asks, torch.tensor([one.edit for one in read.texts])[own])
 
@@ -146,10 +146,10 @@ def _alike(relations: Tensor, subject: Tensor) -> dict[int, list[int]]:
 
 
 def read_ends(
-    reader: RelationReader, late: LateStates, texts: Tensor, lengths: Tensor, rotation: Rotation
+    reader: RelationReader, states: TextStates, texts: Tensor, lengths: Tensor, rotation: Rotation
 ) -> tuple[Tensor, Tensor]:
     """Return the codes (B, c) of texts, by number (B,), behind as many tokens as ``lengths`` (B,) say, and whether they
     ask anything (B,).
     """
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    return reader.pooled(reader.token_features(*late.packed(texts, mask)), mask, lengths - 1, rotation)
+    return reader.pooled(reader.token_features(*states.packed(texts, mask)), mask, lengths - 1, rotation)

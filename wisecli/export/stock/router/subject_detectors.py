@@ -1,7 +1,7 @@
 """Detectors of subjects: for each a direction and an offset that tell the last token of its name from all others.
 
-They read the normed state behind the edited layer, which by then holds the whole name. States are whitened by what the
-text around a name does to them; then each subject's are told from those of made-up names, of unrelated text and of
+They read the normed state behind the router's layer, which by then holds the whole name. States are whitened by what
+the text around a name does to them; then each subject's are told from those of made-up names, of unrelated text and of
 other subjects (:class:`~wisecli.export.stock.router.separation.Separation`).
 """
 
@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
 from wisecli.export.stock.edit_states import ReadTexts
-from wisecli.export.stock.late_states import LateStates, StateCapture, cache_file, last_site
 from wisecli.export.stock.router.separation import Separation, from_group_means, inverse_root
 from wisecli.export.stock.subject_texts import (
     SubjectText,
@@ -28,6 +27,7 @@ from wisecli.export.stock.subject_texts import (
     texts_on_near_names,
     texts_on_other_things,
 )
+from wisecli.export.stock.text_states import StateCapture, TextStates, cache_file, last_site
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
@@ -114,7 +114,7 @@ def subject_detectors(
     if not len(found):
         return SubjectDetectors(torch.empty(0, site.d), torch.empty(0), subject)
     of_text = read.numbers()
-    states, elsewhere = _at_names(read.late, [of_text[one.tokens] for one in texts], texts, _OWN_TOKENS)
+    states, elsewhere = _at_names(read.at_router, [of_text[one.tokens] for one in texts], texts, _OWN_TOKENS)
     with quick_products(loaded, site):
         capture = StateCapture(loaded, site, batch_size, on_progress)
         behind, of_behind = _behind_others(capture, about)
@@ -146,17 +146,17 @@ def _behind_others(capture: StateCapture, edits: list[tuple[Edit, int]]) -> tupl
 def _near_names(capture: StateCapture, edits: list[tuple[Edit, int]]) -> Tensor:
     """Return states (m, d) in texts on names that are nearly edits' subjects."""
     texts = list(texts_on_near_names(capture.loaded.tokenizer, edits))
-    late = capture.late_states([one.tokens for one in texts], "subjects")
-    return torch.cat(_at_names(late, range(len(texts)), texts))
+    states = capture.text_states([one.tokens for one in texts], "subjects")
+    return torch.cat(_at_names(states, range(len(texts)), texts))
 
 
 def _inside_answers(read: ReadTexts, edits: Sequence[Edit]) -> Tensor:
     """Return states (m, d) inside the answers of edits, but for answers that name a subject."""
     names = {name.casefold() for edit in edits if (name := edit.subject_name)}
     free = [not any(name in edit.answer.casefold() for name in names) for edit in edits]
-    ends = zip(read.texts, read.late.first.tolist(), read.late.first[1:].tolist(), strict=False)
+    ends = zip(read.texts, read.at_router.first.tolist(), read.at_router.first[1:].tolist(), strict=False)
     inside = [range(begin + len(one.row.prompt), end) for one, begin, end in ends if free[one.edit]]
-    return read.late.normed[[place for places in inside for place in places]].float()
+    return read.at_router.normed[[place for places in inside for place in places]].float()
 
 
 def name_states(
@@ -177,9 +177,9 @@ def name_states(
     texts = list(texts_on_names(loaded.tokenizer, share))
     with quick_products(loaded, last_site(loaded, site)):
         capture = StateCapture(loaded, site, batch_size, on_progress)
-        late = capture.late_states([one.tokens for one in texts], "made-up names")
-        elsewhere, last = capture.late_and_last(texts_on_other_things(loaded.tokenizer, share), "made-up names")
-    own, others = _at_names(late, range(len(texts)), texts)
+        named = capture.text_states([one.tokens for one in texts], "made-up names")
+        elsewhere, last = capture.router_and_last(texts_on_other_things(loaded.tokenizer, share), "made-up names")
+    own, others = _at_names(named, range(len(texts)), texts)
     sinks = _sinks(elsewhere)
     chosen, rests = _drawn((~sinks).nonzero()[:, 0], _ELSEWHERE), sinks.nonzero()[:_SINKS, 0]
     strayed = from_group_means(own, torch.tensor([one.subject for one in texts]))
@@ -199,7 +199,7 @@ def _name_states(kept: Mapping[str, Tensor]) -> NameStates:
 
 
 def _at_names(
-    late: LateStates, numbers: Sequence[int], texts: Sequence[SubjectText], most: int = _TOKENS
+    states: TextStates, numbers: Sequence[int], texts: Sequence[SubjectText], most: int = _TOKENS
 ) -> tuple[Tensor, Tensor]:
     """Return the states of names' last tokens (n, d), and of some at which no name ends (m, d).
 
@@ -207,19 +207,19 @@ def _at_names(
         numbers: of the texts among those that were read.
         most: how many states are drawn inside names, and how many around them.
     """
-    begins, sinks = late.first[torch.tensor(numbers)], _sinks(late)
+    begins, sinks = states.first[torch.tensor(numbers)], _sinks(states)
     ends = begins + torch.tensor([one.place for one in texts])
     within, around = (
         torch.cat([begin + torch.tensor(some, dtype=torch.long) for begin, some in zip(begins, each, strict=True)])
         for each in ([one.within for one in texts], [one.around for one in texts])
     )
     chosen = torch.cat([_drawn(some[~sinks[some]], most) for some in (within, around)])
-    return late.normed[ends].float(), late.normed[chosen].float()
+    return states.normed[ends].float(), states.normed[chosen].float()
 
 
-def _sinks(late: LateStates) -> Tensor:
+def _sinks(states: TextStates) -> Tensor:
     """Return which tokens (n,) attention rests on."""
-    return late.inverse < _SINK * late.inverse.median()
+    return states.inverse < _SINK * states.inverse.median()
 
 
 def _drawn(numbers: Tensor, most: int) -> Tensor:

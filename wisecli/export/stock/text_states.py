@@ -1,4 +1,4 @@
-"""Normed states behind the edited layer and behind the last one, of all tokens of many texts, in half precision."""
+"""Normed states behind the router's layer and behind the last one, of all tokens of many texts, in half precision."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Rotation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LateStates:
+class TextStates:
     """The ``normed`` states (n, d) of all tokens of texts, text after text, in half precision.
 
     ``inverse`` (n,) is what the norm multiplied each by, ``first`` (B + 1,) says where each text begins.
@@ -50,7 +50,7 @@ class LateStates:
         return self.normed[tokens].float(), self.inverse[tokens]
 
     @classmethod
-    def empty(cls, texts: Sequence[Sequence[int]], hidden: int) -> LateStates:
+    def empty(cls, texts: Sequence[Sequence[int]], hidden: int) -> TextStates:
         """Return states of texts that are still to be put in."""
         first = torch.tensor([0, *map(len, texts)]).cumsum(0)
         return cls(torch.empty(int(first[-1]), hidden, dtype=torch.float16), torch.empty(int(first[-1])), first)
@@ -68,7 +68,7 @@ class LateStates:
 
 @dataclass(frozen=True)
 class StateCapture:
-    """Reads texts, so many side by side, with a model whose layer at a site is edited."""
+    """Reads texts, so many side by side, with a model whose layer at a site a router reads."""
 
     loaded: Loaded
     site: Site
@@ -80,30 +80,30 @@ class StateCapture:
         """What the model's norms add to the mean square."""
         return float(self.loaded.model.config.rms_norm_eps)
 
-    def late_states(self, texts: Sequence[Sequence[int]], stage: str) -> LateStates:
-        """Return what leaves the edited layer at all tokens of texts."""
-        late = LateStates.empty(texts, self.site.d)
+    def text_states(self, texts: Sequence[Sequence[int]], stage: str) -> TextStates:
+        """Return what leaves the router's layer at all tokens of texts."""
+        states = TextStates.empty(texts, self.site.d)
         for index, hidden, _ in self._read(self.site, texts, stage):
-            late.put(index, hidden, self.epsilon)
-        return late
+            states.put(index, hidden, self.epsilon)
+        return states
 
-    def late_and_last(self, texts: Sequence[Sequence[int]], stage: str) -> tuple[LateStates, LateStates]:
-        """Return what leaves the edited layer, and what leaves the last one, at all tokens of texts."""
-        late, last = (LateStates.empty(texts, self.site.d) for _ in range(2))
-        self.put_both(late, last, texts, range(len(texts)), stage)
-        return late, last
+    def router_and_last(self, texts: Sequence[Sequence[int]], stage: str) -> tuple[TextStates, TextStates]:
+        """Return what leaves the router's layer, and what leaves the last one, at all tokens of texts."""
+        at_router, last = (TextStates.empty(texts, self.site.d) for _ in range(2))
+        self.put_both(at_router, last, texts, range(len(texts)), stage)
+        return at_router, last
 
     def put_both(
-        self, late: LateStates, last: LateStates, texts: Sequence[Sequence[int]], chosen: Sequence[int], stage: str
+        self, at_router: TextStates, last: TextStates, texts: Sequence[Sequence[int]], chosen: Sequence[int], stage: str
     ) -> None:
-        """Put in what leaves the edited layer and what leaves the last one at some texts, by their numbers."""
+        """Put in what leaves the router's layer and what leaves the last one at some texts, by their numbers."""
         read = self._read(last_site(self.loaded, self.site), [texts[number] for number in chosen], stage)
         for index, hidden, below in read:
-            late.put(chosen[index], below, self.epsilon)
+            at_router.put(chosen[index], below, self.epsilon)
             last.put(chosen[index], hidden, self.epsilon)
 
     def states_at(self, texts: Sequence[Sequence[int]], places: Sequence[int], stage: str) -> Tensor:
-        """Return the normed state that leaves the edited layer at one place of each text: (B, d)."""
+        """Return the normed state that leaves the router's layer at one place of each text: (B, d)."""
         found = torch.empty(len(texts), self.site.d)
         for index, hidden, _ in self._read(self.site, texts, stage):
             found[index] = _normed(hidden[places[index]], self.epsilon)[0].cpu()
@@ -125,20 +125,21 @@ class StateCapture:
 
 @dataclass(frozen=True)
 class _LastSite(LayerSite):
-    """Behind the last layer; its keys are the states that leave the ``edited`` one."""
+    """Behind the last layer; its keys are the states that leave the ``watched_layer``."""
 
-    edited: str = ""
+    watched_layer: str = ""
 
     def watched(self, model: nn.Module) -> nn.Module:
-        """Return the edited layer."""
-        return model.get_submodule(self.edited)
+        """Return the layer that leaves the keys."""
+        return model.get_submodule(self.watched_layer)
 
 
 def last_site(loaded: Loaded, site: Site) -> Site:
     """Return the site behind a model's last layer, whose keys are the states that leave the layer of another site."""
-    layers, edited = layers_of(loaded.model, site), site.layer_module
+    layers, watched = layers_of(loaded.model, site), site.layer_module
     number = len(layers) - 1
-    return _LastSite(site.architecture, number, f"{edited.rpartition('.')[0]}.{number}", site.d, edited=edited)
+    module = f"{watched.rpartition('.')[0]}.{number}"
+    return _LastSite(site.architecture, number, module, site.d, watched_layer=watched)
 
 
 def _normed(states: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -149,7 +150,7 @@ def _normed(states: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 
 
 def cache_file(loaded: Loaded, site: Site, *about: object) -> Path:
-    """Return where the cache keeps what was made of a base model's states behind the edited layer.
+    """Return where the cache keeps what was made of a base model's states behind the router's layer.
 
     Args:
         about: what else it depends on, such as the model's identity, as JSON.
@@ -159,7 +160,7 @@ def cache_file(loaded: Loaded, site: Site, *about: object) -> Path:
 
 
 def rotation_of(loaded: Loaded, site: Site, length: int) -> Rotation:
-    """Return how a model's attention behind the edited layer rotates so many tokens, and scales scores."""
+    """Return how a model's attention behind the router's layer rotates so many tokens, and scales scores."""
     rotary = loaded.model.get_submodule(f"{site.layer_module.rpartition('.')[0].rpartition('.')[0]}.rotary_emb")
     with torch.no_grad():
         cos, sin = rotary(torch.zeros(1), torch.arange(length)[None])

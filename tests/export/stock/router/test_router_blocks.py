@@ -27,7 +27,7 @@ from wisecli.models.layout.site import find_site
 
 LAYER, HIDDEN, HEAD, CODE, EDITS = 2, 32, 16, 6, 5
 # How large the router writes what it says, as shares of the length of states.
-QUIET, LOUD = 1 / 4000, 1 / 400
+QUIET, LOUD, OF_EDITS = 1 / 4000, 1 / 400, 1 / 700
 # Each token stands once, so that a name is named once.
 TOKENS = torch.randperm(95, generator=torch.Generator().manual_seed(0)) + 2
 ROWS = [tuple(row.tolist()) for row in TOKENS[:47].split([9, 14, 11, 13])]
@@ -168,8 +168,10 @@ def apart(found: Tensor, wanted: Tensor) -> float:
 
 
 def of(found: Made, stream: Tensor, part: str) -> Tensor:
-    share = QUIET if part in ("features", "relation", "asked") else LOUD
-    return stream[:, Channels.of(found.router)[part]] / (share * HIDDEN**0.5 / found.router.scales.router)
+    share, scale = QUIET if part in ("features", "relation", "asked") else LOUD, found.router.scales.router
+    if part in ("edit", "closes"):
+        share, scale = OF_EDITS, found.router.scales.last
+    return stream[:, Channels.of(found.router)[part]] / (share * HIDDEN**0.5 / scale)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -194,6 +196,7 @@ def test_a_written_router_computes_what_it_says(tmp_path: Path, layout: str) -> 
         share_of = torch.nn.functional.one_hot(torch.arange(fired.shape[1]) % heads, 8).float()
         assert apart(of(made_one, last, "fired"), fired @ share_of) < 1e-3
         assert torch.equal(of(made_one, last, "constant"), torch.ones(len(tokens), 1))
+        assert torch.equal(of(made_one, last, "closes"), torch.ones(len(tokens), 1))
         features = reader.token_features(states, inverse)
         written = of(made_one, last, "features") * (inverse * reader.gain)[:, None]
         assert apart(written, features[:, : reader.sizes.features]) < 1e-3
@@ -272,7 +275,19 @@ def test_detectors_that_do_not_fit_into_a_block_take_more(tmp_path: Path) -> Non
 
 def test_channels_stand_side_by_side() -> None:
     channels = Channels(HIDDEN, 64, 48, 64)
-    parts = ("features", "fired", "constant", "name", "names", "beside", "subject", "relation", "asked", "edit")
+    parts = (
+        "features",
+        "fired",
+        "constant",
+        "name",
+        "names",
+        "beside",
+        "subject",
+        "relation",
+        "asked",
+        "edit",
+        "closes",
+    )
     taken = [number for part in parts for number in range(channels[part].start, channels[part].stop)]
     assert taken == list(range(HIDDEN, HIDDEN + channels.count))
     assert channels.one("constant") == HIDDEN + 72

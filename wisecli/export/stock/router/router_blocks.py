@@ -38,8 +38,10 @@ from wisecli.export.stock.router.subject_detectors import SubjectDetectors
 # How large features and relations are in the stream, as shares of how long its states are; and codes and the constant,
 # which are one number or seldom there: so large that the weights that read them fit into 16 bits.
 _QUIET, _LOUD = 1 / 4000, 1 / 400
+# How large edits' codes are, as a share of how long states are behind the last layer, where they are read.
+_EDITS = 1 / 700
 # Channels of subjects' and of edits' codes.
-_SUBJECT, _EDIT = 40, 45
+_SUBJECT, _EDIT = 40, 44
 # Subjects are looked for by so many heads at most, each its share of them; so many of a group of queries at most.
 _FIRED, _OF_GROUP = 8, 4
 # A subject is among the names if it has this share of their codes, or a little more than codes have of each other.
@@ -81,14 +83,14 @@ class Channels:
     """Where the extra channels of a router are, by what stands in them: tokens' ``features``, which share of detectors
     ``fired`` and the code of the ``name`` that ends here, a ``constant``; the codes of all ``names`` so far and the
     constant ``beside`` them, the code of the ``subject``, which goes on in the channels of names; the ``relation`` and
-    whether it is ``asked``; the ``edit``.
+    whether it is ``asked``; the ``edit``, and a constant that ``closes`` it.
     """
 
     def __init__(self, hidden: int, features: int, relation: int, head_dim: int) -> None:
         name = min(_SUBJECT, head_dim - 1)
         sizes = {
             **{"features": features, "fired": _FIRED, "constant": 1, "name": name, "names": name, "beside": 1},
-            **{"subject": name, "relation": relation, "asked": 1, "edit": _EDIT},
+            **{"subject": name, "relation": relation, "asked": 1, "edit": _EDIT, "closes": 1},
         }
         self.hidden, self._parts, begin = hidden, dict[str, slice](), hidden
         for part, size in sizes.items():
@@ -144,6 +146,7 @@ class _Writer:
         self._factor, self._last = (norm / math.sqrt(widening.share) for norm in router.scales[:2])
         length = math.sqrt(self._channels.hidden) / router.scales.router
         self._quiet, self._loud = _QUIET * length, _LOUD * length
+        self._of_edits = _EDITS * math.sqrt(self._channels.hidden) / router.scales.last
         # Heads that look for subjects, by their places in groups of queries.
         self._a_group = sizes.queries // sizes.shared
         self._of_group = min(_OF_GROUP, self._a_group)
@@ -173,6 +176,7 @@ class _Writer:
         first["mlp.down_proj.weight"][channels["features"], :count] = reader.features.weight.detach() * self._quiet
         first["mlp.down_proj.bias"] = torch.zeros(self._width)
         first["mlp.down_proj.bias"][channels.one("constant")] = self._loud
+        first["mlp.down_proj.bias"][channels.one("closes")] = self._of_edits
         yield from blocks
 
     def names_pooled(self) -> dict[str, Tensor]:
@@ -249,7 +253,7 @@ class _Writer:
         codes[:, channels.of_subjects()] = missing * self._subjects
         reads[named] += codes[router.detectors.subject[named]]
         reads[:, channels.one("constant")] = _OPEN - router.thresholds - missing * named
-        adds[:, channels["edit"]] = self._edits * self._loud
+        adds[:, channels["edit"]] = self._edits * self._of_edits
         reads *= self._steepness(_ODDS_RAMP)
         answers = router.going_on
         begun = answers.begun * (_BEGUN + _ENDS) + answers.ends * _ENDS
@@ -263,10 +267,9 @@ class _Writer:
         places, channels = self._router.places, self._channels
         reads, adds = self._rows(len(places.edit)), self._rows(len(places.edit))
         reads[:, : channels.hidden] = places.directions * (WIDTH / _PLACE_RAMP)
-        # By the last layer states are longer, and the norm makes less of what stands beside them.
-        closed = self._steepness(_PLACE_RAMP) * (self._factor / self._last) * _CLOSED / (1 - coherence(self._edits))
+        closed = WIDTH / (_PLACE_RAMP * self._last * self._of_edits) * _CLOSED / (1 - coherence(self._edits))
         reads[:, channels["edit"]] = closed * self._edits[places.edit]
-        reads[:, channels.one("constant")] = -closed
+        reads[:, channels.one("closes")] = -closed
         adds[:, : channels.hidden] = places.added
         return Steps(reads, (places.offsets - 0.5) * (WIDTH / _PLACE_RAMP) + WIDTH / 2, adds)
 

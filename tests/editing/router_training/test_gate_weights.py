@@ -1,9 +1,7 @@
 """Gates of which the mean is taken, and what they are learned from."""
 
-import pytest
 import torch
 
-from wisecli.editing.router_training import gate_weights
 from wisecli.editing.router_training.gate_weights import mean_gate, train_and_calibrate
 from wisecli.models.synthetic.request_examples import Example
 from wisecli.progress import Event, ignore_progress
@@ -51,20 +49,3 @@ def test_what_asks_is_told_from_what_mentions_in_the_same_way_each_time() -> Non
     torch.manual_seed(0)
     again = train_and_calibrate(mentions, examples, 100, 60, ignore_progress)
     assert all(torch.equal(weights[name], again[name]) for name in REQUEST_GATE)
-
-
-@pytest.mark.parametrize("shape", [(1000, 321), (7,), (0, 4)])
-def test_a_tenth_of_all_values_is_dropped_and_the_others_make_up_for_it(shape: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    values = torch.ones(shape)
-    kept = gate_weights._dropout(values)
-    assert kept.shape == values.shape
-    assert all(value in (0.0, pytest.approx(256 / 230)) for value in kept.unique().tolist())
-    if len(values) > 7:
-        assert float((kept == 0).float().mean()) == pytest.approx(26 / 256, abs=2e-3)
-        assert float(kept.mean()) == pytest.approx(1, abs=2e-3)
-        assert not torch.equal(kept, gate_weights._dropout(values))
-
-
-def test_values_of_another_device_are_dropped_there() -> None:
-    assert gate_weights._dropout(torch.empty(3, 5, device="meta")).device.type == "meta"

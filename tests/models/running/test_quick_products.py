@@ -13,7 +13,7 @@ from wisecli.models.loading import load_model
 from wisecli.models.prompts.tokenization import collate
 from wisecli.models.running import quick_products as module
 from wisecli.models.running.activations import capture
-from wisecli.models.running.quick_products import quick_linear, quick_products
+from wisecli.models.running.quick_products import quick_dropout, quick_linear, quick_products
 
 LAYER = 1
 
@@ -90,3 +90,20 @@ def test_a_product_of_weights_that_are_learned_is_nearly_the_same_and_so_are_the
     for exact, near in zip(*found, strict=True):
         assert near.dtype == torch.float32
         assert 0 < float((near - exact).norm() / exact.norm()) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(1000, 321), (7,), (0, 4)])
+def test_a_tenth_of_all_values_is_dropped_and_the_others_make_up_for_it(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    values = torch.ones(shape)
+    kept = quick_dropout(values, 0.1)
+    assert kept.shape == values.shape
+    assert all(value in (0.0, pytest.approx(256 / 230)) for value in kept.unique().tolist())
+    if len(values) > 7:
+        assert float((kept == 0).float().mean()) == pytest.approx(26 / 256, abs=2e-3)
+        assert float(kept.mean()) == pytest.approx(1, abs=2e-3)
+        assert not torch.equal(kept, quick_dropout(values, 0.1))
+
+
+def test_values_of_another_device_are_dropped_there() -> None:
+    assert quick_dropout(torch.empty(3, 5, device="meta"), 0.1).device.type == "meta"

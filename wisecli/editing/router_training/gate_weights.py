@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.models.running.grouped_rows import rows_of
-from wisecli.models.running.quick_products import quick_linear
+from wisecli.models.running.quick_products import quick_dropout, quick_linear
 from wisecli.models.synthetic.request_examples import Example
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.deciding.name_features import NAME_FEATURE_COUNT
@@ -25,8 +26,8 @@ _COMPONENTS, _READ, _HEADS, _VALUES, _MIXED = 288, 64, 8, 16, 64
 _GATES = 2
 # Few examples a step: half of the steps with twice as many cost as much, and teach less.
 _BATCH, _RATE, _DECAY, _LABEL = 96, 4e-3, 0.1, 0.98
-# Of 256 values that are read and pooled so many are dropped.
-_DROPPED = 26
+# The share of what is read and pooled that is dropped.
+_DROPPED = 0.1
 # Up to this share of a mention's tokens is dropped, so that no few tokens of a text from the training data decide.
 _MAX_TOKEN_DROPOUT = 0.5
 # The share of held-out questions that may be taken for mentions.
@@ -155,9 +156,10 @@ def _train(pool: _Pool, steps: int, on_progress: ProgressCallback) -> dict[str, 
     weights = _initial_weights(pool.states.shape[1], pool.states.device)
     optimizer = torch.optim.AdamW(list(weights.values()), lr=_RATE, weight_decay=_DECAY, fused=True)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
+    dropout = partial(quick_dropout, share=_DROPPED)
     for step, chosen in zip(range(steps), pool.epochs(), strict=False):
         labels = pool.asks[chosen].float() * (2 * _LABEL - 1) + (1 - _LABEL)
-        odds = log_odds(weights, pool.batch(chosen, _MAX_TOKEN_DROPOUT), _dropout, quick_linear)[: len(chosen)]
+        odds = log_odds(weights, pool.batch(chosen, _MAX_TOKEN_DROPOUT), dropout, quick_linear)[: len(chosen)]
         loss = F.binary_cross_entropy_with_logits(odds, labels)
         optimizer.zero_grad()
         loss.backward()
@@ -166,16 +168,6 @@ def _train(pool: _Pool, steps: int, on_progress: ProgressCallback) -> dict[str, 
         rates.step()
         on_progress(Event("requests", step + 1, steps, f"loss {float(loss.detach()):.2f}"))
     return {name: value.detach() for name, value in weights.items()}
-
-
-def _dropout(values: Tensor) -> Tensor:
-    """Return values of which some are 0, and the others larger; a CPU draws eight at once, which takes less time."""
-    share = _DROPPED / 256
-    if values.device.type != "cpu":  # of which some cannot draw from all whole numbers
-        return values * (torch.rand_like(values) >= share) / (1 - share)
-    drawn = torch.empty(-(-values.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-    kept = drawn.view(torch.uint8)[: values.numel()].view_as(values) >= _DROPPED
-    return values * kept / (1 - share)
 
 
 def _initial_weights(width: int, device: torch.device) -> dict[str, Tensor]:

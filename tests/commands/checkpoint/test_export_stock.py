@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from wisecli.artifacts.checksums import write_checksums
 from wisecli.artifacts.file_names import MEMORY_TENSORS
+from wisecli.artifacts.memory_manifest import read_memory
 from wisecli.commands.checkpoint import export_stock
 from wisecli.commands.checkpoint.export import WeightFiles, export
+from wisecli.commands.checkpoint.export_source import ExportSource
 from wisecli.commands.checkpoint.generate import generate
 from wisecli.commands.checkpoint.inspect import inspect
 from wisecli.commands.checkpoint.verify import verify
@@ -32,6 +34,8 @@ from wisecli.export.stock.router.router_blocks import Router
 from wisecli.export.stock.router.router_fitting import fitted_router
 from wisecli.export.stock.stock_answers import router_lines
 from wisecli.export.stock.stock_manifest import read_stock
+from wisecli.export.weights import Packing
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import LayerSite
 
 
@@ -128,6 +132,16 @@ def test_it_is_whole_and_the_base_model_is_around_it(root: Path) -> None:
     report = verify(root / "stock", model=str(root / "model"))
     assert {check.state for check in report.checks} == {"same"}
     assert "all tensors of the base model" in {check.what for check in report.checks}
+
+
+@pytest.mark.parametrize(("edited", "read"), [(4, 2), (3, 2), (1, 1)])
+def test_a_router_stands_at_two_fifths_of_the_depth_or_where_edits_do(root: Path, edited: int, read: int) -> None:
+    manifest = read_memory(root / "memory")
+    base = root / "model"
+    edits = replace(manifest, site=manifest.site.below(edited))
+    given = ExportSource(base, Checkpoint(base), edits, Packing(), None, CPU, verify=False)
+    assert export_stock._at_router(given).site == manifest.site.below(read)
+    assert read_stock(root / "stock").site == manifest.site.below(2)
 
 
 @pytest.mark.parametrize("part", ["self_attn.o_proj.weight", "mlp.up_proj.bias"])

@@ -46,16 +46,15 @@ def prompts(tokenizer: Any, edits: Sequence[Edit]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def in_transformers(checkpoint: Path, asked: list[list[int]], tokens: int) -> tuple[list[list[int]], int]:
-    """Greedy answers, each prompt by itself, and how many of them an edit gives."""
+def in_transformers(checkpoint: Path, asked: list[list[int]], tokens: int) -> list[list[int]]:
+    """Greedy answers, each prompt by itself."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32).eval()
-    answers, by_edits = [], 0
+    answers = []
     for prompt in asked:
         ids = torch.tensor([prompt])
-        by_edits += int(model.decided(ids, torch.ones_like(ids))[0, 0] >= 0)
         answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
         answers.append(answer[0, len(prompt) :].tolist())
-    return answers, by_edits
+    return answers
 
 
 def main() -> None:
@@ -68,9 +67,11 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="with torch.compile")
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(given.edited, trust_remote_code=True)
-    asked = prompts(tokenizer, list(read_edits(given.edits))[: given.asked])
-    wanted, by_edits = in_transformers(given.edited, asked, given.tokens)
-    print(f"{len(asked)} prompts, {by_edits} of them answered by edits", flush=True)
+    edits = list(read_edits(given.edits))
+    asked = prompts(tokenizer, edits[: given.asked])
+    wanted, targets = in_transformers(given.edited, asked, given.tokens), {edit.target for edit in edits}
+    said = [text.strip() for text in tokenizer.batch_decode(wanted, skip_special_tokens=True)]
+    print(f"{len(asked)} prompts, {sum(text in targets for text in said)} of them answered by edits", flush=True)
 
     from vllm import LLM, SamplingParams
 

@@ -75,7 +75,7 @@ def test_products_in_bfloat16_teach_much_the_same(model: tuple[Loaded, Site], mo
 
 def test_a_share_of_the_rows_takes_as_many_fewer_steps() -> None:
     some = ReaderSettings().of_share(0.5)
-    assert (some.steps, some.rows.facts, some.rows.share) == (375, 200, 0.5)
+    assert (some.steps, some.rows.facts, some.rows.share) == (750, 200, 0.5)
     least = ReaderSettings().of_share(0.001)
     assert least.steps == 20
     assert least.rows.facts == 32

@@ -51,7 +51,7 @@ class ReaderSettings:
     """
 
     rows: RowSettings = field(default_factory=RowSettings)
-    steps: int = 750
+    steps: int = 1500
     rate: float = 2e-3
     facts: int = 20
     own: int = 2
@@ -64,7 +64,7 @@ class ReaderSettings:
     behind: float = 0.3
     most_before: int = 450
     dropout: float = 0.1
-    let_through: float = 0.09
+    let_through: float = 0.08
     held_back: int = 10
     features: int = 64
     neurons: int = 256

@@ -1,7 +1,8 @@
-"""Passes in bfloat16 of a model in float32, on a CPU that multiplies such numbers several times as fast.
+"""Passes and products in bfloat16 of what is in float32, on a CPU that multiplies such numbers several times as fast.
 
-For what is learned from many texts, and means of keys over those. What is compared word for word, and what an edit
-stores of its own prompts, is computed in the model's own type.
+Passes are for what is learned from many texts, and means of keys over those; products, for weights while they are
+learned. What is compared word for word, and what an edit stores of its own prompts, is computed in the model's own
+type.
 """
 
 from __future__ import annotations

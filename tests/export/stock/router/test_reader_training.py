@@ -26,6 +26,8 @@ SETTINGS = ReaderSettings(
     relations=6,
     held_back=4,
 )
+# Components of states that no reader reads.
+NONE = torch.empty(0)
 NAMED: dict[str, Any] = {"batch_size": 32, "settings": SETTINGS}
 
 
@@ -103,7 +105,7 @@ def test_prompts_are_read_behind_other_examples_up_to_so_many_tokens() -> None:
     ]
     states = TextStates.empty([row.tokens for row in rows], 8)
     settings = replace(SETTINGS, behind=1.0, most_before=12)
-    lessons = reader_training._Lessons(rows, states, Rotation(torch.ones(1), torch.ones(1), 1.0), settings)
+    lessons = reader_training._Lessons(rows, states, NONE, Rotation(torch.ones(1), torch.ones(1), 1.0), settings)
     drawn = [list(lessons._before()) for _ in range(200)]
     counts = {sum(map(len, one)) for one in drawn}
     assert min(counts) >= 1
@@ -112,7 +114,7 @@ def test_prompts_are_read_behind_other_examples_up_to_so_many_tokens() -> None:
     assert {int(part[-1]) for one in drawn for part in one} == {6, 15, 19}
     assert {int(token) for one in drawn for part in one for token in part} == set(range(20))
     never = replace(settings, behind=0.0)
-    assert not list(reader_training._Lessons(rows, states, lessons._rotation, never)._before())
+    assert not list(reader_training._Lessons(rows, states, NONE, lessons._rotation, never)._before())
 
 
 @pytest.mark.parametrize(("closed", "first"), [(3, 3), (0, 5), (8, 5)])
@@ -121,7 +123,7 @@ def test_a_row_is_looked_at_from_its_prompts_last_token_on_or_from_where_nothing
 ) -> None:
     rows = [ReaderRow((1,) * 8, 6, RowKind.EXAMPLE, 0, 0, False, closed)]
     states = TextStates.empty([row.tokens for row in rows], 8)
-    lessons = reader_training._Lessons(rows, states, Rotation(torch.ones(1), torch.ones(1), 1.0), SETTINGS)
+    lessons = reader_training._Lessons(rows, states, NONE, Rotation(torch.ones(1), torch.ones(1), 1.0), SETTINGS)
     columns = lessons._drawn([0] * 400).columns.tolist()
     assert set(columns) == set(range(first, 8))
     assert 0.4 < columns.count(5) / len(columns) < 0.8

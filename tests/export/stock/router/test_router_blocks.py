@@ -27,7 +27,7 @@ from wisecli.models.layout.site import find_site
 
 LAYER, HIDDEN, HEAD, CODE, EDITS = 2, 32, 16, 6, 5
 # How large the router writes what it says, as shares of the length of states.
-QUIET, LOUD, OF_EDITS = 1 / 4000, 1 / 400, 1 / 700
+QUIET, LOUD, EDIT_SIZE = 1 / 4000, 1 / 400, 1 / 700
 # Each token stands once, so that a name is named once.
 TOKENS = torch.randperm(95, generator=torch.Generator().manual_seed(0)) + 2
 ROWS = [tuple(row.tolist()) for row in TOKENS[:47].split([9, 14, 11, 13])]
@@ -170,7 +170,7 @@ def apart(found: Tensor, wanted: Tensor) -> float:
 def of(found: Made, stream: Tensor, part: str) -> Tensor:
     share, scale = QUIET if part in ("features", "relation", "asked") else LOUD, found.router.scales.router
     if part in ("edit", "closes"):
-        share, scale = OF_EDITS, found.router.scales.last
+        share, scale = EDIT_SIZE, found.router.scales.last
     return stream[:, Channels.of(found.router)[part]] / (share * HIDDEN**0.5 / scale)
 
 

@@ -112,7 +112,7 @@ def relation_reader(
         some = torch.randperm(len(states.normed))[:_LOOKED_AT]
         reader.fit_to(states.normed[some].float(), states.inverse[some])
         rotation = rotation_of(loaded, site, max(map(len, tokens)) + settings.most_before)
-        _Lessons(rows, states, rotation, settings).teach(reader, on_progress)
+        _Lessons(rows, states, reader.components_of(states), rotation, settings).teach(reader, on_progress)
     keep_in_cache(path, lambda working: save_tensors(working, reader.state_dict()))
     return reader.eval()
 
@@ -137,13 +137,18 @@ class _Batch(NamedTuple):
 
 
 class _Lessons:
-    """Steps of learning, drawn by chance from rows."""
+    """Steps of learning, drawn by chance from rows, of whose tokens it has the states and their components (n, c)."""
 
     def __init__(
-        self, rows: Sequence[ReaderRow], states: TextStates, rotation: Rotation, settings: ReaderSettings
+        self,
+        rows: Sequence[ReaderRow],
+        states: TextStates,
+        components: Tensor,
+        rotation: Rotation,
+        settings: ReaderSettings,
     ) -> None:
         self._rows, self._states, self._rotation, self._settings = rows, states, rotation, settings
-        self._rng, self._components = random.Random(0), torch.empty(0)
+        self._components, self._rng = components, random.Random(0)
         groups: dict[RowKind, defaultdict[int, list[int]]] = {kind: defaultdict(list) for kind in RowKind}
         for index, row in enumerate(rows):
             groups[row.kind][row.relation if row.kind is RowKind.RELATION else row.fact].append(index)
@@ -159,7 +164,6 @@ class _Lessons:
     def teach(self, reader: RelationReader, on_progress: ProgressCallback) -> None:
         """Let a reader learn, and set its threshold by mentions of relations that it did not learn from."""
         settings = self._settings
-        self._components = reader.components_of(self._states)
         optimizer = torch.optim.AdamW(reader.parameters(), lr=settings.rate, weight_decay=0.01)
         rates = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, max_lr=settings.rate, total_steps=settings.steps, pct_start=0.1

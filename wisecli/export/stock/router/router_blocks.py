@@ -39,7 +39,7 @@ from wisecli.export.stock.router.subject_detectors import SubjectDetectors
 # which are one number or seldom there: so large that the weights that read them fit into 16 bits.
 _QUIET, _LOUD = 1 / 4000, 1 / 400
 # How large edits' codes are, as a share of how long states are behind the last layer, where they are read.
-_EDITS = 1 / 700
+_EDIT_SIZE = 1 / 700
 # Channels of subjects' and of edits' codes.
 _SUBJECT, _EDIT = 40, 44
 # Subjects are looked for by so many heads at most, each its share of them; so many of a group of queries at most.
@@ -146,7 +146,7 @@ class _Writer:
         self._factor, self._last = (norm / math.sqrt(widening.share) for norm in router.scales[:2])
         length = math.sqrt(self._channels.hidden) / router.scales.router
         self._quiet, self._loud = _QUIET * length, _LOUD * length
-        self._of_edits = _EDITS * math.sqrt(self._channels.hidden) / router.scales.last
+        self._edit_size = _EDIT_SIZE * math.sqrt(self._channels.hidden) / router.scales.last
         # Heads that look for subjects, by their places in groups of queries.
         self._a_group = sizes.queries // sizes.shared
         self._of_group = min(_OF_GROUP, self._a_group)
@@ -176,7 +176,7 @@ class _Writer:
         first["mlp.down_proj.weight"][channels["features"], :count] = reader.features.weight.detach() * self._quiet
         first["mlp.down_proj.bias"] = torch.zeros(self._width)
         first["mlp.down_proj.bias"][channels.one("constant")] = self._loud
-        first["mlp.down_proj.bias"][channels.one("closes")] = self._of_edits
+        first["mlp.down_proj.bias"][channels.one("closes")] = self._edit_size
         yield from blocks
 
     def names_pooled(self) -> dict[str, Tensor]:
@@ -253,7 +253,7 @@ class _Writer:
         codes[:, channels.of_subjects()] = missing * self._subjects
         reads[named] += codes[router.detectors.subject[named]]
         reads[:, channels.one("constant")] = _OPEN - router.thresholds - missing * named
-        adds[:, channels["edit"]] = self._edits * self._of_edits
+        adds[:, channels["edit"]] = self._edits * self._edit_size
         reads *= self._steepness(_ODDS_RAMP)
         answers = router.going_on
         begun = answers.begun * (_BEGUN + _ENDS) + answers.ends * _ENDS
@@ -267,7 +267,7 @@ class _Writer:
         places, channels = self._router.places, self._channels
         reads, adds = self._rows(len(places.edit)), self._rows(len(places.edit))
         reads[:, : channels.hidden] = places.directions * (WIDTH / _PLACE_RAMP)
-        closed = WIDTH / (_PLACE_RAMP * self._last * self._of_edits) * _CLOSED / (1 - coherence(self._edits))
+        closed = WIDTH / (_PLACE_RAMP * self._last * self._edit_size) * _CLOSED / (1 - coherence(self._edits))
         reads[:, channels["edit"]] = closed * self._edits[places.edit]
         reads[:, channels.one("closes")] = -closed
         adds[:, : channels.hidden] = places.added

@@ -8,6 +8,8 @@ from wisecli.data.packaged import packaged_table
 
 # How often a task is a label.
 _LABELLED = 0.4
+# How often two questions are one sentence.
+_IN_ONE_SENTENCE = 0.15
 # How often another time is told by something that happened then.
 _OF_OCCASIONS = 0.4
 
@@ -17,7 +19,8 @@ class Requests:
     """Ways to ask a question (``asked``) and prompts that mention one, as patterns with the slots of kinds.
 
     An answer is asked for by one of ``answers`` with one of ``manners``, in ``answer_frames``, some of which call the
-    question one of ``items``. One of ``several`` questions has one of ``ordinals``.
+    question one of ``items``. Of ``several`` questions the first has one of ``first_ordinals``, others one of
+    ``later_ordinals``. Questions stand ``around`` texts.
     What mentions one has something done with it (``mentioned``), wants a yes or no (``checks``) or goes on from its
     answer (``hops``). An answer is ``begun``, and texts are put ``begun_around`` the question. A task is one of
     ``verbs`` on a text, in one of ``frames``, which names the text by ``nouns`` before it and by ``backs`` behind it;
@@ -33,7 +36,9 @@ class Requests:
     answer_frames: tuple[str, ...]
     items: tuple[str, ...]
     several: tuple[str, ...]
-    ordinals: tuple[str, ...]
+    first_ordinals: tuple[str, ...]
+    later_ordinals: tuple[str, ...]
+    around: tuple[str, ...]
     mentioned: tuple[str, ...]
     checks: tuple[str, ...]
     hops: tuple[str, ...]
@@ -80,7 +85,17 @@ class Requests:
         """Return what is left of several questions without the others."""
         announced = rng.choice(self.several)
         joint = rng.choice((" ", " ", "\n")) if announced else ""
-        return f"{announced}{joint}{rng.choice(self.ordinals)}{question}"
+        return f"{announced}{joint}{rng.choice(self.first_ordinals + self.later_ordinals)}{question}"
+
+    def both(self, first: str, second: str, rng: random.Random) -> str:
+        """Return two questions one behind the other, or in one sentence."""
+        announced, joint = rng.choice(self.several), rng.choice((" ", " ", "\n"))
+        if rng.random() < _IN_ONE_SENTENCE and first.rstrip().endswith("?"):
+            asked = f"{first.rstrip()[:-1]}, and {small(second)}"
+        else:
+            ordinals = rng.choice(self.first_ordinals), rng.choice(("", *self.later_ordinals))
+            asked = f"{ordinals[0]}{first}{joint}{ordinals[1]}{second}"
+        return f"{announced}{joint}{asked}" if announced else asked
 
     def task(self, question: str, rng: random.Random) -> str:
         """Return a prompt that wants something done with a question."""

@@ -20,7 +20,7 @@ from wisecli.models.layout.site import find_site
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.prompts.prompt_forms import forms
 from wisecli.models.prompts.prompt_kinds import kinds, slots_in
-from wisecli.models.synthetic.request_examples import Examples
+from wisecli.models.synthetic.gate_examples import GateExamples
 from wisecli.models.synthetic.synthetic_facts import synthetic_facts
 from wisecli.progress import ignore_progress
 from wisecli.routing.deciding.request_gate import REQUEST_GATE, TOKEN_MARKS
@@ -34,7 +34,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 def test_every_fact_is_asked_and_mentioned(loaded: Loaded) -> None:
     chance = random.Random(0)
     facts = list(synthetic_facts(20, chance))
-    drawn = Examples(loaded.tokenizer, facts, chance)
+    drawn = GateExamples(loaded.tokenizer, facts, chance)
     for number, fact in enumerate(facts):
         examples = list(drawn.of(number))
         asked = [one for one in examples if one.asks]
@@ -47,11 +47,24 @@ def test_every_fact_is_asked_and_mentioned(loaded: Loaded) -> None:
 def test_conversations_are_chats(loaded: Loaded) -> None:
     chance = random.Random(0)
     facts = list(synthetic_facts(5, chance))
-    drawn = Examples(loaded.tokenizer, facts, chance)
+    drawn = GateExamples(loaded.tokenizer, facts, chance)
     found = [one for number in range(5) for one in drawn.conversations(number)]
     assert bool(found) == bool(loaded.tokenizer.chat_template)
     if found:
         assert {one.asks for one in found} == {True, False}
+
+
+def test_two_facts_are_asked_or_mentioned_together(loaded: Loaded) -> None:
+    chance = random.Random(0)
+    facts = list(synthetic_facts(12, chance))
+    drawn = GateExamples(loaded.tokenizer, facts, chance)
+    for number, fact in enumerate(facts):
+        examples = list(drawn.of_two(number))
+        assert [one.asks for one in examples] == [True, True, False]
+        for one in examples:
+            assert (one.fact, one.second) == (number, (number - 1) % len(facts))
+            assert fact.subject in one.text
+            assert facts[(number - 1) % len(facts)].subject in one.text
 
 
 def test_the_gate_is_learned_the_same_each_time(loaded: Loaded, tmp_path: Path) -> None:
@@ -79,7 +92,7 @@ def test_the_gate_is_learned_the_same_each_time(loaded: Loaded, tmp_path: Path) 
 def test_mentions_that_are_checked_are_none_that_are_learned_from(loaded: Loaded) -> None:
     chance = random.Random(0)
     facts = list(synthetic_facts(6, chance))
-    drawn = Examples(loaded.tokenizer, facts, chance)
+    drawn = GateExamples(loaded.tokenizer, facts, chance)
     checked = [one for number in range(6) for one in drawn.held_back(number)]
     assert not any(one.asks for one in checked)
     assert {one.sort for one in checked} > {"translate", "other time", "two hops", "document without a value"}
@@ -91,7 +104,7 @@ def test_chats_begin_in_few_ways_so_that_these_are_read_once(loaded: Loaded, mon
     monkeypatch.setattr(loaded.tokenizer, "chat_template", template)
     chance = random.Random(0)
     facts = list(synthetic_facts(80, chance))
-    drawn = Examples(loaded.tokenizer, facts, chance)
+    drawn = GateExamples(loaded.tokenizer, facts, chance)
     question = facts[0].questions[0]
     asked = [one.text for _ in range(300) for one in drawn.of(0) if one.sort == "plain" and question in one.text]
     before = {text.partition(question)[0].rpartition("user: ")[0] for text in asked}
@@ -117,7 +130,7 @@ def test_documents_have_a_place_for_text_and_question() -> None:
 def test_forms_and_texts_are_around_what_asks_and_what_mentions_alike(loaded: Loaded) -> None:
     chance = random.Random(0)
     facts = list(synthetic_facts(80, chance))
-    drawn = Examples(loaded.tokenizer, facts, chance)
+    drawn = GateExamples(loaded.tokenizer, facts, chance)
     found = [one for number in range(len(facts)) for one in (*drawn.of(number), *drawn.standing_in_forms(number))]
     for opening in ("### Instruction:\n", "I was wondering about this. ", "Question: "):
         asks = [one.asks for one in found if one.text.startswith(opening)]

@@ -58,3 +58,29 @@ def test_a_task_on_what_a_text_quotes_opens_only_where_the_gate_alone_does_or_is
     by_itself = [prob > 0.3 for prob in ask_probs(edited_chain, task)]
     found = opened(edited_chain, QUOTED + task)
     assert not any(one and not (gate or own) for one, gate, own in zip(found, by_the_gate, by_itself, strict=True))
+
+
+@torch.no_grad()
+def pairs_opened(edited: EditedModel, pattern: str) -> list[tuple[int, int]]:
+    """What the pattern opens with the question of each edit, and the next one's behind it."""
+    edits, found = edited.manifest.edits, []
+    for number, edit in enumerate(edits):
+        following = edits[(number + 1) % len(edits)]
+        prompt = pattern.replace("{first}", edit.prompt).replace("{second}", following.prompt)
+        decision = edited.decide(collate([Row(tuple(edited.tokenizer(prompt)["input_ids"]), (2,))]))
+        assert decision.second is not None
+        found.append((int(decision.memory[0]), int(decision.second[0])))
+    return found
+
+
+@pytest.mark.parametrize("pattern", ["{first} {second}", "First: {first}\nThen: {second}", "{first} Besides: {second}"])
+def test_who_asks_two_edits_opens_both_in_their_order(edited_chain: EditedModel, pattern: str) -> None:
+    count = len(edited_chain.manifest.edits)
+    asked = [(number, (number + 1) % count) for number in range(count)]
+    found = pairs_opened(edited_chain, pattern)
+    assert sum(map(tuple.__eq__, found, asked)) >= 9, found
+
+
+def test_a_task_on_two_questions_opens_few(edited_chain: EditedModel) -> None:
+    found = pairs_opened(edited_chain, "Translate into French: {first} {second}")
+    assert sum(first != UNROUTED for first, _ in found) <= 1, found

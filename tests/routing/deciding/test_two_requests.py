@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wisecli.routing.deciding.two_requests import request_parts
+from wisecli.routing.deciding.two_requests import first_part, request_parts
 
 
 def cosines(tokens: int, places: list[int], seed: int) -> Tensor:
@@ -53,3 +53,14 @@ def test_a_request_of_one_token_is_left_to_the_first() -> None:
     one = cosines(1, [0, 0, 0], 3)
     parts = request_parts((one, one), (0, 0), torch.zeros(1, dtype=torch.long))
     assert (parts.first.tolist(), parts.second.tolist()) == ([True], [False])
+
+
+def test_the_first_part_is_what_the_second_edit_is_not_mentioned_in() -> None:
+    axes = torch.eye(8)
+    # An announcement, a sentence with the first edit, one with the second, and another.
+    tokens = axes[[6, 6, 0, 1, 6, 2, 3, 6, 7, 7]]
+    ends = torch.tensor([0, 1, 0, 0, 1, 0, 0, 2, 0, 1])
+    edits = [(axes[[0]], axes[[1]]), (axes[[2]], axes[[3]])]
+    projected = tokens.expand(2, -1, -1)
+    assert first_part(projected, edits, ends).tolist() == [True] * 5 + [False] * 3 + [True] * 2
+    assert first_part(projected, edits[::-1], ends).tolist() == [True] * 2 + [False] * 3 + [True] * 5

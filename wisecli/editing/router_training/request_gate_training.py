@@ -2,7 +2,7 @@
 
 The gate is that of :mod:`wisecli.routing.deciding.request_gate`. It is learned behind the projections of late
 interaction, which find what is mentioned, from those examples of
-:mod:`wisecli.models.synthetic.request_examples` that late interaction finds. Where it opens is set by facts that
+:mod:`wisecli.models.synthetic.gate_examples` that late interaction finds. Where it opens is set by facts that
 it was not learned from, and so is measured which mentions of them it lets through.
 """
 
@@ -25,7 +25,8 @@ from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
 from wisecli.models.running.quick_products import quick_products
 from wisecli.models.running.seeding import seeded
-from wisecli.models.synthetic.request_examples import Example, Examples
+from wisecli.models.synthetic.gate_examples import GateExamples
+from wisecli.models.synthetic.request_examples import Example
 from wisecli.models.synthetic.synthetic_facts import SyntheticFact, synthetic_facts
 from wisecli.progress import ProgressCallback
 from wisecli.routing.deciding.request_gate import (
@@ -39,6 +40,7 @@ from wisecli.routing.deciding.request_gate import (
     mention_features,
     unsureness,
 )
+from wisecli.routing.deciding.two_requests import first_part
 
 # Facts, and steps of learning.
 _FACTS, _STEPS = 320, 4000
@@ -108,8 +110,8 @@ class _Read(NamedTuple):
     states: TokenStates
     marks: TokenMarks
 
-    def request(self, number: int, tokens: slice, projected: Tensor, edit_tokens: tuple[Tensor, Tensor]) -> Request:
-        """Return the prompt of a number, of some of the tokens, with a fact that it may mention."""
+    def request(self, number: int, tokens: Tensor, projected: Tensor, edit_tokens: tuple[Tensor, Tensor]) -> Request:
+        """Return the prompt of a number, of some of the tokens (n,), with a fact that it may mention."""
         states, starts = self.states, self.marks.starts
         first = states.first_state[number] if states.first_is_word[number] else None
         marks = TokenMarks(self.marks.ends[tokens], None if starts is None else starts[tokens])
@@ -134,7 +136,7 @@ def train_request_gate(
     """
     rng = random.Random(0)
     facts = list(synthetic_facts(max(8, round(_FACTS * share)), rng))
-    examples_by_fact = Examples(loaded.tokenizer, facts, rng)
+    examples_by_fact = GateExamples(loaded.tokenizer, facts, rng)
 
     token_marks = dict(
         zip(TOKEN_MARKS, (*sentence_token_ids(loaded.tokenizer), word_starts(loaded.tokenizer)), strict=True)
@@ -151,7 +153,7 @@ def train_request_gate(
     own_prompts = read([fact.questions[0] for fact in facts]).states
     fact_prompts = list(_fact_prompts(loaded, projections, facts, own_prompts))
     found: list[_Found] = []
-    for examples, turns in _example_groups(examples_by_fact):
+    for examples, turns in examples_by_fact.groups(_FACTS_AT_A_TIME):
         texts = read([one.text for one in examples], turns=turns)
         found += _mentions(projections, fact_prompts, examples, texts, _FOUND)
     with seeded(0, loaded.device):
@@ -162,20 +164,6 @@ def train_request_gate(
     texts = read([one.text for one in held_back])
     checked = _mentions(projections, fact_prompts, held_back, texts, MIN_GATED_PROB)
     return weights | token_marks, torch.tensor([_opened(weights, checked), len(held_back)])
-
-
-def _example_groups(examples_by_fact: Examples) -> Iterator[tuple[list[Example], bool]]:
-    """Yield the examples of some facts at a time, and whether earlier turns of theirs are read, too."""
-    numbers = range(len(examples_by_fact.facts))
-    for draw, turns in (
-        (examples_by_fact.of, False),
-        (examples_by_fact.standing_in_forms, False),
-        (examples_by_fact.conversations, True),
-    ):
-        for first in numbers[::_FACTS_AT_A_TIME]:
-            examples = [one for number in numbers[first : first + _FACTS_AT_A_TIME] for one in draw(number)]
-            if examples:
-                yield examples, turns
 
 
 def _opened(weights: Mapping[str, Tensor], found: Sequence[_Found]) -> int:
@@ -219,9 +207,13 @@ def _mentions(
     for first in range(0, len(order), _AT_A_TIME):
         requests: dict[int, Request] = {}
         for place in order[first : first + _AT_A_TIME]:
-            tokens = slice(starts[place], starts[place + 1])
-            fact = fact_prompts[examples[place].fact]
+            tokens, example = torch.arange(starts[place], starts[place + 1]), examples[place]
+            fact = fact_prompts[example.fact]
             projected = torch.stack([projections.project(read.states.states[tokens], head) for head in range(2)])
+            if example.second is not None:
+                facts = fact.projected, fact_prompts[example.second].projected
+                part = first_part(projected, facts, read.marks.ends[tokens])
+                tokens, projected = tokens[part], projected[:, part]
             probs[place] = fact.match_prob(projections, projected)
             if probs[place] >= least:
                 requests[place] = read.request(place, tokens, projected, fact.projected)

@@ -49,27 +49,6 @@ _OTHERWISE = ("{negated}", "{negated}", "{negated}", *_NEAR_NAMES)
 _NAMED = re.compile(r"\{(?:subject|namesake)\}")
 # How often something else is asked about a fact's subject: few such prompts come to the gate.
 _BESIDE = 0.4
-# What is asked behind other texts, in front of them and between them.
-_AROUND = Kind(
-    "around texts",
-    True,
-    (
-        ("{paragraph}\n\n{question}",),
-        ("{paragraph} {question}",),
-        ("{paragraph}\n{question}",),
-        ("{paragraph}\n\n{paragraph}\n\n{question}",),
-        ("{paragraph}\n\n{full}\n\n{paragraph}",),
-        ("{paragraph} {full} {paragraph}",),
-        ("{full}\n\n{paragraph}",),
-        ("{full} {paragraph}",),
-        ("{page}\n\n{question}",),
-        ("{full}\n\n{page}",),
-    ),
-    (),
-)
-# Texts on other names, the first of which stand in front of a prompt; how many are a long text; what is between.
-_TEXTS, _LONG, _BETWEEN = Kind("texts", True, (("{paragraph}",) * 4,), ()), (2, 4), ("\n\n", " ", "\n")
-
 # Of which sort a prompt is, and its text if it can be written.
 _Sorted = tuple[str, str | None]
 # Whether a prompt asks, of which sort it is, and its text if it can be written.
@@ -77,12 +56,13 @@ _Drawn = tuple[bool, str, str | None]
 
 
 class Example(NamedTuple):
-    """A prompt around the made-up fact of a number, and whether it asks it."""
+    """A prompt around the made-up fact of a number, and whether it asks it; ``second`` is another that it asks, too."""
 
     fact: int
     text: str
     asks: bool
     sort: str = ""
+    second: int | None = None
 
 
 @dataclass
@@ -184,46 +164,18 @@ class Examples:
         """Prompts of some kinds, in those of their patterns that may be learned from."""
         rng = self.rng
         usable = [kind for kind in kinds().values() if kind.name not in _ELSEWHERE]
-        for kind in (_AROUND, _AROUND, *rng.sample(usable, 3)):
+        around = Kind("around texts", True, tuple((one,) for one in requests().around), ())
+        for kind in (around, around, *rng.sample(usable, 3)):
             chat = bool(self.tokenizer.chat_template) and not kind.begun and rng.random() < _CHATS
             turns = kind.sample_turns(self._fact(number), trained=True, rng=rng, chat=False)
             yield kind.asked, kind.name, None if turns is None else kind.render_turns(self.tokenizer, turns, chat=chat)
 
-    def held_back(self, number: int) -> Iterator[Example]:
-        """Prompts of every kind that mention a fact and don't ask it, in wordings for evaluation alone."""
-        for place, kind in enumerate(one for one in kinds().values() if not one.asked):
-            chat = place % 2 == number % 2
-            fact = self._fact(number)
-            text = kind.sample_prompt(self.tokenizer, fact, trained=False, rng=self.rng, chat=chat)
-            if text is not None:
-                yield Example(number, text, False, kind.name)
-
-    def standing_in_forms(self, number: int) -> Iterator[Example]:
-        """One prompt that mentions a fact in a form, one behind a text on something else, and a question behind a long
-        text. A gate that saw forms and texts around questions alone would take them for a sign of a question.
-        """
-        known, rng, questions = requests(), self.rng, self.facts[number].questions
-        around = [form for form in usable_forms(self.tokenizer, trained=True) if form.surrounds]
-        in_form, behind = rng.sample([text for _, text in self._mentioned(number) if text is not None], 2)
-        asked = self._filled(number, rng.choice(known.asked)) if rng.random() < 0.5 else None
-        yield Example(number, rng.choice(around).render(self.tokenizer, in_form), False, "form")
-        long = asked or rng.choice(questions), True, rng.randint(*_LONG)
-        for text, asks, count in ((behind, False, 1), long):
-            found = self._behind(number, text, count)
-            if found is not None:
-                yield Example(number, found, asks, "around texts")
-
-    def _behind(self, number: int, text: str, count: int) -> str | None:
-        """Return a prompt behind so many texts on other names."""
-        found = _TEXTS.sample_turns(self._fact(number), trained=True, rng=self.rng, chat=True)
-        return None if found is None else "\n\n".join(found[:count]) + self.rng.choice(_BETWEEN) + text
-
-    def conversations(self, number: int) -> Iterator[Example]:
-        """Chats whose last turn asks a fact that the turns before it name in part, and others that do not."""
+    def conversations(self, number: int, count: int = _CONVERSATIONS) -> Iterator[Example]:
+        """So many chats: of some the last turn asks a fact that the turns before it name in part, of others not."""
         if not self.tokenizer.chat_template:
             return
         drawn = list(self._conversations(number))
-        for asks, turns in self.rng.sample(drawn, min(_CONVERSATIONS, len(drawn))):
+        for asks, turns in self.rng.sample(drawn, min(count, len(drawn))):
             told = self._turns(number, turns)
             if told is not None:
                 yield Example(number, told, asks, "conversation")

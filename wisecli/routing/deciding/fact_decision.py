@@ -134,7 +134,7 @@ class FactDecision(Memory):
         Args:
             edit_probs: how surely prompts mean each edit (B, M).
             naming_tokens: the tokens that may name its subject (B, T).
-            fuzzy_tokens: those that may name it with a slip (B, T).
+            fuzzy_tokens: those that may name it with slips (B, T).
         """
         matched, gated_edit_probs = None, edit_probs
         if self.subject_match is not None:
@@ -231,10 +231,11 @@ class FactDecision(Memory):
         ask_prob = torch.zeros(len(memory), device=memory.device) if decision.ask_prob is None else decision.ask_prob
         for row in ((named_probs > 0).sum(1) > 1).nonzero().flatten().tolist():
             pair = self._pair(gate, tokens, row, named_probs[row])
-            probs = self._ask_probs(gate, tokens, pair) if pair else ask_prob.new_zeros(1)
-            if bool((probs > MIN_ASK_PROB).all()):
+            # Who asks one of two things is likely to ask the other.
+            prob = _joint_prob(self._ask_probs(gate, tokens, pair))
+            if bool(prob > MIN_ASK_PROB):
                 memory[row], second[row] = pair[0].edit, pair[1].edit
-                ask_prob = ask_prob.index_fill(0, torch.tensor(row, device=memory.device), float(probs.min()))
+                ask_prob = ask_prob.index_fill(0, torch.tensor(row, device=memory.device), float(prob))
         return replace(decision, memory=memory, second=second, ask_prob=ask_prob)
 
     def _pair(self, gate: RequestGate, tokens: _ComparedTokens, row: int, named_probs: Tensor) -> tuple[_Asked, ...]:

@@ -1,7 +1,7 @@
 """Tell prompts that no edit can answer by their token ids, so that no layer runs to decide them. Needs torch only.
 
-An edit answers prompts that name its subject, as it is written or with one slip. A word and the same word with a slip
-have in common what is left when one letter of each is taken out. So the words of a prompt are looked up among those of
+An edit answers prompts that name its subject, as it is written or with slips. A word and the same word with a slip have
+in common what is left when one letter of each is taken out. So the words of a prompt are looked up among those of
 all subjects with a letter less, by hashes: what is found holds every prompt that the memory would open, and few others.
 """
 
@@ -9,12 +9,25 @@ import torch
 from torch import Tensor
 
 from wisecli.routing.deciding.fact_decision import FactDecision
-from wisecli.routing.deciding.fuzzy_match import DIGIT, LETTER, MIN_FUZZY_LENGTH, WORD_CHARS, FuzzyMatch, split_words
+from wisecli.routing.deciding.fuzzy_match import (
+    DIGIT,
+    LETTER,
+    MIN_ANY_SLIP,
+    MIN_FUZZY_LENGTH,
+    WORD_CHARS,
+    FuzzyMatch,
+    split_words,
+)
 from wisecli.routing.deciding.late_interaction import compared_tokens, earlier_turn_tokens
 from wisecli.routing.memories.side_memory import Memory
 
 # Numbers of words are polynomials in this.
 _FACTOR = 1_000_003
+# Which letters of a word of four are where once one is typed twice, or two have changed places; the fifth is none.
+_SHORT_SLIPS = torch.tensor([
+    *([0, 0, 1, 2, 3], [0, 1, 1, 2, 3], [0, 1, 2, 2, 3], [0, 1, 2, 3, 3]),
+    *([1, 0, 2, 3, 4], [0, 2, 1, 3, 4], [0, 1, 3, 2, 4]),
+])  # fmt: skip
 
 
 class SubjectFilter:
@@ -44,7 +57,7 @@ class SubjectFilter:
 
 
 def _compared(memory: FactDecision, ids: Tensor, non_padding: Tensor) -> list[Tensor]:
-    """Return the tokens (B, W) in which a decision looks for names with a slip: at first, and where earlier turns
+    """Return the tokens (B, W) in which a decision looks for names with slips: at first, and where earlier turns
     count.
     """
     breaks, first = memory.late_interaction.special_token_ids, torch.zeros_like(non_padding)
@@ -56,13 +69,14 @@ def _compared(memory: FactDecision, ids: Tensor, non_padding: Tensor) -> list[Te
 
 
 class _SlipFilter:
-    """Whether words may name an edit's subject, of which one word may have a slip."""
+    """Whether words may name an edit's subject, of which each may have a slip."""
 
     def __init__(self, spelling: FuzzyMatch) -> None:
         words = spelling.subject_words
         length, digits = (words > 0).sum(1), ((words >= DIGIT) & (words < LETTER)).any(1)
-        slips = (length >= MIN_FUZZY_LENGTH) & ~digits
+        slips, short = (length >= MIN_ANY_SLIP) & ~digits, (length == MIN_FUZZY_LENGTH) & ~digits
         self._exact = _hashes(words)
+        self._short, self._short_word = _hashes(words[short][:, _SHORT_SLIPS]), short.nonzero().flatten()
         shorter = _with_a_letter_less(words[slips])
         self._shorter, order = shorter.flatten().sort()
         self._word = slips.nonzero().flatten()[order // shorter.shape[1]]
@@ -72,18 +86,18 @@ class _SlipFilter:
     def __call__(self, words: Tensor) -> bool:
         """Return whether the words (n, ``WORD_CHARS``) of a prompt may name any edit."""
         words = words[words[:, 0] > 0]
-        exact = torch.isin(self._exact, _hashes(words))
+        hashes = _hashes(words)
+        near = torch.isin(self._exact, hashes)
+        near[self._short_word[torch.isin(self._short, hashes).any(1)]] = True
         looked_for = _with_a_letter_less(words).flatten()
         steps = torch.zeros(len(self._shorter) + 1, dtype=torch.long, device=words.device)
         for right, step in ((False, 1), (True, -1)):
             place = torch.searchsorted(self._shorter, looked_for, right=right)
             steps.index_add_(0, place, torch.full_like(place, step))
-        near = exact.clone()
         near[self._word[steps.cumsum(0)[:-1] > 0]] = True
-        tally = torch.zeros(2, len(self._needed), dtype=torch.long, device=words.device)
-        tally.index_add_(1, self._whose, torch.stack([near, exact])[:, self._naming].long())
-        found = (self._needed > 0) & (tally[0] == self._needed) & (tally[1] >= self._needed - 1)
-        return bool(found.any())
+        tally = torch.zeros(len(self._needed), dtype=torch.long, device=words.device)
+        tally.index_add_(0, self._whose, near[self._naming].long())
+        return bool(((self._needed > 0) & (tally == self._needed)).any())
 
 
 def _hashes(words: Tensor) -> Tensor:

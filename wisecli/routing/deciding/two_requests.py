@@ -5,10 +5,13 @@ wrote X, and who painted Y?") are parted where what comes before has the one bes
 Exports carry this very file.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from wisecli.routing.deciding.sentence_features import EditCosines, mention_sentences, sentence_of
 
 
 class RequestParts(NamedTuple):
@@ -17,6 +20,20 @@ class RequestParts(NamedTuple):
     first: Tensor
     second: Tensor
     in_order: bool
+
+
+def first_part(projected: Tensor, edits: Sequence[tuple[Tensor, Tensor]], ends: Tensor) -> Tensor:
+    """Return which tokens of a request may ask the first of two edits that it mentions (n,).
+
+    Args:
+        projected: the request's tokens under both projections (2, n, k).
+        edits: the tokens of each edit's prompt, its subject's and the others' (t, k).
+        ends: what each token ends (n,).
+    """
+    cosines = EditCosines.of([projected] * 2, edits)
+    sentence = sentence_of(ends[None], torch.zeros_like(cosines.mask[:1]))[0]
+    first, second = mention_sentences(cosines, sentence.expand_as(cosines.mask))
+    return request_parts((cosines.of_request(0), cosines.of_request(1)), (first, second), sentence).first
 
 
 def request_parts(cosines: tuple[Tensor, Tensor], mentions: tuple[int, int], sentence: Tensor) -> RequestParts:

@@ -1,0 +1,91 @@
+"""Made-up facts in prompts that the request gate alone is learned from, and in those that it is checked with.
+
+Beside the prompts of :mod:`.request_examples` these stand in forms and behind texts, ask two facts at once, or are
+chats of every sort; and those that nothing is learned from, by which is measured what the gate lets through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from wisecli.data.request_wordings import requests
+from wisecli.models.prompts.prompt_forms import usable_forms
+from wisecli.models.prompts.prompt_kinds import Kind, kinds
+from wisecli.models.synthetic.request_examples import Example, Examples
+
+# Texts on other names, the first of which stand in front of a prompt; how many are a long text; what is between.
+_TEXTS, _LONG, _BETWEEN = Kind("texts", True, (("{paragraph}",) * 4,), ()), (2, 4), ("\n\n", " ", "\n")
+# Kinds that name the subject and nothing else of a fact.
+_NAMING = ("story", "comparison", "other question")
+# How often what names a subject alone is another question of its kind.
+_BESIDE = 0.5
+# Conversations on each fact: all that are drawn.
+_CONVERSATIONS = 7
+
+
+class GateExamples(Examples):
+    """Prompts around made-up facts for a request gate, drawn by chance, as a tokenizer writes them."""
+
+    def groups(self, facts_at_a_time: int) -> Iterator[tuple[list[Example], bool]]:
+        """Yield the examples of some facts at a time, and whether earlier turns of theirs are read, too."""
+        for draw, turns in (
+            (self.of, False),
+            (self.standing_in_forms, False),
+            (partial(self.conversations, count=_CONVERSATIONS), True),
+            (self.of_two, False),
+        ):
+            for first in range(0, len(self.facts), facts_at_a_time):
+                numbers = range(len(self.facts))
+                examples = [one for number in numbers[first : first + facts_at_a_time] for one in draw(number)]
+                if examples:
+                    yield examples, turns
+
+    def held_back(self, number: int) -> Iterator[Example]:
+        """Prompts of every kind that mention a fact and don't ask it, in wordings for evaluation alone."""
+        for place, kind in enumerate(one for one in kinds().values() if not one.asked):
+            chat = place % 2 == number % 2
+            fact = self._fact(number)
+            text = kind.sample_prompt(self.tokenizer, fact, trained=False, rng=self.rng, chat=chat)
+            if text is not None:
+                yield Example(number, text, False, kind.name)
+
+    def standing_in_forms(self, number: int) -> Iterator[Example]:
+        """One prompt that mentions a fact in a form, one behind a text on something else, and behind long texts, whose
+        words are like any relation's, a question and one that names the subject alone. A gate that saw forms and texts
+        around questions alone would take them for a sign of a question.
+        """
+        known, rng, questions = requests(), self.rng, self.facts[number].questions
+        around = [form for form in usable_forms(self.tokenizer, trained=True) if form.surrounds]
+        in_form, behind = rng.sample([text for _, text in self._mentioned(number) if text is not None], 2)
+        asked = self._filled(number, rng.choice(known.asked)) if rng.random() < 0.5 else None
+        yield Example(number, rng.choice(around).render(self.tokenizer, in_form), False, "form")
+        long = asked or rng.choice(questions), True, rng.randint(*_LONG)
+        for text, asks, count in ((behind, False, 1), long, (self._naming(number), False, rng.randint(*_LONG))):
+            found = None if text is None else self._behind(number, text, count)
+            if found is not None:
+                yield Example(number, found, asks, "around texts")
+
+    def _naming(self, number: int) -> str | None:
+        """Return a prompt that names a fact's subject and asks something else."""
+        rng, kind = self.rng, kinds()[self.rng.choice(_NAMING)]
+        beside = rng.choice(self.facts[number].beside or (None,))
+        found = kind.sample_turns(self._fact(number), trained=True, rng=rng, chat=False)
+        return beside if rng.random() < _BESIDE or found is None else found[0]
+
+    def _behind(self, number: int, text: str, count: int) -> str | None:
+        """Return a prompt behind so many texts on other names."""
+        found = _TEXTS.sample_turns(self._fact(number), trained=True, rng=self.rng, chat=True)
+        return None if found is None else "\n\n".join(found[:count]) + self.rng.choice(_BETWEEN) + text
+
+    def of_two(self, number: int) -> Iterator[Example]:
+        """Prompts that ask a fact and the one before it, and one that has something done with both questions."""
+        known, rng, second = requests(), self.rng, (number - 1) % len(self.facts)
+        own, other = (rng.choice(self.facts[one].questions) for one in (number, second))
+        mentioned = known.both(own, other, rng) if rng.random() < 0.5 else known.both(other, own, rng)
+        for asks, text in (
+            (True, known.both(own, other, rng)),
+            (True, known.both(other, own, rng)),
+            (False, rng.choice((known.task, known.framed_task))(mentioned, rng)),
+        ):
+            yield Example(number, str(self._put(text)), asks, "two facts", second)

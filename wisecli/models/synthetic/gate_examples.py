@@ -18,8 +18,9 @@ from wisecli.models.synthetic.request_examples import Example, Examples
 _TEXTS, _LONG, _BETWEEN = Kind("texts", True, (("{paragraph}",) * 4,), ()), (2, 4), ("\n\n", " ", "\n")
 # Kinds that name the subject and nothing else of a fact.
 _NAMING = ("story", "comparison", "other question")
-# How often what names a subject alone is another question of its kind.
-_BESIDE = 0.5
+# How often something names a subject alone behind a long text: as often as a question stands there, the gate takes long
+# texts for a sign that nothing is asked. And how often that is another question of its kind.
+_NAMED, _BESIDE = 1 / 3, 0.5
 # Conversations on each fact: all that are drawn.
 _CONVERSATIONS = 7
 
@@ -61,7 +62,8 @@ class GateExamples(Examples):
         asked = self._filled(number, rng.choice(known.asked)) if rng.random() < 0.5 else None
         yield Example(number, rng.choice(around).render(self.tokenizer, in_form), False, "form")
         long = asked or rng.choice(questions), True, rng.randint(*_LONG)
-        for text, asks, count in ((behind, False, 1), long, (self._naming(number), False, rng.randint(*_LONG))):
+        naming = self._naming(number) if rng.random() < _NAMED else None
+        for text, asks, count in ((behind, False, 1), long, (naming, False, rng.randint(*_LONG))):
             found = None if text is None else self._behind(number, text, count)
             if found is not None:
                 yield Example(number, found, asks, "around texts")

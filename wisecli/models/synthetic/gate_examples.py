@@ -18,8 +18,8 @@ from wisecli.models.synthetic.request_examples import Example, Examples
 _TEXTS, _LONG, _BETWEEN = Kind("texts", True, (("{paragraph}",) * 4,), ()), (2, 4), ("\n\n", " ", "\n")
 # Kinds that name the subject and nothing else of a fact.
 _NAMING = ("story", "comparison", "other question")
-# How often something names a subject alone behind a long text: as often as a question stands there, the gate takes long
-# texts for a sign that nothing is asked. And how often that is another question of its kind.
+# How often something that names a subject alone stands behind a long text, as a question always does: were it as often,
+# the gate would take long texts for a sign that nothing is asked. And how often that is another question of its kind.
 _NAMED, _BESIDE = 1 / 3, 0.5
 # Conversations on each fact: all that are drawn.
 _CONVERSATIONS = 7

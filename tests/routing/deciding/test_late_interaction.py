@@ -376,7 +376,7 @@ def test_a_prompt_that_means_an_edit_must_name_its_subject(named: EditedModel, m
     ]
 
 
-# --- names with a slip ---
+# --- names with slips ---
 
 # Every token is its own letters, without a space before it, but for one that parts words; subjects are two words.
 PARTING = "do"
@@ -419,13 +419,14 @@ def with_subject(*subject: str) -> str:
 NAMED_WITH_SLIPS = [
     (with_subject(*SUBJECTS[0]), 0),
     (with_subject("ba", "bo", "bi", PARTING, "ti", "mo", "no"), 0),
-    (with_subject("ba", "bo", "bi", PARTING, "ti", "me", "no"), 2),
+    (with_subject("ba", "bo", "bi", PARTING, "ti", "me", "no"), 0),  # a slip in each word
+    (with_subject("ba", "bo", "bi", PARTING, "ti", "me", "ne"), 2),  # two in one
     (with_subject(SUBJECTS[1][0], "ko", SUBJECTS[1][2]), 2),
     (" ".join(("ba", "bo", "bi", PARTING, "ti", "mo", "no", PARTING, "ke")), 0),
 ]
 
 
-def test_a_prompt_that_means_an_edit_may_name_its_subject_with_a_slip(
+def test_a_prompt_that_means_an_edit_may_name_its_subject_with_slips(
     spelt: EditedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for prompt, expected in NAMED_WITH_SLIPS:

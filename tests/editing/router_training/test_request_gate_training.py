@@ -31,11 +31,15 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     return load_model(save_tiny(tmp_path_factory.mktemp("base") / "base"), load=CPU)
 
 
-def test_every_fact_is_asked_and_mentioned(loaded: Loaded) -> None:
+def drawn_examples(loaded: Loaded, count: int) -> GateExamples:
+    """Examples of so many facts, the same each time."""
     chance = random.Random(0)
-    facts = list(synthetic_facts(20, chance))
-    drawn = GateExamples(loaded.tokenizer, facts, chance)
-    for number, fact in enumerate(facts):
+    return GateExamples(loaded.tokenizer, list(synthetic_facts(count, chance)), chance)
+
+
+def test_every_fact_is_asked_and_mentioned(loaded: Loaded) -> None:
+    drawn = drawn_examples(loaded, 20)
+    for number, fact in enumerate(drawn.facts):
         examples = list(drawn.of(number))
         asked = [one for one in examples if one.asks]
         assert 5 < len(asked) < len(examples) - 5
@@ -45,9 +49,7 @@ def test_every_fact_is_asked_and_mentioned(loaded: Loaded) -> None:
 
 
 def test_conversations_are_chats(loaded: Loaded) -> None:
-    chance = random.Random(0)
-    facts = list(synthetic_facts(5, chance))
-    drawn = GateExamples(loaded.tokenizer, facts, chance)
+    drawn = drawn_examples(loaded, 5)
     found = [one for number in range(5) for one in drawn.conversations(number)]
     assert bool(found) == bool(loaded.tokenizer.chat_template)
     if found:
@@ -55,16 +57,14 @@ def test_conversations_are_chats(loaded: Loaded) -> None:
 
 
 def test_two_facts_are_asked_or_mentioned_together(loaded: Loaded) -> None:
-    chance = random.Random(0)
-    facts = list(synthetic_facts(12, chance))
-    drawn = GateExamples(loaded.tokenizer, facts, chance)
-    for number, fact in enumerate(facts):
+    drawn = drawn_examples(loaded, 12)
+    for number, fact in enumerate(drawn.facts):
         examples = list(drawn.of_two(number))
         assert [one.asks for one in examples] == [True, True, False]
         for one in examples:
-            assert (one.fact, one.second) == (number, (number - 1) % len(facts))
+            assert (one.fact, one.second) == (number, (number - 1) % len(drawn.facts))
             assert fact.subject in one.text
-            assert facts[(number - 1) % len(facts)].subject in one.text
+            assert drawn.facts[(number - 1) % len(drawn.facts)].subject in one.text
 
 
 def test_the_gate_is_learned_the_same_each_time(loaded: Loaded, tmp_path: Path) -> None:
@@ -90,9 +90,7 @@ def test_the_gate_is_learned_the_same_each_time(loaded: Loaded, tmp_path: Path) 
 
 
 def test_mentions_that_are_checked_are_none_that_are_learned_from(loaded: Loaded) -> None:
-    chance = random.Random(0)
-    facts = list(synthetic_facts(6, chance))
-    drawn = GateExamples(loaded.tokenizer, facts, chance)
+    drawn = drawn_examples(loaded, 6)
     checked = [one for number in range(6) for one in drawn.held_back(number)]
     assert not any(one.asks for one in checked)
     assert {one.sort for one in checked} > {"translate", "other time", "two hops", "document without a value"}
@@ -102,10 +100,8 @@ def test_mentions_that_are_checked_are_none_that_are_learned_from(loaded: Loaded
 def test_chats_begin_in_few_ways_so_that_these_are_read_once(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}assistant:"
     monkeypatch.setattr(loaded.tokenizer, "chat_template", template)
-    chance = random.Random(0)
-    facts = list(synthetic_facts(80, chance))
-    drawn = GateExamples(loaded.tokenizer, facts, chance)
-    question = facts[0].questions[0]
+    drawn = drawn_examples(loaded, 80)
+    question = drawn.facts[0].questions[0]
     asked = [one.text for _ in range(300) for one in drawn.of(0) if one.sort == "plain" and question in one.text]
     before = {text.partition(question)[0].rpartition("user: ")[0] for text in asked}
     assert len(asked) > 200
@@ -128,10 +124,8 @@ def test_documents_have_a_place_for_text_and_question() -> None:
 
 
 def test_forms_and_texts_are_around_what_asks_and_what_mentions_alike(loaded: Loaded) -> None:
-    chance = random.Random(0)
-    facts = list(synthetic_facts(80, chance))
-    drawn = GateExamples(loaded.tokenizer, facts, chance)
-    found = [one for number in range(len(facts)) for one in (*drawn.of(number), *drawn.standing_in_forms(number))]
+    drawn = drawn_examples(loaded, 80)
+    found = [one for number in range(len(drawn.facts)) for one in (*drawn.of(number), *drawn.standing_in_forms(number))]
     for opening in ("### Instruction:\n", "I was wondering about this. ", "Question: "):
         asks = [one.asks for one in found if one.text.startswith(opening)]
         assert min(asks.count(True), asks.count(False)) > len(asks) / 6

@@ -30,14 +30,14 @@ class GateExamples(Examples):
 
     def groups(self, facts_at_a_time: int) -> Iterator[tuple[list[Example], bool]]:
         """Yield the examples of some facts at a time, and whether earlier turns of theirs are read, too."""
+        numbers = range(len(self.facts))
         for draw, turns in (
             (self.of, False),
             (self.standing_in_forms, False),
             (partial(self.conversations, count=_CONVERSATIONS), True),
             (self.of_two, False),
         ):
-            for first in range(0, len(self.facts), facts_at_a_time):
-                numbers = range(len(self.facts))
+            for first in numbers[::facts_at_a_time]:
                 examples = [one for number in numbers[first : first + facts_at_a_time] for one in draw(number)]
                 if examples:
                     yield examples, turns

@@ -56,7 +56,10 @@ _Drawn = tuple[bool, str, str | None]
 
 
 class Example(NamedTuple):
-    """A prompt around the made-up fact of a number, and whether it asks it; ``second`` is another that it asks, too."""
+    """A prompt around the made-up fact of a number, and whether it asks it.
+
+    Of a prompt with a ``second`` fact in it only the part that may ask the first is learned from.
+    """
 
     fact: int
     text: str

@@ -43,8 +43,8 @@ MIN_ASK_PROB = 0.5
 # one of those by itself.
 _RIVALS, _MIN_PART_PROB = 4, 0.5
 # So many of a prompt's sentences are looked at, those that have an edit best, where several may mention it; and what a
-# prompt begins or ends with is so many tokens. A mention there is looked at in several ways: each must find it asked as
-# likely as this, and their mean above even odds.
+# prompt begins or ends with is so many tokens. A mention there is looked at in several ways, and two edits each in its
+# part: each of these must be asked as likely as this, and their mean above even odds.
 _MENTIONS, _EDGE, _MIN_EACH_PROB = 3, 12, 0.3
 
 
@@ -292,7 +292,7 @@ class FactDecision(Memory):
 
 
 def _joint_prob(each: Tensor) -> Tensor:
-    """Return the mean of how surely parts of a prompt ask an edit (p,), or the least if too low; 0 without any."""
+    """Return the mean of how surely parts of a prompt ask their edits (p,), or the least if too low; 0 without any."""
     if not len(each):
         return each.new_zeros(())
     return each.mean() if bool((each > _MIN_EACH_PROB).all()) else each.min()

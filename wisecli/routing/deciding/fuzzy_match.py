@@ -2,9 +2,9 @@
 
 A misspelt name is written with other tokens than the name, but with nearly the same letters. So a prompt that means an
 edit also names its subject if it has every word of the name, each as it is or with one slip: one letter more, fewer or
-another, or two neighbours that changed places (Damerau's four errors). Of 7,500 subjects of benchmarks 6 are so near to
-another in two words, of five letters each. In words of four letters a slip is a letter typed twice, or two neighbours
-that changed places, as any other makes another name of most. Shorter words and words with digits must be as they are.
+another, or two neighbours that changed places (Damerau's four errors). A word of four letters may only have a letter
+typed twice, or two neighbours that changed places: with the other slips it would often be another name. Shorter words
+and words with digits must be as they are.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ FUZZY_MATCH = tuple(
 TOKEN_CHARS, WORD_CHARS = 20, 24
 # Letters are numbers: nothing, what parts words, ten digits, and from there on letters.
 SEPARATOR, DIGIT, LETTER = 1, 2, 12
-# Words of so many letters may have any slip, and so short ones some.
+# The length of the shortest words that may have any slip, and of the shortest that may have some.
 MIN_ANY_SLIP, MIN_FUZZY_LENGTH = 5, 4
 # Pairs of a row and an edit that are compared at a time.
 _AT_A_TIME = 256

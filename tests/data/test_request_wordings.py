@@ -13,3 +13,13 @@ def test_tasks_and_times_hold_the_question() -> None:
         assert timed != question
         assert "runs the Tern database" in timed
         assert "{" not in timed
+
+
+def test_names_are_dressed_and_whole() -> None:
+    known, chance = requests(), random.Random(2)
+    assert all(one.count("T") == 1 for one in known.dresses)
+    drawn = {kind: {known.dressed("Tern", kind, chance) for _ in range(400)} for kind in ("person", "ship")}
+    assert all("Tern" in name and "{" not in name for names in drawn.values() for name in names)
+    assert {"Dr Tern", '"Tern"', "the person Tern"} <= drawn["person"]
+    assert "the ship Tern" in drawn["ship"]
+    assert "Dr Tern" not in drawn["ship"]

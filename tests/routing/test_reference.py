@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from wisecli.routing.deciding.decision import Decision, WindowStates
 from wisecli.routing.deciding.late_interaction import compared_tokens as compared_mask
 from wisecli.routing.deciding.prompt_window import UNROUTED
-from wisecli.routing.deciding.subject_tensors import SubjectToken, subject_match_tensors
 from wisecli.routing.layers.routed_layer import memory_module
 from wisecli.routing.memories.side_memory import SideMemory
+from wisecli.routing.memories.subject_tensors import SubjectToken, subject_match_tensors
 
 D, WIDTH, EDITS, KEPT, VOCABULARY, SPECIAL = 10, 5, 4, 8, 30, (1, 2)
 

@@ -21,7 +21,7 @@ from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import CLOSED, OPEN, decode
 from wisecli.io.safe_paths import inside
 from wisecli.models.layout.site import Fingerprint, Site, StoredSite, check_site
-from wisecli.routing.deciding.subject_tensors import Spellings
+from wisecli.routing.memories.subject_tensors import Spellings
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import all_finite
 from wisecli.io.json_schema import shown
 from wisecli.io.safetensors_header import TensorLayout
-from wisecli.routing.deciding.fuzzy_match import TOKEN_CHARS, WORD_CHARS
+from wisecli.routing.deciding.prompt_words import TOKEN_CHARS, WORD_CHARS
 from wisecli.routing.memories.fact_memory import FactMemory
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")

@@ -14,6 +14,8 @@ _SUBJECTS, _TEXTS = 8, 600
 _MEASURED = 120
 
 
+# Kinds of subjects that are people.
+PEOPLE = ("person", "athlete", "musician")
 SLOT = re.compile(r"\{(\w+)\}")
 
 

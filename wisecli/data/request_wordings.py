@@ -3,13 +3,15 @@
 import random
 from dataclasses import dataclass
 
-from wisecli.data.corpus import SLOT, capital, notes, small
+from wisecli.data.corpus import PEOPLE, SLOT, capital, notes, small
 from wisecli.data.packaged import packaged_table
 
 # How often a task is a label.
 _LABELLED = 0.4
 # How often two questions are one sentence.
 _IN_ONE_SENTENCE = 0.15
+# How often a person's name has a title.
+_TITLED = 0.5
 # How often another time is told by something that happened then.
 _OF_OCCASIONS = 0.4
 
@@ -27,7 +29,7 @@ class Requests:
     or one of ``labels`` in ``label_frames``. ``times``, and ``occasions`` in ``occasion_frames``, are phrases of other
     times than ``presents``, ``adjectives`` words that ask for another time or holder than now. Chats begin with
     ``systems``, ``turns`` and ``replies``. A conversation that ``begins`` with a subject ``refers`` to it, ``corrects``
-    whom it asks about, or ``leaves`` it.
+    whom it asks about, or ``leaves`` it. Names are written in ``dresses`` or behind ``titles``.
     """
 
     asked: tuple[str, ...]
@@ -62,6 +64,8 @@ class Requests:
     refers: tuple[str, ...]
     corrects: tuple[str, ...]
     leaves: tuple[str, ...]
+    dresses: tuple[str, ...]
+    titles: tuple[str, ...]
 
     def instructed(self, question: str, rng: random.Random) -> str:
         """Return a question with a word on how to answer it, or on which one it is."""
@@ -118,6 +122,12 @@ class Requests:
         happened = rng.choice(self.occasion_frames).replace("T", rng.choice(self.occasions))
         when = happened if rng.random() < _OF_OCCASIONS else rng.choice(self.times)
         return _at(question, SLOT.sub(lambda slot: drawn[slot.group(1)], when), rng)
+
+    def dressed(self, name: str, kind: str, rng: random.Random) -> str:
+        """Return a name in quotes, with a title or with words beside it, as people write names of such a kind."""
+        if kind in PEOPLE and rng.random() < _TITLED:
+            return f"{rng.choice(self.titles)} {name}"
+        return SLOT.sub(kind, rng.choice(self.dresses)).replace("T", name)
 
     def reply(self, rng: random.Random) -> str:
         """Return what an assistant has said to something else."""

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from wisecli.editing.examples.subject_tokens import subject_spellings
 from wisecli.edits.record import Edit
 from wisecli.routing.deciding.subject_match import SUBJECT_MATCH, SubjectMatch
-from wisecli.routing.deciding.subject_tensors import subject_match_tensors
+from wisecli.routing.memories.subject_tensors import subject_match_tensors
 
 
 @pytest.fixture(scope="module")

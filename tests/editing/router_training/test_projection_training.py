@@ -34,7 +34,7 @@ from wisecli.models.loading import load_model
 from wisecli.models.prompts.prompt_forms import forms
 from wisecli.models.prompts.tokenization import Row, collate
 from wisecli.progress import ignore_progress
-from wisecli.routing.deciding.fuzzy_match import WORD_CHARS
+from wisecli.routing.deciding.prompt_words import WORD_CHARS
 from wisecli.routing.deciding.request_gate import LOGIT_OFFSET
 
 EDITS = [

@@ -67,6 +67,25 @@ def test_two_facts_are_asked_or_mentioned_together(loaded: Loaded) -> None:
             assert drawn.facts[(number - 1) % len(drawn.facts)].subject in one.text
 
 
+def test_names_are_written_in_other_ways_where_a_fact_is_asked_and_where_it_is_mentioned(loaded: Loaded) -> None:
+    drawn, otherwise = drawn_examples(loaded, 12), []
+    for number, fact in enumerate(drawn.facts):
+        examples = list(drawn.dressed(number))
+        assert [one.asks for one in examples] == [True, True, False]
+        assert all(fact.subject in one.text for one in examples)
+        otherwise += [not any(question in one.text for question in fact.questions) for one in examples]
+    assert otherwise.count(True) > 24  # the rest begins with a name that has a word before it
+
+
+def test_near_names_have_words_of_many_names(loaded: Loaded) -> None:
+    drawn = drawn_examples(loaded, 60)
+    own = [set(fact.subject.split()) for fact in drawn.facts]
+    near = [one for number in range(60) for one in drawn.of(number) if one.sort == "near name"]
+    put_in = {word for one in near for word in one.text.split() if word in set().union(*own) - own[one.fact]}
+    assert len(near) > 60
+    assert len(put_in) > 50
+
+
 def test_the_gate_is_learned_the_same_each_time(loaded: Loaded, tmp_path: Path) -> None:
     base = Path(loaded.model.config._name_or_path)
     site = find_site(base, Checkpoint(base), 2).below(0)

@@ -15,16 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from wisecli.editing.examples.subject_tokens import subject_tokens
 from wisecli.editing.router_training.token_characters import vocabulary_characters
 from wisecli.edits.record import Edit
-from wisecli.routing.deciding.fuzzy_match import (
-    DIGIT,
-    LETTER,
-    SEPARATOR,
-    TOKEN_CHARS,
-    FuzzyMatch,
-    split_words,
-    token_characters,
-)
-from wisecli.routing.deciding.subject_tensors import fuzzy_match_tensors
+from wisecli.routing.deciding.fuzzy_match import FuzzyMatch
+from wisecli.routing.deciding.prompt_words import DIGIT, LETTER, SEPARATOR, TOKEN_CHARS, split_words, token_characters
+from wisecli.routing.memories.subject_tensors import fuzzy_match_tensors
 
 WRITTEN = {SEPARATOR: " ", **{DIGIT + digit: str(digit) for digit in range(10)}}
 WRITTEN |= {LETTER + place: chr(ord("a") + place) for place in range(26)}

@@ -19,13 +19,13 @@ from wisecli.memory.merging.merged_evidence import MergedEvidence, join_evidence
 from wisecli.memory.merging.removal import solved, solved_anew
 from wisecli.models.layout.site import MatrixSite
 from wisecli.routing.deciding.decision import WindowStates
-from wisecli.routing.deciding.fuzzy_match import LETTER, TOKEN_CHARS
+from wisecli.routing.deciding.prompt_words import LETTER, TOKEN_CHARS
 from wisecli.routing.deciding.subject_match import SUBJECT_MATCH
-from wisecli.routing.deciding.subject_tensors import Spellings, SubjectToken
 from wisecli.routing.layers.routed_layer import memory_module
 from wisecli.routing.memories.fact_memory import ANSWER_WHITENING, FactMemory
 from wisecli.routing.memories.matrix_memory import FactMatrixMemory, MatrixMemory
 from wisecli.routing.memories.side_memory import SideMemory
+from wisecli.routing.memories.subject_tensors import Spellings, SubjectToken
 from wisecli.routing.memories.whitening import leading, whitening
 
 D, D_FF, EDITS, CONTEXTS, POSITIONS = 6, 40, 7, 3, 2

@@ -9,17 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wisecli.routing.deciding import fuzzy_match as spelling_module
-from wisecli.routing.deciding.fuzzy_match import (
-    DIGIT,
-    LETTER,
-    SEPARATOR,
-    TOKEN_CHARS,
-    WORD_CHARS,
-    FuzzyMatch,
-    equal_up_to_typo,
-    split_words,
-)
-from wisecli.routing.deciding.subject_tensors import fuzzy_match_tensors
+from wisecli.routing.deciding.fuzzy_match import FuzzyMatch, equal_up_to_typo
+from wisecli.routing.deciding.name_features import CAPITAL, NO_WORD, SMALL, WORD_STARTS
+from wisecli.routing.deciding.prompt_words import DIGIT, LETTER, SEPARATOR, TOKEN_CHARS, WORD_CHARS, split_words
+from wisecli.routing.memories.subject_tensors import fuzzy_match_tensors
 
 # One token a piece: with a space before it, and without.
 PIECES = [
@@ -180,6 +173,94 @@ def test_what_is_not_looked_at_parts_words_as_special_and_unknown_tokens_do() ->
             assert named(parted, [at != place for at in range(6)]) == []
     # On either side of a whole word it does nothing.
     assert named([SPECIAL, *whole[:3], SPECIAL, *whole[3:], SPECIAL]) == [0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "edits", "expected"),
+    [
+        (" born| 19|18", [2], [True]),
+        (" was| 19|18| born", [2], [True]),  # in any place
+        ("ab|19|18|ab", [2], [True]),  # letters end a number as spaces do
+        (" born| 19|19", [2], [False]),  # another number
+        (" born| 19|18|18", [2], [False]),  # one that goes on
+        (" born| 19| 18", [2], [False]),  # and one in two parts
+        (" born", [2], [False]),  # none
+        (" was", [0, 1, 3, 4, 5], [True] * 5),  # names without numbers want none
+        (" was", [], []),
+    ],
+)
+def test_prompts_must_have_the_numbers_of_a_subject(prompt: str, edits: list[int], expected: list[bool]) -> None:
+    ids = torch.tensor([tokens(prompt) + [0] * (4 - len(tokens(prompt)))])
+    there = torch.arange(4)[None] < len(tokens(prompt))
+    rows = torch.zeros(len(edits), dtype=torch.long)
+    assert spelling().is_whole(ids, there, rows, torch.tensor(edits, dtype=torch.long)).tolist() == expected
+
+
+def test_numbers_are_looked_for_in_a_pairs_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spelling_module, "_AT_A_TIME", 2)
+    ids = torch.tensor([tokens(" born| 19|18"), tokens(" born| 18|18"), tokens(" born| 19|18")])
+    there = torch.tensor([[True, True, True], [True, True, True], [True, True, False]])
+    found = spelling().is_whole(ids, there, torch.tensor([2, 0, 1, 1, 0]), torch.tensor([2, 2, 2, 0, 0]))
+    assert found.tolist() == [False, True, False, True, True]
+
+
+WORDS = (
+    *("Ana", "Ruiz", "Ruizz", "Lesser", "Senior", "Madrid", "President", "Did", "Where", "What"),
+    *("is", "was", "born", "of", "to", "see", "and", "know", "who", "the", ".", ","),
+)
+NAMED = ["Ana Ruiz", "See of Ruiz"]
+
+
+def words_of(text: str) -> list[int]:
+    """A token a word, in capitals or not."""
+    known = [word.lower() for word in WORDS]
+    return [known.index(word.lower()) + (0 if word in WORDS else len(WORDS)) for word in text.split()]
+
+
+def names() -> FuzzyMatch:
+    """Both names, in a vocabulary that has each word as it is, and with the other letter first."""
+    letters = [row("".join(char for char in f" {word.lower()}" if char.isalpha() or char == " "), 20) for word in WORDS]
+    tensors = fuzzy_match_tensors(torch.tensor(letters * 2, dtype=torch.uint8), [words_of(name) for name in NAMED])
+    kinds = [NO_WORD if word in ".," else CAPITAL if word[0].isupper() else SMALL for word in WORDS]
+    other = [{CAPITAL: SMALL, SMALL: CAPITAL}.get(kind, kind) for kind in kinds]
+    return FuzzyMatch({**tensors, WORD_STARTS: torch.tensor([*kinds, *other], dtype=torch.uint8)})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "whole"),
+    [
+        ("Where was Ana Ruiz born", True),
+        ("where was ana ruiz born", True),
+        ("Where was Ana Ruiz Senior born", False),  # behind the name
+        ("Where was Lesser Ana Ruiz born", False),  # before it
+        ("Where was Ana Senior Ruiz born", False),  # within
+        ("Where was Ana Senior born", False),  # in the place of a word
+        ("Where was Ana Ruizz born", True),  # a slip is none
+        ("Where was Lesser Ana Ruizz born", False),
+        ("Where was Ana Ruiz , Senior born", True),  # a comma ends a name
+        ("Where was Ana Ruiz and Lesser Senior born", True),  # and so does a small word
+        ("Lesser . Ana Ruiz was born to who", True),
+        ("Did Ana Ruiz know Lesser Ana Ruiz", True),  # one of them is the name itself
+        ("Lesser Ana Ruiz was born to who", True),  # a sentence begins with a capital
+        ("What of President Ana Ruiz", True),  # a title is no name
+        ("where was Did Ana Ruiz born", True),
+        ("WHERE Was Ana Ruiz Senior Born", True),  # where all have capitals, nothing is known
+        ("Where was Senior Madrid", True),  # not a word of it is there: not for this to say
+    ],
+)
+def test_a_name_must_not_go_on(prompt: str, whole: bool) -> None:
+    ids = torch.tensor([words_of(prompt)])
+    pairs = torch.tensor([0]), torch.tensor([0])
+    assert names().is_whole(ids, torch.ones_like(ids, dtype=torch.bool), *pairs).tolist() == [whole]
+
+
+def test_what_is_not_looked_at_ends_a_name() -> None:
+    ids = torch.tensor([words_of("Where was Senior Ana Ruiz born"), words_of("Did Lesser see of Ruiz know who")[:6]])
+    there = torch.tensor([[True] * 6, [True, False, True, True, True, True]])
+    rows, edits = torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0])
+    assert names().is_whole(ids, there, rows, edits).tolist() == [False, True, True]
+    there[0, 2] = False
+    assert names().is_whole(ids, there, rows, edits).tolist() == [True, True, True]
 
 
 def test_only_edits_that_are_wanted_are_named() -> None:

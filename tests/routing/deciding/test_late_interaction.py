@@ -31,7 +31,6 @@ from wisecli.models.running.forward_pass import CACHE_ARGUMENT
 from wisecli.models.running.generation import left_padded
 from wisecli.progress import ignore_progress
 from wisecli.routing.deciding.decision import Decision
-from wisecli.routing.deciding.fuzzy_match import LETTER, SEPARATOR, TOKEN_CHARS
 from wisecli.routing.deciding.late_interaction import (
     HOPELESS,
     LATE_INTERACTION,
@@ -40,8 +39,9 @@ from wisecli.routing.deciding.late_interaction import (
     compared_tokens,
 )
 from wisecli.routing.deciding.prompt_window import UNROUTED
-from wisecli.routing.deciding.subject_tensors import SubjectToken, fuzzy_match_tensors, subject_match_tensors
+from wisecli.routing.deciding.prompt_words import LETTER, SEPARATOR, TOKEN_CHARS
 from wisecli.routing.memories.fact_memory import FactMemory
+from wisecli.routing.memories.subject_tensors import SubjectToken, fuzzy_match_tensors, subject_match_tensors
 
 PROMPTS = [" ".join(WORDS[first : first + length]) for first, length in ((0, 5), (9, 4), (20, 8))]
 EDITS = [Edit(f"edit {number}", prompt, "be") for number, prompt in enumerate(PROMPTS)]

@@ -9,7 +9,8 @@ from support.memory_alone import served
 from support.served import PROMPTS, tiny_export
 from transformers import AutoTokenizer
 
-from wisecli.routing.deciding.fuzzy_match import FUZZY_MATCH, LETTER, WORD_CHARS, FuzzyMatch
+from wisecli.routing.deciding.fuzzy_match import FUZZY_MATCH, FuzzyMatch
+from wisecli.routing.deciding.prompt_words import LETTER, WORD_CHARS
 from wisecli.routing.deciding.subject_filter import _SlipFilter
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

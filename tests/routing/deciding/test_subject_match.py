@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wisecli.routing.deciding.subject_match import MIN_SUBJECT_SHARE, SPAN_MARGIN, SPAN_PER_WORD, SubjectMatch
-from wisecli.routing.deciding.subject_tensors import SubjectToken, subject_match_tensors
+from wisecli.routing.memories.subject_tensors import SubjectToken, subject_match_tensors
 
 SUBJECTS = (
     (

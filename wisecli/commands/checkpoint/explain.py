@@ -137,14 +137,14 @@ def _near(edited: EditedModel, text: str, strength: float, memory: int, length: 
     edit = _edit(edited, memory)
     if edit is None:
         return Near(f"memory {memory}", None, None, strength, answer)
-    found = rng = None
+    found = asked = None
     subjects = getattr(edited.routed, "subject_match", None)
     if decision.subject_matched is not None and subjects is not None:
         named = bool((subjects.name_to_edit == memory).any())
         found = bool(decision.subject_matched[0, memory]) if named else None
     if decision.ask_prob is not None and int(decision.nearest[0]) == memory and strength > 1:
-        rng = float(decision.ask_prob[0])
-    return Near(edit.id, edit.prompt, edit.target, strength, answer, found, rng)
+        asked = float(decision.ask_prob[0])
+    return Near(edit.id, edit.prompt, edit.target, strength, answer, found, asked)
 
 
 def _reason(edited: EditedModel, decision: Decision, near: tuple[Near, ...]) -> str:

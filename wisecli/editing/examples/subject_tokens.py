@@ -15,7 +15,7 @@ from wisecli.routing.deciding.subject_match import SubjectMatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from wisecli.routing.deciding.subject_tensors import Spellings, SubjectToken, subject_match_tensors
+from wisecli.routing.memories.subject_tensors import Spellings, SubjectToken, subject_match_tensors
 
 # What tokenizers mark the beginning of a word with.
 _MARKS = ("", "Ġ", "▁")

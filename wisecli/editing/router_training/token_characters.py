@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from wisecli.routing.deciding.fuzzy_match import DIGIT, LETTER, SEPARATOR, TOKEN_CHARS
 from wisecli.routing.deciding.name_features import CAPITAL, CAPITAL_WITHIN, NO_WORD, SMALL, SMALL_WITHIN
+from wisecli.routing.deciding.prompt_words import DIGIT, LETTER, SEPARATOR, TOKEN_CHARS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -25,8 +25,8 @@ _CARRIED = {
     "routing.memories": ("side_memory", "answer_pairs", "fact_memory", "matrix_memory"),
     "routing.passes": ("routed_pass", "forward_arguments", "routed_generation", "token_cache", "engine_checks"),
     "routing.deciding": (
-        *("decision", "fact_decision", "prompt_window", "late_interaction", "subject_match", "fuzzy_match"),
-        *("request_gate", "sentence_features", "name_features", "two_requests"),
+        *("decision", "fact_decision", "prompt_window", "late_interaction", "subject_match", "prompt_words"),
+        *("fuzzy_match", "request_gate", "sentence_features", "name_features", "two_requests"),
     ),
     "export.routed": ("resaving",),
 }

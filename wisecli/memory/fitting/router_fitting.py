@@ -16,10 +16,10 @@ from wisecli.memory.fitting.late_interaction_fitting import MIN_EDIT_PROB, MIN_U
 from wisecli.memory.fitting.request_gate_fitting import request_gate_tensors
 from wisecli.memory.merging.merged_evidence import MergedEvidence
 from wisecli.routing.deciding.request_gate import MIN_GATED_PROB
-from wisecli.routing.deciding.subject_tensors import Spellings, fuzzy_match_tensors, subject_match_tensors
 from wisecli.routing.memories.calibration import Calibration, calibrate, measure, quantile
 from wisecli.routing.memories.matrix_memory import MatrixMemory
 from wisecli.routing.memories.side_memory import SideMemory
+from wisecli.routing.memories.subject_tensors import Spellings, fuzzy_match_tensors, subject_match_tensors
 
 # The share of unrelated tokens whose norm may open a matrix.
 _RATE = 0.0015

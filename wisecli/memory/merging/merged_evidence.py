@@ -14,7 +14,7 @@ from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import read_header
 from wisecli.memory.merging.removal import load_without
-from wisecli.routing.deciding.subject_tensors import Spellings
+from wisecli.routing.memories.subject_tensors import Spellings
 
 _LARGE = ("evidence.keys", "evidence.residuals", "delta.values")
 _STATES = "prompts.states"

@@ -10,6 +10,8 @@
 ``the:first``      the question with an adjective behind its first ``the``; ``negated`` is with ``not``
 ``keywords:last``  its words without small ones, with the subject ``first``, ``last`` or where it is ``asked``
 ``near:word``      the question on a name with another ``word``, ``last`` or ``added`` word, ``initial`` or ``digits``
+``dressed:bold``   the question with the subject's name in ``bold``, between ``quotes``, ``curly`` or ``single`` ones
+                   or ``dashes``, or with an ``aside`` behind it
 ``slips:swap``     the question with two slips: ``swap``, ``drop``, ``double`` or ``near`` (the key beside)
 ``pronoun``        the question with a pronoun for its subject; ``pronoun_inner`` from a small letter on, unmarked
 ``namesake``       another name; ``elsewhere`` is the question on it, ``elsewhere_pronoun`` that with a pronoun
@@ -26,7 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from wisecli.data.corpus import capital, made_up_subjects
+from wisecli.data.corpus import PEOPLE, capital, made_up_subjects
 from wisecli.models.prompts.question_rewriting import (
     keywords,
     lowered,
@@ -43,7 +45,6 @@ _SLOT = re.compile(r"\{(\w+)(?::([\w -]+))?\}")
 _FEWEST, _MOST = 2, 7
 # How often a name is drawn that may turn out not to fit.
 _TRIES = 8
-_PEOPLE = ("person", "athlete", "musician")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Fact:
         kind: what the subject is, as in ``data/subjects.toml``; other names are of that kind.
         namesake: another name, of which the same could be asked; a made-up one if None.
         second: a fact that is asked in the same prompt.
+        name_words: words by which the subject becomes another name; those of the half that is drawn from, if none.
     """
 
     question: str
@@ -64,6 +66,7 @@ class Fact:
     kind: str | None = None
     namesake: str | None = None
     second: Fact | None = None
+    name_words: tuple[str, ...] = ()
 
     @property
     def asks(self) -> bool:
@@ -150,7 +153,8 @@ class Filling:
         return _OF_SUBJECTS[name](self, way, self.fact.named) if self.fact.named else None
 
     def _near(self, way: str, subject: str) -> str | None:
-        drawn = (near_name(subject, way, self.half.names, self.rng) for _ in range(_TRIES))
+        words = self.fact.name_words or self.half.names
+        drawn = (near_name(subject, way, words, self.rng) for _ in range(_TRIES))
         found = next((one for one in drawn if one), None)
         return self.fact.question.replace(subject, found) if found else None
 
@@ -175,7 +179,7 @@ class Filling:
 
     @property
     def _person(self) -> bool | None:
-        return None if self.fact.kind is None else self.fact.kind in _PEOPLE
+        return None if self.fact.kind is None else self.fact.kind in PEOPLE
 
     @cached_property
     def _namesake(self) -> str:
@@ -256,10 +260,19 @@ _MADE: dict[str, Callable[[Filling, str], str | None]] = {
     "slips": lambda one, way: with_typos(one.fact.question, way, one.rng),
     "page": lambda one, _: one._page(),
 }
+_DRESSES = {
+    "bold": "**{}**",
+    "quotes": '"{}"',
+    "curly": "“{}”",
+    "single": "'{}'",
+    "dashes": "– {} –",
+    "aside": "{}, if that is how it is spelt,",
+}
 _OF_SUBJECTS: dict[str, Callable[[Filling, str, str], str | None]] = {
     "negated": lambda one, _, subject: negated(one.fact.question, subject),
     "keywords": lambda one, way, subject: keywords(one.fact.question, subject, way),
     "near": lambda one, way, subject: one._near(way, subject),
+    "dressed": lambda one, way, subject: one.fact.question.replace(subject, _DRESSES[way].format(subject)),
     "pronoun": lambda one, _, subject: one._pronoun(subject),
     "pronoun_inner": lambda one, _, subject: one._pronoun_inner(subject),
     "noun": lambda one, _, subject: one._noun(subject),
@@ -274,5 +287,5 @@ _OF_SUBJECTS: dict[str, Callable[[Filling, str, str], str | None]] = {
     "document": lambda one, _, __: one._text[0] if one._text else None,
     "beside": lambda one, _, __: one._text[1] if one._text else None,
 }
-SLOTS_WITH_A_WAY = frozenset({"the", "keywords", "near", "slips"})
+SLOTS_WITH_A_WAY = frozenset({"the", "keywords", "near", "dressed", "slips"})
 SLOTS = frozenset({*_OF_FACTS, *_OF_QUESTIONS, *_MADE, *_OF_SUBJECTS, "paragraph"}) - SLOTS_WITH_A_WAY

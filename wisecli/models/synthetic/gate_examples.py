@@ -7,9 +7,11 @@ chats of every sort; and those that nothing is learned from, by which is measure
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 
 from wisecli.data.request_wordings import requests
+from wisecli.models.prompts.pattern_slots import Fact
 from wisecli.models.prompts.prompt_forms import usable_forms
 from wisecli.models.prompts.prompt_kinds import Kind, kinds
 from wisecli.models.synthetic.request_examples import Example, Examples
@@ -36,6 +38,7 @@ class GateExamples(Examples):
             (self.standing_in_forms, False),
             (partial(self.conversations, count=_CONVERSATIONS), True),
             (self.of_two, False),
+            (self.dressed, False),
         ):
             for first in numbers[::facts_at_a_time]:
                 examples = [one for number in numbers[first : first + facts_at_a_time] for one in draw(number)]
@@ -68,6 +71,15 @@ class GateExamples(Examples):
             if found is not None:
                 yield Example(number, found, asks, "around texts")
 
+    def _fact(self, number: int) -> Fact:
+        return replace(super()._fact(number), name_words=self._name_words)
+
+    @cached_property
+    def _name_words(self) -> tuple[str, ...]:
+        """The words of all facts' names, by which a name becomes another: of a few the gate would know each."""
+        words = {word for fact in self.facts for word in fact.subject.split()}
+        return tuple(sorted(word for word in words if word.isalpha() and word.istitle()))
+
     def _naming(self, number: int) -> str | None:
         """Return a prompt that names a fact's subject and asks something else."""
         rng, kind = self.rng, kinds()[self.rng.choice(_NAMING)]
@@ -91,3 +103,13 @@ class GateExamples(Examples):
             (False, rng.choice((known.task, known.framed_task))(mentioned, rng)),
         ):
             yield Example(number, str(self._put(text)), asks, "two facts", second)
+
+    def dressed(self, number: int) -> Iterator[Example]:
+        """Prompts in which the name is written as people do: in quotes, with a title or with words beside it. Two ask
+        the fact, one mentions it.
+        """
+        known, rng, fact = requests(), self.rng, self.facts[number]
+        for asks in (True, True, False):
+            question = rng.choice(fact.questions).replace(fact.subject, known.dressed(fact.subject, fact.kind, rng))
+            text = question if asks else rng.choice((known.task, known.framed_task, known.timed))(question, rng)
+            yield Example(number, str(self._put(text)), asks, "dressed name")

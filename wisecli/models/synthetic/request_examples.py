@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 _CHATS, _LATER = 0.5, 0.5
 # How often whitespace stands behind a text.
 _SPACED = 0.1
-# Kinds that conversations or documents of notes stand for, and those whose question is not in what is asked.
-_ELSEWHERE = ("follow-up", "moved on", "question first", "question in the middle")
+# Kinds that conversations, documents of notes or examples of their own stand for.
+_ELSEWHERE = ("follow-up", "moved on", "question first", "question in the middle", "dressed name")
 _EVERYDAY = 400
 # So many chat histories are drawn. Each stands before many prompts, so that a model reads it once for all of them.
 _HISTORIES = 48

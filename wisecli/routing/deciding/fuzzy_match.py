@@ -1,10 +1,14 @@
-"""Finds subjects that prompts misspell. Needs torch only; exports carry this very file.
+"""Finds subjects that prompts misspell, and names that are another's. Needs torch only; exports carry this very file.
 
 A misspelt name is written with other tokens than the name, but with nearly the same letters. So a prompt that means an
 edit also names its subject if it has every word of the name, each as it is or with one slip: one letter more, fewer or
 another, or two neighbours that changed places (Damerau's four errors). A word of four letters may only have a letter
 typed twice, or two neighbours that changed places: with the other slips it would often be another name. Shorter words
 and words with digits must be as they are.
+
+However a prompt names a subject, it must have the numbers of the name: the 92nd of a row of festivals is not the 27th.
+And the name must not go on: "Ana Ruiz Senior" and "Lesser Ana Ruiz" are not Ana Ruiz. Names are runs of words that
+begin with a capital or are the subject's; where all words begin so, nothing is known of names.
 """
 
 from collections.abc import Mapping
@@ -13,17 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.routing.deciding.late_interaction import marked_to_front
+from wisecli.routing.deciding.name_features import WORD_STARTS, starts_of
+from wisecli.routing.deciding.prompt_words import (
+    PromptWords,
+    has_digits,
+    numbers_in,
+    split_words,
+    token_characters,
+    word_hashes,
+)
 from wisecli.routing.deciding.subject_match import SPAN_MARGIN, SPAN_PER_WORD, within_span
 
 # Tensors that say how subjects are spelt.
 FUZZY_MATCH = tuple(
     f"fuzzy_match.{part}" for part in ("token_characters", "subject_words", "entry_to_word", "entry_to_edit")
 )
-# Of so many letters of a token and of a word is kept account; a word's further ones are never looked at.
-TOKEN_CHARS, WORD_CHARS = 20, 24
-# Letters are numbers: nothing, what parts words, ten digits, and from there on letters.
-SEPARATOR, DIGIT, LETTER = 1, 2, 12
 # The length of the shortest words that may have any slip, and of the shortest that may have some.
 MIN_ANY_SLIP, MIN_FUZZY_LENGTH = 5, 4
 # Pairs of a row and an edit that are compared at a time.
@@ -38,18 +46,20 @@ class FuzzyMatch(nn.Module):
     subject of the edit ``entry_to_edit`` (q,). An edit without words is named by none.
 
     Args:
-        tensors: all of ``FUZZY_MATCH``; they become buffers.
+        tensors: all of ``FUZZY_MATCH``, and ``WORD_STARTS`` if it is known how tokens begin; they become buffers.
     """
 
     token_characters: Tensor
     subject_words: Tensor
     entry_to_word: Tensor
     entry_to_edit: Tensor
+    word_starts: Tensor | None
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name in FUZZY_MATCH:
             self.register_buffer(name.removeprefix("fuzzy_match."), tensors[name])
+        self.register_buffer("word_starts", tensors.get(WORD_STARTS), persistent=False)
 
     def forward(self, letters: Tensor, wanted: Tensor) -> Tensor:
         """Return which of the wanted edits (B, M) the letters (B, W, c) of each row name: (B, M)."""
@@ -78,44 +88,57 @@ class FuzzyMatch(nn.Module):
         found = found.index_add(0, pair, within_span(near, spans).long())
         return (words > 0) & (found == words[:, None]).any(1)
 
+    def is_whole(self, ids: Tensor, compared: Tensor, rows: Tensor, edits: Tensor) -> Tensor:
+        """Return whether rows name an edit each by a name with all its numbers that does not go on: (P,).
+
+        Args:
+            ids, compared: tokens, and which are looked at (B, T).
+            rows, edits: the pairs that are looked at (P,), of which it is known that their rows name their edits.
+        """
+        whole = torch.ones_like(edits, dtype=torch.bool)
+        if not len(edits):
+            return whole
+        used, place = rows.unique(return_inverse=True)
+        letters = self.characters(ids[used], compared[used])
+        starts = None if self.word_starts is None else starts_of(ids[used], self.word_starts)
+        words = PromptWords.of(letters, starts, compared[used])
+        for pairs in torch.arange(len(edits), device=edits.device).split(_AT_A_TIME):
+            own = words, place[pairs], edits[pairs]
+            whole[pairs] = self._has_numbers(*own) & self._ends(*own)
+        return whole
+
+    def _has_numbers(self, words: PromptWords, rows: Tensor, edits: Tensor) -> Tensor:
+        """Return whether rows have all numbers that an edit's subject is written with: (P,)."""
+        pair, place = (edits[:, None] == self.entry_to_edit).nonzero(as_tuple=True)
+        own = self.subject_words[self.entry_to_word[place]]
+        numbered = has_digits(own)
+        pair, own = pair[numbered], own[numbered]
+        if not len(pair):
+            return torch.ones_like(edits, dtype=torch.bool)
+        written = word_hashes(numbers_in(words.letters))
+        wanted = word_hashes(numbers_in(own[:, None]))
+        there = (wanted[:, :, None] == written[rows[pair]][:, None]).any(-1) | (wanted == 0)
+        return torch.ones_like(edits, dtype=torch.bool).index_fill(0, pair[~there.all(1)], False)
+
+    def _ends(self, words: PromptWords, rows: Tensor, edits: Tensor) -> Tensor:
+        """Return whether the name in rows that has most of an edit's subject has no words beside: (P,)."""
+        pair, place = (edits[:, None] == self.entry_to_edit).nonzero(as_tuple=True)
+        near = equal_up_to_typo(self.subject_words[self.entry_to_word[place], None], words.letters[rows[pair]])
+        own = near.new_zeros(len(edits), near.shape[1], dtype=torch.long).index_add(0, pair, near.long()) > 0
+        goes_on, beside = words.goes_on[rows], words.of_names[rows] & ~own
+        named = own | beside
+        run = (named & ~(F.pad(named[:, :-1], (1, 0)) & goes_on)).long().cumsum(1) * named
+        runs = own.new_zeros(len(edits), near.shape[1] + 1, dtype=torch.long)
+        # Of each run: how many of the subject's words it has, and how many that are not.
+        each = runs[pair].scatter_reduce(1, run[pair], near.long(), "amax")
+        found = runs.index_add(0, pair, each)[:, 1:]
+        others = runs.scatter_add(1, run, (beside & goes_on).long())[:, 1:]
+        most = found.amax(1, keepdim=True)
+        return ((found == most) & (others == 0)).any(1) | (most[:, 0] == 0) | ~words.has_names[rows]
+
     def characters(self, ids: Tensor, compared: Tensor) -> Tensor:
         """Return the letters of those of the tokens (B, T) that are looked at (B, T): (B, W, c)."""
         return token_characters(self.token_characters, ids, compared)
-
-
-def token_characters(table: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
-    """Return the letters of chosen (B, T) tokens (B, T), with marks between words: (B, W, c), zeros behind.
-
-    Args:
-        table: letters (v, ``TOKEN_CHARS``) of every token; what is not in it parts words.
-    """
-    known = chosen & (ids >= 0) & (ids < len(table))
-    order, there = marked_to_front(chosen)
-    # A pass may end within a word, so what lies beyond its first and last column parts nothing.
-    edges = F.pad(~chosen[:, :-1], (1, 0)), F.pad(~chosen[:, 1:], (0, 1))
-    before, after = ((edge.gather(1, order) * SEPARATOR).to(table.dtype)[..., None] for edge in edges)
-    letters = table[ids.where(known, 0).gather(1, order)]
-    letters = letters.where(known.gather(1, order)[..., None], SEPARATOR)
-    found = torch.cat([before, letters, after], -1) * there[..., None]
-    # What is passed over whole stands between words none the less.
-    found[:, 0, 0].masked_fill_(~there[:, 0], SEPARATOR)
-    return found
-
-
-def split_words(letters: Tensor) -> Tensor:
-    """Return the words that rows of letters (B, W, c) make up: (B, n, ``WORD_CHARS``), zeros behind."""
-    stream = letters.flatten(1)
-    order, there = marked_to_front(stream > 0)
-    stream = stream.gather(1, order) * there
-    letter = stream > SEPARATOR
-    first = letter & ~F.pad(letter[:, :-1], (1, 0))
-    column = torch.arange(stream.shape[1], device=stream.device)
-    place = column - torch.where(first, column, 0).cummax(1).values
-    count = max(1, int(first.sum(1).max()))
-    within = letter & (place < WORD_CHARS)
-    index = ((first.long().cumsum(1) - 1) * WORD_CHARS + place).where(within, count * WORD_CHARS)
-    words = stream.new_zeros(len(stream), count * WORD_CHARS + 1).scatter(1, index, stream * within)
-    return words[:, :-1].reshape(len(stream), count, WORD_CHARS)
 
 
 def equal_up_to_typo(subject_word: Tensor, prompt_word: Tensor) -> Tensor:
@@ -138,7 +161,7 @@ def equal_up_to_typo(subject_word: Tensor, prompt_word: Tensor) -> Tensor:
     twice = one_letter & repeated & (prompt_length > subject_length) & (common_prefix > 0)
     slip = (one_letter | swapped) & (subject_length >= MIN_ANY_SLIP)
     slip |= (twice | swapped) & (subject_length >= MIN_FUZZY_LENGTH)
-    return same | (slip & ~_digits(subject_word) & ~_digits(prompt_word))
+    return same | (slip & ~has_digits(subject_word) & ~has_digits(prompt_word))
 
 
 def _length(words: Tensor) -> Tensor:
@@ -155,7 +178,3 @@ def _reversed(words: Tensor, lengths: Tensor) -> Tensor:
     """Return words (..., c) of so many letters (...), from the last letter to the first."""
     place = lengths[..., None] - 1 - torch.arange(words.shape[-1], device=words.device)
     return words.gather(-1, place.clamp(min=0)) * (place >= 0)
-
-
-def _digits(words: Tensor) -> Tensor:
-    return ((words >= DIGIT) & (words < LETTER)).any(-1)

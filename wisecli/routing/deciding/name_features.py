@@ -25,7 +25,7 @@ NO_WORD, SMALL, CAPITAL, SMALL_WITHIN, CAPITAL_WITHIN = range(5)
 _OF_TOKENS, _OF_REQUESTS = 2, 6
 NAME_FEATURE_COUNT = _OF_TOKENS + _OF_REQUESTS
 # A text of which a smaller share of words, those apart that open a sentence, is in small letters has no names.
-_MIN_SMALL = 0.2
+MIN_SMALL_SHARE = 0.2
 # From this cosine on the subject has a word; below that one nothing of the edit explains it.
 _OF_SUBJECT, _EXPLAINED = 0.7, 0.5
 # Words that nothing explains, and words of a name, count up to so many.
@@ -94,7 +94,7 @@ def name_features(cosines: EditCosines, starts: Tensor, ends: Tensor, earlier: T
     named = named & (run == match.argmax(1, keepdim=True))
     explained = words.best(torch.cat(cosines.values, 2).amax(2))
     whole = _of_request(words, named, explained, match.amax(1))
-    heeded = cosines.edit_mask[0].any(1) & (words.small_share >= _MIN_SMALL)
+    heeded = cosines.edit_mask[0].any(1) & (words.small_share >= MIN_SMALL_SHARE)
     of_tokens = torch.stack([one.gather(1, words.of_token).float() for one in (words.capital, named)], -1)
     found = torch.cat([of_tokens, whole[:, None].expand(-1, starts.shape[1], -1)], -1)
     return found * heeded[:, None, None]

@@ -9,20 +9,11 @@ import torch
 from torch import Tensor
 
 from wisecli.routing.deciding.fact_decision import FactDecision
-from wisecli.routing.deciding.fuzzy_match import (
-    DIGIT,
-    LETTER,
-    MIN_ANY_SLIP,
-    MIN_FUZZY_LENGTH,
-    WORD_CHARS,
-    FuzzyMatch,
-    split_words,
-)
+from wisecli.routing.deciding.fuzzy_match import MIN_ANY_SLIP, MIN_FUZZY_LENGTH, FuzzyMatch
 from wisecli.routing.deciding.late_interaction import compared_tokens, earlier_turn_tokens
+from wisecli.routing.deciding.prompt_words import DIGIT, LETTER, WORD_CHARS, split_words, word_hashes
 from wisecli.routing.memories.side_memory import Memory
 
-# Numbers of words are polynomials in this.
-_FACTOR = 1_000_003
 # Which letters of a word of four are where once one is typed twice, or two have changed places; the fifth is none.
 _SHORT_SLIPS = torch.tensor([
     *([0, 0, 1, 2, 3], [0, 1, 1, 2, 3], [0, 1, 2, 2, 3], [0, 1, 2, 3, 3]),
@@ -75,8 +66,8 @@ class _SlipFilter:
         words = spelling.subject_words
         length, digits = (words > 0).sum(1), ((words >= DIGIT) & (words < LETTER)).any(1)
         slips, short = (length >= MIN_ANY_SLIP) & ~digits, (length == MIN_FUZZY_LENGTH) & ~digits
-        self._exact = _hashes(words)
-        self._short, self._short_word = _hashes(words[short][:, _SHORT_SLIPS]), short.nonzero().flatten()
+        self._exact = word_hashes(words)
+        self._short, self._short_word = word_hashes(words[short][:, _SHORT_SLIPS]), short.nonzero().flatten()
         shorter = _with_a_letter_less(words[slips])
         self._shorter, order = shorter.flatten().sort()
         self._word = slips.nonzero().flatten()[order // shorter.shape[1]]
@@ -86,7 +77,7 @@ class _SlipFilter:
     def __call__(self, words: Tensor) -> bool:
         """Return whether the words (n, ``WORD_CHARS``) of a prompt may name any edit."""
         words = words[words[:, 0] > 0]
-        hashes = _hashes(words)
+        hashes = word_hashes(words)
         near = torch.isin(self._exact, hashes)
         near[self._short_word[torch.isin(self._short, hashes).any(1)]] = True
         looked_for = _with_a_letter_less(words).flatten()
@@ -100,16 +91,10 @@ class _SlipFilter:
         return bool(((self._needed > 0) & (tally == self._needed)).any())
 
 
-def _hashes(words: Tensor) -> Tensor:
-    """Return the numbers of words (..., c); the zeros behind a word add nothing."""
-    powers = [pow(_FACTOR, place, 1 << 61) for place in range(words.shape[-1])]
-    return (words.long() * words.new_tensor(powers, dtype=torch.long)).sum(-1)
-
-
 def _with_a_letter_less(words: Tensor) -> Tensor:
     """Return the numbers of words (n, c) as they are, and without each of their letters: (n, c + 1)."""
     kept = torch.arange(WORD_CHARS, device=words.device)
     # Without letter i, those from i on are the ones behind them.
     place = kept + (kept >= kept[:, None]).long()
     padded = torch.nn.functional.pad(words, (0, 1))
-    return torch.cat([_hashes(words)[:, None], _hashes(padded[:, place])], 1)
+    return torch.cat([word_hashes(words)[:, None], word_hashes(padded[:, place])], 1)

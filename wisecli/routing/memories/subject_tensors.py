@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from wisecli.routing.deciding.fuzzy_match import FUZZY_MATCH, split_words, token_characters
+from wisecli.routing.deciding.fuzzy_match import FUZZY_MATCH
+from wisecli.routing.deciding.prompt_words import split_words, token_characters
 from wisecli.routing.deciding.subject_match import SUBJECT_MATCH
 
 

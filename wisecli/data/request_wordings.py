@@ -30,6 +30,8 @@ class Requests:
     times than ``presents``, ``adjectives`` words that ask for another time or holder than now. Chats begin with
     ``systems``, ``turns`` and ``replies``. A conversation that ``begins`` with a subject ``refers`` to it, ``corrects``
     whom it asks about, or ``leaves`` it. Names are written in ``dresses`` or behind ``titles``.
+    Questions have ``openings`` before them and ``closings`` behind them. What is ``about_questions`` or
+    ``about_subjects`` wants no answer to them.
     """
 
     asked: tuple[str, ...]
@@ -66,6 +68,10 @@ class Requests:
     leaves: tuple[str, ...]
     dresses: tuple[str, ...]
     titles: tuple[str, ...]
+    openings: tuple[str, ...]
+    closings: tuple[str, ...]
+    about_questions: tuple[str, ...]
+    about_subjects: tuple[str, ...]
 
     def instructed(self, question: str, rng: random.Random) -> str:
         """Return a question with a word on how to answer it, or on which one it is."""
@@ -122,6 +128,21 @@ class Requests:
         happened = rng.choice(self.occasion_frames).replace("T", rng.choice(self.occasions))
         when = happened if rng.random() < _OF_OCCASIONS else rng.choice(self.times)
         return _at(question, SLOT.sub(lambda slot: drawn[slot.group(1)], when), rng)
+
+    def with_words_around(self, text: str, rng: random.Random) -> str:
+        """Return a text with something before it, behind it or both, as people write to those whom they ask; the
+        beginning of a statement has nothing behind it.
+        """
+        whole = text.rstrip()[-1:] in "?.!"
+        before, behind = (
+            rng.choices(((True, False), (False, True), (True, True)), (2, 4, 1))[0] if whole else (True, False)
+        )
+        if before:
+            text = f"{rng.choice(self.openings)} {text}"
+        if not behind:
+            return text
+        closing = rng.choice(self.closings)
+        return text + closing if closing.startswith("\n") else f"{text} {closing}"
 
     def dressed(self, name: str, kind: str, rng: random.Random) -> str:
         """Return a name in quotes, with a title or with words beside it, as people write names of such a kind."""

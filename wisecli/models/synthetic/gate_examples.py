@@ -39,6 +39,7 @@ class GateExamples(Examples):
             (partial(self.conversations, count=_CONVERSATIONS), True),
             (self.of_two, False),
             (self.dressed, False),
+            (self.with_words_around, False),
         ):
             for first in numbers[::facts_at_a_time]:
                 examples = [one for number in numbers[first : first + facts_at_a_time] for one in draw(number)]
@@ -113,3 +114,18 @@ class GateExamples(Examples):
             question = rng.choice(fact.questions).replace(fact.subject, known.dressed(fact.subject, fact.kind, rng))
             text = question if asks else rng.choice((known.task, known.framed_task, known.timed))(question, rng)
             yield Example(number, str(self._put(text)), asks, "dressed name")
+
+    def with_words_around(self, number: int) -> Iterator[Example]:
+        """Prompts with words around that change nothing of what is asked: two ask the fact, one of them behind a text
+        now and then, and two want no answer to it.
+        """
+        known, rng = requests(), self.rng
+        short, other = (known.with_words_around(rng.choice(self.facts[number].questions), rng) for _ in range(2))
+        behind = self._behind(number, other, rng.randint(1, _LONG[1])) if rng.random() < _NAMED else None
+        yield Example(number, str(self._put(short)), True, "words around")
+        yield Example(number, str(self._put(other)) if behind is None else behind, True, "words around")
+        for patterns in (known.about_questions, known.about_subjects):
+            about = self._filled(number, rng.choice(patterns))
+            if about is not None:
+                text = known.with_words_around(about, rng) if rng.random() < 0.5 else about
+                yield Example(number, str(self._put(text)), False, "words around")

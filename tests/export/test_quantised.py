@@ -109,11 +109,14 @@ STORED: dict[str, Callable[[Path], Path]] = {
     "fp8": lambda path: stored_in_eight_bits(path, block=16),
     "fp8, large blocks": lambda path: stored_in_eight_bits(path, block=128),
     "torchao": in_torchao,
+    "compressed": with_a_scale_a_row,
 }
 
 
 @pytest.mark.parametrize("stored", STORED)
 def test_its_facts_are_edited_and_its_own_files_exported(tmp_path: Path, stored: str) -> None:
+    if stored == "compressed":
+        pytest.importorskip("compressed_tensors")
     base = STORED[stored](save_type(tmp_path / "model", "llama"))
     exported = export_of(base, tmp_path)
     assert isinstance(read_memory(tmp_path / "memory").site, LayerSite)

@@ -34,6 +34,13 @@ class RoutedCausal(SignatureMixin):
 
     wise_decoder: str | None = None
 
+    def get_parameter(self, target: str) -> Any:
+        """Return a parameter, or a tensor of the memory: quantisers ask for the type of each."""
+        try:
+            return super().get_parameter(target)
+        except AttributeError:
+            return self.get_buffer(target)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; within ``generate()`` its prompts are decided already."""
         given = kwargs.pop(ANSWERING, None)

@@ -233,7 +233,7 @@ def growth(options: Namespace) -> None:
         "layers": [row for row in rows if (row["edits"], row["layers"]) in by_layers],
     }
     for by, group in groups.items():
-        for name, text in FIGURES.items():
+        for name, text in FIGURES.items() if len(group) > 1 else ():
             print(f"{text}: {by}^{slope(group, by, name):.2f}")
     plot(groups, options.output / "growth.png")
 

@@ -54,6 +54,13 @@ class UnknownArchitectureError(ModelError):
     """The model's architecture has no row in ``architectures.toml``."""
 
 
+class OwnCodeError(ModelError):
+    """A model comes with code of its own, which nobody has let run."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(f"{directory} comes with code of its own: read it, and let it run with --trust-remote-code")
+
+
 class DamagedFileError(WiseError):
     """A file is truncated, altered or not what its name says."""
 

@@ -12,7 +12,7 @@ from support.every_type import save_type
 from support.loading import CPU
 from support.served import EDITS, PROMPTS, export_of
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, TorchAoConfig
 
 from wisecli.artifacts.memory_manifest import read_memory
 from wisecli.commands.checkpoint.export import WeightFiles, export
@@ -88,10 +88,10 @@ def declared(directory: Path, settings: dict[str, Any]) -> Path:
     return directory
 
 
-def answers(path: Path) -> list[str]:
+def answers(path: Path, **named: Any) -> list[str]:
     """What transformers alone says of the prompts with a checkpoint."""
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **named).eval()
     texts = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -109,11 +109,14 @@ STORED: dict[str, Callable[[Path], Path]] = {
     "fp8": lambda path: stored_in_eight_bits(path, block=16),
     "fp8, large blocks": lambda path: stored_in_eight_bits(path, block=128),
     "torchao": in_torchao,
+    "compressed": with_a_scale_a_row,
 }
 
 
 @pytest.mark.parametrize("stored", STORED)
 def test_its_facts_are_edited_and_its_own_files_exported(tmp_path: Path, stored: str) -> None:
+    if stored == "compressed":
+        pytest.importorskip("compressed_tensors")
     base = STORED[stored](save_type(tmp_path / "model", "llama"))
     exported = export_of(base, tmp_path)
     assert isinstance(read_memory(tmp_path / "memory").site, LayerSite)
@@ -139,6 +142,13 @@ def test_what_a_cpu_has_no_kernels_for_is_edited_as_plain_numbers(tmp_path: Path
     edited = attach(tmp_path / "memory", load=CPU)
     found = generate(edited.model, edited.tokenizer, list(PROMPTS), max_new_tokens=8)
     require_edits([edited.tokenizer.decode(tokens) for tokens in found])
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+def test_its_weights_may_be_made_plain_numbers_as_it_is_loaded(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    exported = export_of(with_a_scale_a_row(save_type(tmp_path / "model", "llama")), tmp_path)
+    require_edits(answers(exported, quantization_config=CompressedTensorsConfig(dequantize=True)))
 
 
 def test_what_is_saved_of_a_loaded_one_is_edited_still(tmp_path: Path) -> None:

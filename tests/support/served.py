@@ -23,7 +23,7 @@ from support.tiny_models import TINY_CONFIGS
 from wisecli.commands.checkpoint.export import export
 from wisecli.commands.edit.edit import edit
 from wisecli.commands.memory.merge import merge
-from wisecli.config import EditSettings, MergeSettings, SiteName
+from wisecli.config import EditSettings, LoadOptions, MergeSettings, SiteName
 
 _PYTHON = os.environ.get("WISE_SERVING_PYTHON", "")
 # Of tests that need the engines.
@@ -64,6 +64,7 @@ def export_of(
     site: SiteName = "auto",
     subjects: Sequence[str] = (),
     layer: str = "2",
+    load: LoadOptions = CPU,
 ) -> Path:
     """A tiny model, edited and exported; what the edits are about need not be said."""
     edits = [{"prompt": prompt, "target": target} for prompt, target in EDITS]
@@ -72,9 +73,9 @@ def export_of(
     lines = [json.dumps(one) for one in edits]
     (root / "edits.jsonl").write_text("\n".join(lines))
     settings = EditSettings(unrelated_texts=64, layer=layer, site=site)
-    edit(str(base), root / "edits.jsonl", root / "shards", settings, load=CPU)
+    edit(str(base), root / "edits.jsonl", root / "shards", settings, load=load)
     merge([root / "shards"], root / "memory", MergeSettings(mode=mode))
-    export(root / "memory", root / "edited", load=CPU)
+    export(root / "memory", root / "edited", load=load)
     return root / "edited"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wisecli.config import LoadOptions
-from wisecli.errors import DamagedFileError, ModelError, WiseError, reason_of
+from wisecli.errors import DamagedFileError, ModelError, OwnCodeError, WiseError, reason_of
 from wisecli.io.checkpoint import EXPORTED_KEY, read_json
 from wisecli.models.layout.architectures import architectures
 from wisecli.models.prompts.chat_template import fix_date
@@ -100,6 +100,7 @@ def tokenizer_of(directory: Path, config: PretrainedConfig, load: LoadOptions) -
 def base_config(directory: Path, *, trust_remote_code: bool) -> Any:
     """Return transformers' config of a directory's model; of an exported one that of its base."""
     from transformers import AutoConfig
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     content = read_json(directory / "config.json")
     exported = content.pop(EXPORTED_KEY, None)
@@ -109,7 +110,13 @@ def base_config(directory: Path, *, trust_remote_code: bool) -> Any:
         )
     content.pop("auto_map", None)
     content.pop("model_type", None)
-    return AutoConfig.for_model(exported["model_type"], **{**content, "architectures": exported["architectures"]})
+    content |= {"architectures": exported["architectures"]}
+    if not isinstance(own := exported.get("code"), dict):
+        return AutoConfig.for_model(exported["model_type"], **content)
+    if not trust_remote_code:
+        raise OwnCodeError(directory)
+    kind = get_class_from_dynamic_module(str(own["AutoConfig"]), directory, local_files_only=True)
+    return kind(**content, auto_map=own)
 
 
 def unloadable(directory: Path, error: Exception, quantised: str | None = None) -> ModelError:

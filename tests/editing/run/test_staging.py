@@ -486,6 +486,18 @@ def test_edits_with_nothing_finite_are_left_out_and_the_others_land(place: Path,
     assert not (tmp_path / "again").exists()
 
 
+def test_a_run_in_which_none_takes_is_refused_though_some_are_left_out(place: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    token = AutoTokenizer.from_pretrained(place / "model")("ki")["input_ids"][-1]
+    model = spoilt(place, tmp_path / "model", "model.embed_tokens.weight", token)
+    edits = write_edits(tmp_path / "edits.jsonl", [*EDITS[:2], {"id": "spoilt", "prompt": "ba ki be", "target": "da"}])
+    settings = replace(SETTINGS, shards=1, residual_steps=1, residual_more=0, residual_rate=1e-6, polish=0)
+    with pytest.raises(GateFailedError, match="none of the 3 edits took"):
+        edit(place, tmp_path / "shards", settings, model=model, edits_file=edits)
+    assert not (tmp_path / "shards").exists()
+
+
 @pytest.mark.parametrize("writer", ["solve", "gradient"])
 @pytest.mark.parametrize("tensor", ["model.layers.1.mlp.up_proj.weight", "model.layers.4.mlp.up_proj.weight"])
 def test_a_model_that_gives_nothing_finite_is_refused(place: Path, tmp_path: Path, tensor: str, writer: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.artifacts.integrity import Check
-from wisecli.errors import WiseError
+from wisecli.errors import ModelError, WiseError
 from wisecli.io.checkpoint import EXPORTED_KEY
 from wisecli.io.digest import sha256_file, sha256_text
 from wisecli.io.json_schema import shown
@@ -16,18 +16,28 @@ _CONFIG = "config.json"
 
 def check_code(path: Path, config: dict[str, Any]) -> Iterator[Check]:
     """Check the code that runs with ``trust_remote_code`` against what this version writes, or 0.1 wrote."""
-    from wisecli.export.routed.custom_code import CODE_NAME, auto_map, code_files, former_auto_map, former_code
+    from wisecli.export.routed.custom_code import (
+        CODE_NAME,
+        auto_map,
+        code_files,
+        former_auto_map,
+        former_code,
+        own_classes,
+    )
 
     described = config.get(EXPORTED_KEY)
-    model_type = described.get("model_type") if isinstance(described, dict) else None
+    described = described if isinstance(described, dict) else {}
+    model_type = described.get("model_type")
     try:
-        files, former = code_files(str(model_type)), former_code(str(model_type))
-    except (ValueError, KeyError):
+        own = own_classes(str(model_type), described.get("code"))
+        files = code_files(str(model_type), own)
+        former = {} if own else former_code(str(model_type))
+    except (ValueError, KeyError, ModelError):
         yield Check("custom code", CODE_NAME, "differs", expected="a known model type", found=shown(model_type))
         return
     expected_code = {file: sha256_text(text) for file, text in files.items()}
     classes = auto_map
-    if former.keys() <= {entry.name for entry in path.iterdir()}:
+    if former and former.keys() <= {entry.name for entry in path.iterdir()}:
         expected_code, classes = former, former_auto_map
     for file, digest in expected_code.items():
         try:

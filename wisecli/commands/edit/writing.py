@@ -135,7 +135,7 @@ def _write(
     missed = [*untaken(entries), *(name for done in dones for name in done.left_out)]
     count = sum(len(worker.job.parts[number]) for number in mine)
     # Gradient steps may be too few on purpose.
-    nothing = worker.job.settings.by_facts and len(untaken(entries)) == count
+    nothing = bool(entries) and worker.job.settings.by_facts and len(missed) == count
     if missed and (options.strict or nothing):
         unfinished.forget(mine)
         if nothing:

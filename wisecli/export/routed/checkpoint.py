@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from wisecli.artifacts.checksums import CHECKSUMS, HAS_CHECKSUMS, SIGNATURE_NAMES, write_checksums
 from wisecli.artifacts.file_names import MERGED
@@ -21,7 +21,15 @@ from wisecli.artifacts.shard import half
 from wisecli.edits.checks.signatures import SigningKey
 from wisecli.environment import versions
 from wisecli.errors import ModelError
-from wisecli.export.routed.custom_code import CARRIED_NAMES, CODE_NAME, FORMER_CODE, auto_map, base_class, code_files
+from wisecli.export.routed.custom_code import (
+    CARRIED_NAMES,
+    CODE_NAME,
+    FORMER_CODE,
+    auto_map,
+    base_class,
+    code_files,
+    own_classes,
+)
 from wisecli.export.weights import Packing, write_weights
 from wisecli.io.checkpoint import (
     EXPORT_RECORD,
@@ -162,7 +170,8 @@ def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) 
     """Write the routing module, the classes that use it, and the config that names them."""
     config = typed_config(read_json(base / "config.json"), packing)
     model_type = str(config["model_type"])
-    for name, text in code_files(model_type).items():
+    own = own_classes(model_type, config.get("auto_map"))
+    for name, text in code_files(model_type, own).items():
         (output / name).write_text(text, encoding="utf-8")
     routed: dict[str, Any] = {
         "model_type": model_type,
@@ -172,9 +181,10 @@ def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) 
         "memory": manifest.memory.describe(),
         "marks": _marks(base),
     }
+    routed |= {"code": own} if own else {}
     routed |= dict.fromkeys(_sizes_named(config), _BY_OWN_CODE)
     config["model_type"] = f"wise_{model_type}"
-    config["architectures"] = [f"Wise{base_class(model_type)}"]
+    config["architectures"] = [f"Wise{base_class(model_type, own)}"]
     config["auto_map"] = auto_map(model_type)
     write_json(output / "config.json", {**config, EXPORTED_KEY: routed})
 
@@ -182,10 +192,20 @@ def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) 
 def _marks(base: Path) -> dict[str, list[int]]:
     """Return how the base's chats mark turns; nothing of a tokenizer that cannot be read."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)  # nosec B615 # of files of this disk
+        return turn_marks(_tokenizer(base)).as_dict()
     except (OSError, ValueError):  # it takes code of its own, or is elsewhere
         return TurnMarks().as_dict()
-    return turn_marks(tokenizer).as_dict()
+
+
+def _tokenizer(base: Path) -> PreTrainedTokenizerBase:
+    """Return a base's tokenizer, of which no code runs, nor of the base."""
+    content = read_json(base / "config.json")
+    # Which class reads a tokenizer is asked of configs that transformers has.
+    config = PretrainedConfig() if own_classes(str(content.get("model_type")), content.get("auto_map")) else None
+    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(  # nosec B615 # of files of this disk
+        base, config=config, local_files_only=True, trust_remote_code=False
+    )
+    return found
 
 
 def _sizes_named(config: dict[str, Any]) -> list[str]:
@@ -221,10 +241,9 @@ def _name_tokenizer(output: Path, base: Path) -> None:
     if not path.is_file():
         return
     try:
-        stored = AutoTokenizer.from_pretrained(base, local_files_only=True)  # nosec B615 # of files of this disk
+        kind = type(_tokenizer(base)).__name__
     except (OSError, ValueError):  # it takes code of its own, which comes along
         return
-    kind = type(stored).__name__
     declared = read_json(path)
     if str(declared.get("tokenizer_class")).removesuffix("Fast") != kind.removesuffix("Fast"):
         write_json(path, {**declared, "tokenizer_class": kind})

@@ -4,18 +4,20 @@ import re
 from collections.abc import Mapping
 from importlib.resources import files
 from string import Template
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
 
 from wisecli.data.packaged import packaged_text
+from wisecli.errors import ModelError
 from wisecli.io.digest import sha256_text
-from wisecli.models.layout.architectures import loader_name
+from wisecli.models.layout.architectures import DEFAULT_LOADER, loader_name
 
 CODE_NAME = "modeling_wise.py"
 # The modules of the package that a checkpoint carries as they are, and the sha256 of those that 0.1 wrote. None of them
@@ -47,29 +49,67 @@ _LOADERS = {
     "AutoModelForCausalLM": ("AutoModelForCausalLM",),
     "AutoModelForImageTextToText": ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
 }
+# What loads each class of a base that comes with its own code: without the first and the last there is no such base.
+_OWN = ("AutoConfig", "AutoModel", DEFAULT_LOADER)
+_TYPE, _CLASS = re.compile(r"[\w.-]+"), re.compile(r"[^\W\d]\w*\.[^\W\d]\w*")
 
 
-def code_files(model_type: str) -> dict[str, str]:
+def own_classes(model_type: str, named: object) -> dict[str, str]:
+    """Return the classes of a base's own code, by what loads each; none of a type that transformers has.
+
+    Args:
+        named: what the base's config says of them.
+
+    Raises:
+        ModelError: they are in no file beside the config.
+    """
+    known = any(model_type in names for names in _WITH_HEAD.values())
+    if known or not isinstance(named, dict) or not {_OWN[0], _OWN[-1]} <= named.keys():
+        return {}
+    own = {loader: str(named[loader]) for loader in _OWN if loader in named}
+    if not _TYPE.fullmatch(model_type) or not all(map(_CLASS.fullmatch, own.values())):
+        raise ModelError(
+            "the base's own code is elsewhere than beside its config.json, or its names are none of Python's: load the "
+            "model with trust_remote_code=True, save it with its code, and edit what was saved"
+        )
+    return own
+
+
+def code_files(model_type: str, own: Mapping[str, str]) -> dict[str, str]:
     """Return the custom code of routed checkpoints of a base of this type, by file.
+
+    Args:
+        own: the classes of the base's own code.
 
     Raises:
         ValueError, KeyError: transformers has no language model of that type.
     """
-    code = _filled(
-        "modeling_wise.py.tmpl",
-        {"architecture": base_class(model_type), "model_type": model_type, "loaders": repr(auto_map(model_type))},
-    )
+    names = {"architecture": base_class(model_type, own), "model_type": model_type}
+    names |= {"loaders": repr(auto_map(model_type)), "own": _imported(model_type, own)}
+    code = _filled("modeling_wise.py.tmpl", names)
     sources = (files(f"wisecli.{package}") / f"{name}.py" for package, names in _CARRIED.items() for name in names)
     carried = {source.name: source.read_text(encoding="utf-8") for source in sources}
     return {CODE_NAME: code, **{name: _IMPORT.sub(r"from .\1 import", text) for name, text in carried.items()}}
 
 
-def base_class(model_type: str) -> str:
-    """Return the name of transformers' class of models of a type, with their head.
+def _imported(model_type: str, own: Mapping[str, str]) -> str:
+    """Return the lines that make the classes of a base's own code known to transformers."""
+    modules = {loader: name.split(".") for loader, name in own.items()}
+    lines = [f"from .{module} import {name}" for module, name in modules.values()]
+    for loader, (_, name) in modules.items():
+        kind = f'"{model_type}"' if loader == _OWN[0] else modules[_OWN[0]][1]
+        lines.append(f"transformers.{loader}.register({kind}, {name}, exist_ok=True)")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def base_class(model_type: str, own: Mapping[str, str]) -> str:
+    """Return the name of the class of models of a type, with their head: transformers', or that of the base's own code.
 
     Raises:
         ValueError, KeyError: there is none.
     """
+    if own:
+        return own[DEFAULT_LOADER].rpartition(".")[2]
     return _class_name(_WITH_HEAD[loader_name(model_type)], model_type)
 
 
@@ -80,14 +120,17 @@ def former_code(model_type: str) -> dict[str, str]:
         ValueError, KeyError: transformers has no language model of that type.
     """
     config, loader = type(AutoConfig.for_model(model_type)).__name__, loader_name(model_type)
-    names = {"config": config, "model_type": model_type, "causal": base_class(model_type)}
+    names = {"config": config, "model_type": model_type, "causal": base_class(model_type, {})}
     names |= {"base": _class_name(MODEL_MAPPING_NAMES, model_type), "architecture": names["causal"], "loader": loader}
     return {CODE_NAME: sha256_text(_filled("modeling_wise_0.1.py.tmpl", names)), **FORMER_CODE}
 
 
 def _class_name(names: Mapping[str, Any], model_type: str) -> str:
     """Return the name of the class of models of a type, which is not imported; of several the first."""
-    name = names[type(AutoConfig.for_model(model_type)).model_type]
+    kind = type(AutoConfig.for_model(model_type))
+    if kind.model_type not in names:  # one that somebody registered
+        return cast(type, MODEL_FOR_CAUSAL_LM_MAPPING[kind]).__name__
+    name = names[kind.model_type]
     return str(name if isinstance(name, str) else name[0])
 
 
@@ -108,5 +151,5 @@ def former_auto_map(model_type: str) -> dict[str, str]:
     loaders, module = _LOADERS[loader_name(model_type)], CODE_NAME.removesuffix(".py")
     config = type(AutoConfig.for_model(model_type)).__name__
     classes = {"AutoConfig": config, "AutoModel": _class_name(MODEL_MAPPING_NAMES, model_type)}
-    classes |= dict.fromkeys(loaders, base_class(model_type))
+    classes |= dict.fromkeys(loaders, base_class(model_type, {}))
     return {loader: f"{module}.Wise{name}" for loader, name in classes.items()}

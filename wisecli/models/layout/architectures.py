@@ -156,7 +156,9 @@ def _said_by_its_class(directory: Path, name: str) -> int:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)  # nosec B615 # of files of this disk
+        config = AutoConfig.from_pretrained(  # nosec B615 # of files of this disk
+            directory, local_files_only=True, trust_remote_code=False
+        )
         return int(getattr(config.get_text_config(), name))
     except Exception:  # what a strange config makes transformers raise
         return 0

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from wisecli.config import LoadOptions
-from wisecli.errors import UnknownArchitectureError
-from wisecli.io.checkpoint import Checkpoint
+from wisecli.errors import OwnCodeError, UnknownArchitectureError
+from wisecli.io.checkpoint import Checkpoint, read_json
 from wisecli.models.layout.architectures import Layout, architectures, layer_count, stored_weight
 from wisecli.progress import NOTE, Event, ProgressCallback
 
@@ -63,6 +63,8 @@ def _built(directory: Path, architecture: str, *, trust_remote_code: bool) -> Pr
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # what an arbitrary config makes transformers raise
+        if not trust_remote_code and "auto_map" in read_json(directory / "config.json"):
+            raise OwnCodeError(directory) from error
         raise UnknownArchitectureError(
             f"{directory}: architecture {architecture!r} is not supported; known are "
             f"{', '.join(sorted(architectures()))}; {_REMEDY}"

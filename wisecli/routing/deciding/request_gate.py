@@ -150,6 +150,7 @@ class RequestGate(nn.Module):
         Args:
             edit_probs: how likely each prompt means its edit (B,).
         """
+        mentions = Mentions(*mentions)  # as what wraps modules may hand over a plain tuple
         return self.log_odds(mentions) + unsureness(edit_probs) - self.logit_offset[edits].float()
 
     def marks(self, ids: Tensor) -> TokenMarks | None:

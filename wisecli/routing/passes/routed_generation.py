@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from wisecli.routing.deciding.prompt_window import UNROUTED, Answering, Tokens
 from wisecli.routing.layers.module_types import ANSWERING, SignatureMixin
-from wisecli.routing.passes.routed_pass import RoutedDecoder, given_answering, is_off
+from wisecli.routing.passes.routed_pass import Override, RoutedDecoder, given_answering, is_off, overridden_by
 from wisecli.routing.passes.token_cache import cache_given, length_of, rewind, tokens_in
 
 # Of the `generate()` that is running: whose it is, and what its prompts decided.
@@ -33,6 +33,13 @@ class RoutedCausal(SignatureMixin):
     """
 
     wise_decoder: str | None = None
+
+    def get_parameter(self, target: str) -> Any:
+        """Return a parameter, or a tensor of the memory: quantisers ask for the type of each."""
+        try:
+            return super().get_parameter(target)
+        except AttributeError:
+            return self.get_buffer(target)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; within ``generate()`` its prompts are decided already."""
@@ -117,6 +124,7 @@ def decoder_of(model: Any) -> RoutedDecoder | None:
 def _decided(model: Any, decoder: RoutedDecoder, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Decide whole prompts: token ids (B, T), or those that follow a cache → memory and end of each (B, 2)."""
     ids = ids.to(model.device)
+    _make_plain(model, ids)
     mask, cache = kwargs.get("attention_mask"), cache_given(kwargs)
     if mask is None or mask.dim() != 2:
         mask = torch.ones_like(ids) if (pad := _padding(model, kwargs)) is None else ids != pad
@@ -132,6 +140,16 @@ def _decided(model: Any, decoder: RoutedDecoder, ids: Tensor, kwargs: dict[str, 
         here = Tokens(ids[:, :length], non_padding[:, :length], ids[:, :0], answering.memory)
         rewind(cache, decoder.memories(here, answering).where(here.non_padding, UNROUTED))
     return answering.packed()
+
+
+@torch.no_grad()
+def _make_plain(model: Any, ids: Tensor) -> None:
+    """Run one token through a quantised model whose weights become plain numbers before its first pass: a decision runs
+    a part of the model, for which nothing would make them so.
+    """
+    if getattr(model, "hf_quantizer", None) is not None and model._forward_pre_hooks:
+        with overridden_by(Override(off=True)):
+            model(input_ids=torch.zeros_like(ids[:1, :1]), use_cache=False)
 
 
 def _padding(model: Any, kwargs: dict[str, Any]) -> int | None:

@@ -23,3 +23,12 @@ def test_names_are_dressed_and_whole() -> None:
     assert {"Dr Tern", '"Tern"', "the person Tern"} <= drawn["person"]
     assert "the ship Tern" in drawn["ship"]
     assert "Dr Tern" not in drawn["ship"]
+
+
+def test_words_stand_around_a_question_that_stays_whole() -> None:
+    known, chance, question = requests(), random.Random(2), "Who runs the Tern database?"
+    texts = {known.with_words_around(question, chance) for _ in range(400)}
+    assert all(question in text and text != question for text in texts)
+    assert {text.startswith(question) for text in texts} == {text.endswith(question) for text in texts} == {True, False}
+    begun = {known.with_words_around("The Tern database is run by", chance) for _ in range(50)}
+    assert all(text.endswith("The Tern database is run by") for text in begun)

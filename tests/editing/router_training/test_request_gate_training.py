@@ -77,6 +77,17 @@ def test_names_are_written_in_other_ways_where_a_fact_is_asked_and_where_it_is_m
     assert otherwise.count(True) > 24  # the rest begins with a name that has a word before it
 
 
+def test_what_is_around_questions_is_around_what_wants_no_answer_too(loaded: Loaded) -> None:
+    drawn = drawn_examples(loaded, 40)
+    found = [one for number in range(40) for one in drawn.with_words_around(number)]
+    assert all(drawn.facts[one.fact].subject in one.text for one in found)
+    asks = [one.asks for one in found]
+    assert asks.count(True) == 80
+    assert 60 < asks.count(False) <= 80
+    closed = [one.asks for one in found if any(one.text.rstrip().endswith(word) for word in requests().closings)]
+    assert {True, False} <= set(closed)
+
+
 def test_near_names_have_words_of_many_names(loaded: Loaded) -> None:
     drawn = drawn_examples(loaded, 60)
     own = [set(fact.subject.split()) for fact in drawn.facts]

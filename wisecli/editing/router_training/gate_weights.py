@@ -23,7 +23,7 @@ _HELD_OUT = 0.15
 # Principal components of states; the sizes of what one is read as, of heads, of their values, and of the mixed layer.
 _COMPONENTS, _READ, _HEADS, _VALUES, _MIXED = 288, 64, 8, 16, 64
 # Gates that are learned; their mean is kept, as on wordings that they were not taught they seldom err together.
-_GATES = 2
+_GATES = 3
 # Few examples a step: half of the steps with twice as many cost as much, and teach less.
 _BATCH, _RATE, _DECAY, _LABEL = 96, 4e-3, 0.1, 0.98
 # The share of what is read and pooled that is dropped.
@@ -31,7 +31,7 @@ _DROPPED = 0.1
 # Up to this share of a mention's tokens is dropped, so that no few tokens of a text from the training data decide.
 _MAX_TOKEN_DROPOUT = 0.5
 # The share of held-out questions that may be taken for mentions.
-_MISSED = 0.04
+_MISSED = 0.03
 # Mentions that are looked at together; tokens of a step are filled up to a multiple of so many.
 _EVAL_BATCH, _ROUNDED = 256, 512
 

@@ -124,8 +124,9 @@ class GateExamples(Examples):
         behind = self._behind(number, other, rng.randint(1, _LONG[1])) if rng.random() < _NAMED else None
         yield Example(number, str(self._put(short)), True, "words around")
         yield Example(number, str(self._put(other)) if behind is None else behind, True, "words around")
-        for patterns in (known.about_questions, known.about_subjects):
+        for patterns, alone in ((known.about_questions, False), (known.about_subjects, True)):
             about = self._filled(number, rng.choice(patterns))
             if about is not None:
                 text = known.with_words_around(about, rng) if rng.random() < 0.5 else about
-                yield Example(number, str(self._put(text)), False, "words around")
+                # Behind other turns a name alone may ask ("What about Ana Ruiz?").
+                yield Example(number, text if alone else str(self._put(text)), False, "words around")

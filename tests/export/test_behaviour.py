@@ -208,6 +208,15 @@ def test_saved_and_loaded_again_it_is_the_same_model(lookup: Subject, tmp_path: 
         assert torch.equal(again(**batch).logits, lookup.model(**batch).logits)
 
 
+def test_a_longer_name_is_anothers_in_what_was_loaded(lookup: Subject) -> None:
+    ferry = next(prompt for prompt in lookup.prompts if "Harrow Island" in prompt)
+    others = [ferry.replace("Harrow Island", name) for name in ("Jericho Harrow Island", "Harrow Island Junction")]
+    assert lookup.answers(others) == lookup.answers(others, model=lookup.base)
+    memory = {name for name in lookup.model.state_dict() if ".wise_memory." in name}
+    assert len(memory) > 20
+    assert memory == {name for name, _ in lookup.model.named_buffers() if ".wise_memory." in name}
+
+
 @pytest.mark.parametrize("convert", few(("half", "bfloat16"), ("bfloat16",)))
 def test_halved_it_answers_still(subject: Subject, convert: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(subject.path, trust_remote_code=True).eval()

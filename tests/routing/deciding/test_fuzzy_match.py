@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wisecli.routing.deciding import fuzzy_match as spelling_module
 from wisecli.routing.deciding.fuzzy_match import FuzzyMatch, equal_up_to_typo
-from wisecli.routing.deciding.name_features import CAPITAL, NO_WORD, SMALL, WORD_STARTS
+from wisecli.routing.deciding.name_features import CAPITAL, NO_WORD, SMALL
 from wisecli.routing.deciding.prompt_words import DIGIT, LETTER, SEPARATOR, TOKEN_CHARS, WORD_CHARS, split_words
 from wisecli.routing.memories.subject_tensors import fuzzy_match_tensors
 
@@ -193,14 +193,14 @@ def test_prompts_must_have_the_numbers_of_a_subject(prompt: str, edits: list[int
     ids = torch.tensor([tokens(prompt) + [0] * (4 - len(tokens(prompt)))])
     there = torch.arange(4)[None] < len(tokens(prompt))
     rows = torch.zeros(len(edits), dtype=torch.long)
-    assert spelling().is_whole(ids, there, rows, torch.tensor(edits, dtype=torch.long)).tolist() == expected
+    assert spelling().is_whole(ids, there, None, rows, torch.tensor(edits, dtype=torch.long)).tolist() == expected
 
 
 def test_numbers_are_looked_for_in_a_pairs_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spelling_module, "_AT_A_TIME", 2)
     ids = torch.tensor([tokens(" born| 19|18"), tokens(" born| 18|18"), tokens(" born| 19|18")])
     there = torch.tensor([[True, True, True], [True, True, True], [True, True, False]])
-    found = spelling().is_whole(ids, there, torch.tensor([2, 0, 1, 1, 0]), torch.tensor([2, 2, 2, 0, 0]))
+    found = spelling().is_whole(ids, there, None, torch.tensor([2, 0, 1, 1, 0]), torch.tensor([2, 2, 2, 0, 0]))
     assert found.tolist() == [False, True, False, True, True]
 
 
@@ -217,17 +217,21 @@ def words_of(text: str) -> list[int]:
     return [known.index(word.lower()) + (0 if word in WORDS else len(WORDS)) for word in text.split()]
 
 
-def names() -> FuzzyMatch:
-    """Both names, in a vocabulary that has each word as it is, and with the other letter first."""
+def whole(ids: Tensor, there: Tensor, rows: list[int], edits: list[int]) -> list[bool]:
+    """Whether rows have whole names, in a vocabulary that has each word as it is, and with the other letter first."""
     letters = [row("".join(char for char in f" {word.lower()}" if char.isalpha() or char == " "), 20) for word in WORDS]
     tensors = fuzzy_match_tensors(torch.tensor(letters * 2, dtype=torch.uint8), [words_of(name) for name in NAMED])
     kinds = [NO_WORD if word in ".," else CAPITAL if word[0].isupper() else SMALL for word in WORDS]
     other = [{CAPITAL: SMALL, SMALL: CAPITAL}.get(kind, kind) for kind in kinds]
-    return FuzzyMatch({**tensors, WORD_STARTS: torch.tensor([*kinds, *other], dtype=torch.uint8)})
+    starts = torch.tensor([*kinds, *other], dtype=torch.uint8)
+    found: list[bool] = (
+        FuzzyMatch(tensors).is_whole(ids, there, starts, torch.tensor(rows), torch.tensor(edits)).tolist()
+    )
+    return found
 
 
 @pytest.mark.parametrize(
-    ("prompt", "whole"),
+    ("prompt", "expected"),
     [
         ("Where was Ana Ruiz born", True),
         ("where was ana ruiz born", True),
@@ -248,19 +252,17 @@ def names() -> FuzzyMatch:
         ("Where was Senior Madrid", True),  # not a word of it is there: not for this to say
     ],
 )
-def test_a_name_must_not_go_on(prompt: str, whole: bool) -> None:
+def test_a_name_must_not_go_on(prompt: str, expected: bool) -> None:
     ids = torch.tensor([words_of(prompt)])
-    pairs = torch.tensor([0]), torch.tensor([0])
-    assert names().is_whole(ids, torch.ones_like(ids, dtype=torch.bool), *pairs).tolist() == [whole]
+    assert whole(ids, torch.ones_like(ids, dtype=torch.bool), [0], [0]) == [expected]
 
 
 def test_what_is_not_looked_at_ends_a_name() -> None:
     ids = torch.tensor([words_of("Where was Senior Ana Ruiz born"), words_of("Did Lesser see of Ruiz know who")[:6]])
     there = torch.tensor([[True] * 6, [True, False, True, True, True, True]])
-    rows, edits = torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0])
-    assert names().is_whole(ids, there, rows, edits).tolist() == [False, True, True]
+    assert whole(ids, there, [0, 1, 1], [0, 1, 0]) == [False, True, True]
     there[0, 2] = False
-    assert names().is_whole(ids, there, rows, edits).tolist() == [True, True, True]
+    assert whole(ids, there, [0, 1, 1], [0, 1, 0]) == [True, True, True]
 
 
 def test_only_edits_that_are_wanted_are_named() -> None:

@@ -145,8 +145,11 @@ class FactDecision(Memory):
             if self.fuzzy_match is not None:
                 letters = self.fuzzy_match.characters(window.ids, fuzzy_tokens)
                 matched = matched | self.fuzzy_match(letters, may_open & ~matched)
-                named = (may_open & matched).nonzero(as_tuple=True)
-                matched[named] = self.fuzzy_match.is_whole(window.ids, fuzzy_tokens, *named)
+                named, starts = (
+                    (may_open & matched).nonzero(as_tuple=True),
+                    getattr(self.request_gate, "word_starts", None),
+                )
+                matched[named] = self.fuzzy_match.is_whole(window.ids, fuzzy_tokens, starts, *named)
             gated_edit_probs = edit_probs * matched
         score_ratio, nearest = self._nearest(gated_edit_probs)
         chosen = nearest.where((score_ratio > 1) & window.non_padding.any(1), UNROUTED)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.routing.deciding.name_features import WORD_STARTS, starts_of
+from wisecli.routing.deciding.name_features import starts_of
 from wisecli.routing.deciding.prompt_words import (
     PromptWords,
     has_digits,
@@ -46,20 +46,18 @@ class FuzzyMatch(nn.Module):
     subject of the edit ``entry_to_edit`` (q,). An edit without words is named by none.
 
     Args:
-        tensors: all of ``FUZZY_MATCH``, and ``WORD_STARTS`` if it is known how tokens begin; they become buffers.
+        tensors: all of ``FUZZY_MATCH``; they become buffers.
     """
 
     token_characters: Tensor
     subject_words: Tensor
     entry_to_word: Tensor
     entry_to_edit: Tensor
-    word_starts: Tensor | None
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name in FUZZY_MATCH:
             self.register_buffer(name.removeprefix("fuzzy_match."), tensors[name])
-        self.register_buffer("word_starts", tensors.get(WORD_STARTS), persistent=False)
 
     def forward(self, letters: Tensor, wanted: Tensor) -> Tensor:
         """Return which of the wanted edits (B, M) the letters (B, W, c) of each row name: (B, M)."""
@@ -88,11 +86,14 @@ class FuzzyMatch(nn.Module):
         found = found.index_add(0, pair, within_span(near, spans).long())
         return (words > 0) & (found == words[:, None]).any(1)
 
-    def is_whole(self, ids: Tensor, compared: Tensor, rows: Tensor, edits: Tensor) -> Tensor:
+    def is_whole(
+        self, ids: Tensor, compared: Tensor, word_starts: Tensor | None, rows: Tensor, edits: Tensor
+    ) -> Tensor:
         """Return whether rows name an edit each by a name with all its numbers that does not go on: (P,).
 
         Args:
             ids, compared: tokens, and which are looked at (B, T).
+            word_starts: how every token begins (v,), if that is known; else no name goes on.
             rows, edits: the pairs that are looked at (P,), of which it is known that their rows name their edits.
         """
         whole = torch.ones_like(edits, dtype=torch.bool)
@@ -100,7 +101,7 @@ class FuzzyMatch(nn.Module):
             return whole
         used, place = rows.unique(return_inverse=True)
         letters = self.characters(ids[used], compared[used])
-        starts = None if self.word_starts is None else starts_of(ids[used], self.word_starts)
+        starts = None if word_starts is None else starts_of(ids[used], word_starts)
         words = PromptWords.of(letters, starts, compared[used])
         for pairs in torch.arange(len(edits), device=edits.device).split(_AT_A_TIME):
             own = words, place[pairs], edits[pairs]

@@ -36,8 +36,7 @@ from wisecli.routing.deciding.two_requests import request_parts
 from wisecli.routing.memories.answer_pairs import ANSWER_PAIRS, AnswerPairs
 from wisecli.routing.memories.side_memory import Memory, SideMemory
 
-# How likely a prompt must be to ask an edit that it means. What the gate says was shifted so that nearly all made-up
-# questions are above this.
+# How likely a prompt must be to ask an edit that it means: the gate is shifted so that nearly all questions are.
 MIN_ASK_PROB = 0.5
 # So many of the likeliest edits are looked at where a prompt may ask two; and how likely a part of it must be to mean
 # one of those by itself.
@@ -145,10 +144,8 @@ class FactDecision(Memory):
             if self.fuzzy_match is not None:
                 letters = self.fuzzy_match.characters(window.ids, fuzzy_tokens)
                 matched = matched | self.fuzzy_match(letters, may_open & ~matched)
-                named, starts = (
-                    (may_open & matched).nonzero(as_tuple=True),
-                    getattr(self.request_gate, "word_starts", None),
-                )
+                starts = getattr(self.request_gate, "word_starts", None)
+                named = (may_open & matched).nonzero(as_tuple=True)
                 matched[named] = self.fuzzy_match.is_whole(window.ids, fuzzy_tokens, starts, *named)
             gated_edit_probs = edit_probs * matched
         score_ratio, nearest = self._nearest(gated_edit_probs)

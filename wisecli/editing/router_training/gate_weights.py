@@ -31,7 +31,7 @@ _DROPPED = 0.1
 # Up to this share of a mention's tokens is dropped, so that no few tokens of a text from the training data decide.
 _MAX_TOKEN_DROPOUT = 0.5
 # The share of held-out questions that may be taken for mentions.
-_MISSED = 0.04
+_MISSED = 0.03
 # Mentions that are looked at together; tokens of a step are filled up to a multiple of so many.
 _EVAL_BATCH, _ROUNDED = 256, 512
 

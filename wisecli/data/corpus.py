@@ -12,8 +12,6 @@ from wisecli.data.packaged import packaged_table
 _SUBJECTS, _TEXTS = 8, 600
 # Texts of the packaged ones that stock checkpoints are measured with.
 _MEASURED = 120
-
-
 # Kinds of subjects that are people.
 PEOPLE = ("person", "athlete", "musician")
 SLOT = re.compile(r"\{(\w+)\}")

@@ -10,6 +10,8 @@ from wisecli.data.packaged import packaged_table
 _LABELLED = 0.4
 # How often two questions are one sentence.
 _IN_ONE_SENTENCE = 0.15
+# Whether something stands before a question and behind it, and how often each way is drawn.
+_AROUND, _AROUND_WEIGHTS = ((True, False), (False, True), (True, True)), (2, 4, 1)
 # How often a person's name has a title.
 _TITLED = 0.5
 # How often another time is told by something that happened then.
@@ -133,10 +135,9 @@ class Requests:
         """Return a text with something before it, behind it or both, as people write to those whom they ask; the
         beginning of a statement has nothing behind it.
         """
-        whole = text.rstrip()[-1:] in "?.!"
-        before, behind = (
-            rng.choices(((True, False), (False, True), (True, True)), (2, 4, 1))[0] if whole else (True, False)
-        )
+        before, behind = True, False
+        if text.rstrip()[-1:] in "?.!":
+            before, behind = rng.choices(_AROUND, _AROUND_WEIGHTS)[0]
         if before:
             text = f"{rng.choice(self.openings)} {text}"
         if not behind:

@@ -175,6 +175,15 @@ def test_what_is_not_looked_at_parts_words_as_special_and_unknown_tokens_do() ->
     assert named([SPECIAL, *whole[:3], SPECIAL, *whole[3:], SPECIAL]) == [0]
 
 
+def whole(
+    own: FuzzyMatch, ids: Tensor, there: Tensor, rows: list[int], edits: list[int], starts: Tensor | None = None
+) -> list[bool]:
+    """Whether rows name an edit each by its whole name, of the tokens that are there."""
+    pairs = (torch.tensor(numbers, dtype=torch.long) for numbers in (rows, edits))
+    found: list[bool] = own.is_whole(own.characters(ids, there), ids, there, starts, *pairs).tolist()
+    return found
+
+
 @pytest.mark.parametrize(
     ("prompt", "edits", "expected"),
     [
@@ -192,16 +201,14 @@ def test_what_is_not_looked_at_parts_words_as_special_and_unknown_tokens_do() ->
 def test_prompts_must_have_the_numbers_of_a_subject(prompt: str, edits: list[int], expected: list[bool]) -> None:
     ids = torch.tensor([tokens(prompt) + [0] * (4 - len(tokens(prompt)))])
     there = torch.arange(4)[None] < len(tokens(prompt))
-    rows = torch.zeros(len(edits), dtype=torch.long)
-    assert spelling().is_whole(ids, there, None, rows, torch.tensor(edits, dtype=torch.long)).tolist() == expected
+    assert whole(spelling(), ids, there, [0] * len(edits), edits) == expected
 
 
 def test_numbers_are_looked_for_in_a_pairs_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spelling_module, "_AT_A_TIME", 2)
     ids = torch.tensor([tokens(" born| 19|18"), tokens(" born| 18|18"), tokens(" born| 19|18")])
     there = torch.tensor([[True, True, True], [True, True, True], [True, True, False]])
-    found = spelling().is_whole(ids, there, None, torch.tensor([2, 0, 1, 1, 0]), torch.tensor([2, 2, 2, 0, 0]))
-    assert found.tolist() == [False, True, False, True, True]
+    assert whole(spelling(), ids, there, [2, 0, 1, 1, 0], [2, 2, 2, 0, 0]) == [False, True, False, True, True]
 
 
 WORDS = (
@@ -217,17 +224,13 @@ def words_of(text: str) -> list[int]:
     return [known.index(word.lower()) + (0 if word in WORDS else len(WORDS)) for word in text.split()]
 
 
-def whole(ids: Tensor, there: Tensor, rows: list[int], edits: list[int]) -> list[bool]:
+def names_whole(ids: Tensor, there: Tensor, rows: list[int], edits: list[int]) -> list[bool]:
     """Whether rows have whole names, in a vocabulary that has each word as it is, and with the other letter first."""
     letters = [row("".join(char for char in f" {word.lower()}" if char.isalpha() or char == " "), 20) for word in WORDS]
     tensors = fuzzy_match_tensors(torch.tensor(letters * 2, dtype=torch.uint8), [words_of(name) for name in NAMED])
     kinds = [NO_WORD if word in ".," else CAPITAL if word[0].isupper() else SMALL for word in WORDS]
     other = [{CAPITAL: SMALL, SMALL: CAPITAL}.get(kind, kind) for kind in kinds]
-    starts = torch.tensor([*kinds, *other], dtype=torch.uint8)
-    found: list[bool] = (
-        FuzzyMatch(tensors).is_whole(ids, there, starts, torch.tensor(rows), torch.tensor(edits)).tolist()
-    )
-    return found
+    return whole(FuzzyMatch(tensors), ids, there, rows, edits, torch.tensor([*kinds, *other], dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(
@@ -254,15 +257,15 @@ def whole(ids: Tensor, there: Tensor, rows: list[int], edits: list[int]) -> list
 )
 def test_a_name_must_not_go_on(prompt: str, expected: bool) -> None:
     ids = torch.tensor([words_of(prompt)])
-    assert whole(ids, torch.ones_like(ids, dtype=torch.bool), [0], [0]) == [expected]
+    assert names_whole(ids, torch.ones_like(ids, dtype=torch.bool), [0], [0]) == [expected]
 
 
 def test_what_is_not_looked_at_ends_a_name() -> None:
     ids = torch.tensor([words_of("Where was Senior Ana Ruiz born"), words_of("Did Lesser see of Ruiz know who")[:6]])
     there = torch.tensor([[True] * 6, [True, False, True, True, True, True]])
-    assert whole(ids, there, [0, 1, 1], [0, 1, 0]) == [False, True, True]
+    assert names_whole(ids, there, [0, 1, 1], [0, 1, 0]) == [False, True, True]
     there[0, 2] = False
-    assert whole(ids, there, [0, 1, 1], [0, 1, 0]) == [True, True, True]
+    assert names_whole(ids, there, [0, 1, 1], [0, 1, 0]) == [True, True, True]
 
 
 def test_only_edits_that_are_wanted_are_named() -> None:

@@ -23,6 +23,8 @@ _NAMING = ("story", "comparison", "other question")
 # How often something that names a subject alone stands behind a long text, as a question always does: were it as often,
 # the gate would take long texts for a sign that nothing is asked. And how often that is another question of its kind.
 _NAMED, _BESIDE = 1 / 3, 0.5
+# How often a question with words around stands behind a text, and how often what wants no answer has such words.
+_BEHIND, _AROUND = 1 / 3, 0.5
 # Conversations on each fact: all that are drawn.
 _CONVERSATIONS = 7
 
@@ -121,12 +123,12 @@ class GateExamples(Examples):
         """
         known, rng = requests(), self.rng
         short, other = (known.with_words_around(rng.choice(self.facts[number].questions), rng) for _ in range(2))
-        behind = self._behind(number, other, rng.randint(1, _LONG[1])) if rng.random() < _NAMED else None
+        behind = self._behind(number, other, rng.randint(1, _LONG[1])) if rng.random() < _BEHIND else None
         yield Example(number, str(self._put(short)), True, "words around")
         yield Example(number, str(self._put(other)) if behind is None else behind, True, "words around")
         for patterns, alone in ((known.about_questions, False), (known.about_subjects, True)):
             about = self._filled(number, rng.choice(patterns))
             if about is not None:
-                text = known.with_words_around(about, rng) if rng.random() < 0.5 else about
+                text = known.with_words_around(about, rng) if rng.random() < _AROUND else about
                 # Behind other turns a name alone may ask ("What about Ana Ruiz?").
                 yield Example(number, text if alone else str(self._put(text)), False, "words around")

@@ -146,7 +146,7 @@ class FactDecision(Memory):
                 matched = matched | self.fuzzy_match(letters, may_open & ~matched)
                 starts = getattr(self.request_gate, "word_starts", None)
                 named = (may_open & matched).nonzero(as_tuple=True)
-                matched[named] = self.fuzzy_match.is_whole(window.ids, fuzzy_tokens, starts, *named)
+                matched[named] = self.fuzzy_match.is_whole(letters, window.ids, fuzzy_tokens, starts, *named)
             gated_edit_probs = edit_probs * matched
         score_ratio, nearest = self._nearest(gated_edit_probs)
         chosen = nearest.where((score_ratio > 1) & window.non_padding.any(1), UNROUTED)

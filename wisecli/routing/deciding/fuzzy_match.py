@@ -87,59 +87,70 @@ class FuzzyMatch(nn.Module):
         return (words > 0) & (found == words[:, None]).any(1)
 
     def is_whole(
-        self, ids: Tensor, compared: Tensor, word_starts: Tensor | None, rows: Tensor, edits: Tensor
+        self, letters: Tensor, ids: Tensor, compared: Tensor, word_starts: Tensor | None, rows: Tensor, edits: Tensor
     ) -> Tensor:
-        """Return whether rows name an edit each by a name with all its numbers that does not go on: (P,).
+        """Return whether each row that names an edit has all numbers of the name and no further word in it: (P,).
 
         Args:
+            letters: what :meth:`characters` returns of the compared tokens (B, W, c).
             ids, compared: tokens, and which are looked at (B, T).
-            word_starts: how every token begins (v,), if that is known; else no name goes on.
-            rows, edits: the pairs that are looked at (P,), of which it is known that their rows name their edits.
+            word_starts: how every token begins (v,), by the numbers of :mod:`.name_features`; if None, it is not known
+                which words are further.
+            rows, edits: the pairs that are looked at (P,).
         """
         whole = torch.ones_like(edits, dtype=torch.bool)
         if not len(edits):
             return whole
         used, place = rows.unique(return_inverse=True)
-        letters = self.characters(ids[used], compared[used])
         starts = None if word_starts is None else starts_of(ids[used], word_starts)
-        words = PromptWords.of(letters, starts, compared[used])
-        for pairs in torch.arange(len(edits), device=edits.device).split(_AT_A_TIME):
-            own = words, place[pairs], edits[pairs]
-            whole[pairs] = self._has_numbers(*own) & self._ends(*own)
+        words = PromptWords.of(letters[used], starts, compared[used])
+        for some in torch.arange(len(edits), device=edits.device).split(_AT_A_TIME):
+            pair, entry = (edits[some, None] == self.entry_to_edit).nonzero(as_tuple=True)
+            own = self.subject_words[self.entry_to_word[entry]]
+            here = PromptWords(*(part[place[some]] for part in words))
+            whole[some] = _has_numbers(here, own, pair) & _ends(here, own, pair)
         return whole
-
-    def _has_numbers(self, words: PromptWords, rows: Tensor, edits: Tensor) -> Tensor:
-        """Return whether rows have all numbers that an edit's subject is written with: (P,)."""
-        pair, place = (edits[:, None] == self.entry_to_edit).nonzero(as_tuple=True)
-        own = self.subject_words[self.entry_to_word[place]]
-        numbered = has_digits(own)
-        pair, own = pair[numbered], own[numbered]
-        if not len(pair):
-            return torch.ones_like(edits, dtype=torch.bool)
-        written = word_hashes(numbers_in(words.letters))
-        wanted = word_hashes(numbers_in(own[:, None]))
-        there = (wanted[:, :, None] == written[rows[pair]][:, None]).any(-1) | (wanted == 0)
-        return torch.ones_like(edits, dtype=torch.bool).index_fill(0, pair[~there.all(1)], False)
-
-    def _ends(self, words: PromptWords, rows: Tensor, edits: Tensor) -> Tensor:
-        """Return whether the name in rows that has most of an edit's subject has no words beside: (P,)."""
-        pair, place = (edits[:, None] == self.entry_to_edit).nonzero(as_tuple=True)
-        near = equal_up_to_typo(self.subject_words[self.entry_to_word[place], None], words.letters[rows[pair]])
-        own = near.new_zeros(len(edits), near.shape[1], dtype=torch.long).index_add(0, pair, near.long()) > 0
-        goes_on, beside = words.goes_on[rows], words.of_names[rows] & ~own
-        named = own | beside
-        run = (named & ~(F.pad(named[:, :-1], (1, 0)) & goes_on)).long().cumsum(1) * named
-        runs = own.new_zeros(len(edits), near.shape[1] + 1, dtype=torch.long)
-        # Of each run: how many of the subject's words it has, and how many that are not.
-        each = runs[pair].scatter_reduce(1, run[pair], near.long(), "amax")
-        found = runs.index_add(0, pair, each)[:, 1:]
-        others = runs.scatter_add(1, run, (beside & goes_on).long())[:, 1:]
-        most = found.amax(1, keepdim=True)
-        return ((found == most) & (others == 0)).any(1) | (most[:, 0] == 0) | ~words.has_names[rows]
 
     def characters(self, ids: Tensor, compared: Tensor) -> Tensor:
         """Return the letters of those of the tokens (B, T) that are looked at (B, T): (B, W, c)."""
         return token_characters(self.token_characters, ids, compared)
+
+
+def _has_numbers(words: PromptWords, subject_words: Tensor, pair: Tensor) -> Tensor:
+    """Return whether prompts (P,) have all numbers in the words of a subject each: (P,).
+
+    Args:
+        subject_words: the words of all of these subjects (E, ``WORD_CHARS``).
+        pair: which of the P each word is of (E,).
+    """
+    found = words.follows.new_ones(len(words.letters))
+    numbered = has_digits(subject_words)
+    if not bool(numbered.any()):
+        return found
+    pair, wanted = pair[numbered], word_hashes(numbers_in(subject_words[numbered, None]))
+    written = word_hashes(numbers_in(words.letters))
+    there = (wanted[:, :, None] == written[pair][:, None]).any(-1) | (wanted == 0)
+    return found.index_fill(0, pair[~there.all(1)], False)
+
+
+def _ends(words: PromptWords, subject_words: Tensor, pair: Tensor) -> Tensor:
+    """Return whether the name in each prompt that has most of a subject has no other words: (P,).
+
+    Args:
+        subject_words, pair: as :func:`_has_numbers` has them.
+    """
+    near = equal_up_to_typo(subject_words[:, None], words.letters[pair])
+    own = near.new_zeros(words.follows.shape, dtype=torch.long).index_add(0, pair, near.long()) > 0
+    other = words.capitalised & ~own
+    named = own | other
+    run = (named & ~(F.pad(named[:, :-1], (1, 0)) & words.follows)).long().cumsum(1) * named
+    runs = own.new_zeros(len(own), own.shape[1] + 1, dtype=torch.long)
+    # Of each run: how many words of the subject it has, and how many others behind a word.
+    each = runs[pair].scatter_reduce(1, run[pair], near.long(), "amax")
+    found = runs.index_add(0, pair, each)[:, 1:]
+    others = runs.scatter_add(1, run, (other & words.follows).long())[:, 1:]
+    most = found.amax(1, keepdim=True)
+    return ((found == most) & (others == 0)).any(1) | (most[:, 0] == 0) | ~words.has_names
 
 
 def equal_up_to_typo(subject_word: Tensor, prompt_word: Tensor) -> Tensor:

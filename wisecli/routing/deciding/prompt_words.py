@@ -22,14 +22,14 @@ _FACTOR = 1_000_003
 class PromptWords(NamedTuple):
     """The words of prompts.
 
-    ``letters`` (B, n, ``WORD_CHARS``) are zeros behind a row's last word. ``of_names`` (B, n) begin with a capital and
-    may be of a name, ``goes_on`` (B, n) have nothing but a space between them and the word before. Only where
-    ``has_names`` (B,) capitals tell a name.
+    ``letters`` (B, n, ``WORD_CHARS``) are zeros behind a row's last word. ``capitalised`` marks words that begin with a
+    capital and may be of a name (B, n), ``follows`` those with nothing but a space between them and the word before
+    (B, n), and ``has_names`` prompts in which capitals tell names (B,).
     """
 
     letters: Tensor
-    of_names: Tensor
-    goes_on: Tensor
+    capitalised: Tensor
+    follows: Tensor
     has_names: Tensor
 
     @classmethod
@@ -49,12 +49,12 @@ class PromptWords(NamedTuple):
         gap = (~F.pad(chosen[:, :-1], (1, 0))).gather(1, order)
         apart = ((starts == NO_WORD) | gap).long().cumsum(1)
         before, known = apart.gather(1, begins), words[..., 0] > 0
-        goes_on = known & F.pad(before[:, 1:] == before[:, :-1], (1, 0))
+        follows = known & F.pad(before[:, 1:] == before[:, :-1], (1, 0))
         start = starts.gather(1, begins)
         capital = ((start == CAPITAL) | (start == CAPITAL_WITHIN)) & (words[..., 0] >= LETTER)
-        small = (goes_on & ~capital).sum(1) / goes_on.sum(1).clamp(min=1)
-        of_names = capital & ~torch.isin(word_hashes(words), _BESIDE_NAMES.to(words.device))
-        return cls(words, of_names, goes_on, small >= MIN_SMALL_SHARE)
+        small = (follows & ~capital).sum(1) / follows.sum(1).clamp(min=1)
+        capitalised = capital & ~torch.isin(word_hashes(words), _BESIDE_NAMES.to(words.device))
+        return cls(words, capitalised, follows, small >= MIN_SMALL_SHARE)
 
 
 def token_characters(table: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:

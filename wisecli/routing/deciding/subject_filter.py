@@ -11,7 +11,7 @@ from torch import Tensor
 from wisecli.routing.deciding.fact_decision import FactDecision
 from wisecli.routing.deciding.fuzzy_match import MIN_ANY_SLIP, MIN_FUZZY_LENGTH, FuzzyMatch
 from wisecli.routing.deciding.late_interaction import compared_tokens, earlier_turn_tokens
-from wisecli.routing.deciding.prompt_words import DIGIT, LETTER, WORD_CHARS, split_words, word_hashes
+from wisecli.routing.deciding.prompt_words import WORD_CHARS, has_digits, split_words, word_hashes
 from wisecli.routing.memories.side_memory import Memory
 
 # Which letters of a word of four are where once one is typed twice, or two have changed places; the fifth is none.
@@ -64,7 +64,7 @@ class _SlipFilter:
 
     def __init__(self, spelling: FuzzyMatch) -> None:
         words = spelling.subject_words
-        length, digits = (words > 0).sum(1), ((words >= DIGIT) & (words < LETTER)).any(1)
+        length, digits = (words > 0).sum(1), has_digits(words)
         slips, short = (length >= MIN_ANY_SLIP) & ~digits, (length == MIN_FUZZY_LENGTH) & ~digits
         self._exact = word_hashes(words)
         self._short, self._short_word = word_hashes(words[short][:, _SHORT_SLIPS]), short.nonzero().flatten()

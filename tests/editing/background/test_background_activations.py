@@ -14,6 +14,7 @@ from torch import Tensor
 from wisecli.artifacts.background_stats import BackgroundStats, load_background, save_background
 from wisecli.data.corpus import reworded_facts, unrelated_texts
 from wisecli.editing.background.background_activations import _median_length, measure_background
+from wisecli.editing.background.key_capture import keys_of_texts
 from wisecli.editing.examples.context_prefixes import continuations
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import save_tensors
@@ -440,6 +441,19 @@ def test_a_truncated_or_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_tokens_without_a_row_say_nothing_of_how_long_states_are() -> None:
-    states = torch.tensor([[0.0, 0.0]] * 5 + [[3.0, 4.0], [6.0, 8.0], [0.0, 1.0]])
-    assert float(_median_length(states)) == 5
-    assert float(_median_length(states[:5])) == 0
+    states = torch.tensor([[0.0, 0.1]] * 5 + [[3.0, 4.0], [6.0, 8.0], [0.0, 1.0]])
+    known = torch.arange(8) >= 5
+    assert float(_median_length(states, known)) == 5
+    assert float(_median_length(states[:5], known[:5])) == pytest.approx(0.1)
+
+
+def test_tokens_without_a_row_are_told_apart(subject: Subject) -> None:
+    loaded = subject.loaded
+    first, second = (loaded.tokenizer(text)["input_ids"][-1] for text in ("ba", "be"))
+    loaded.model.get_input_embeddings().weight.data[first] = 0
+    site = site_of(loaded.model, 2)
+    found = keys_of_texts(loaded, site, ["ba be", "be ba ba"], batch_size=2, on_progress=lambda _: None)
+    ids = [loaded.tokenizer(text)["input_ids"] for text in ("ba be", "be ba ba")]
+    assert second != first
+    for number, row in enumerate(ids):
+        assert found.known[found.text == number].tolist() == [token != first for token in row]

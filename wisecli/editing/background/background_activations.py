@@ -120,12 +120,12 @@ def _measure(
     plain, whole = unrelated_texts(texts, seed=seed), -(-texts // CONTINUED)
     continued = continuations(loaded.model, loaded.tokenizer, plain[:whole], tokens=CONTINUATION_TOKENS, seed=seed)
     with quick_products(loaded, site):
-        keys, text, last = keys_of_texts(
+        keys, text, last, known = keys_of_texts(
             loaded, site, [*continued, *plain[whole:]], batch_size=size, on_progress=read.on_progress
         )
     facts, unseen = reworded_facts(subjects_for(texts), seed=seed), text % 2 == 0
     fact_keys = _keys_by_fact(read.ends([way for fact in facts for way in fact]), len(facts))
-    median = _median_length(gives(keys))
+    median = _median_length(gives(keys), known)
     spaced = torch.linspace(0, int(unseen.sum()) - 1, min(CALIBRATION_KEYS, int(unseen.sum()))).long()
     sample, writer_keys = keys[unseen][spaced.to(keys.device)], keys[~unseen]
     separate, offsets, chatting = sample[:0], [_wording_offsets(fact_keys)], None
@@ -151,12 +151,10 @@ def _measure(
     )
 
 
-def _median_length(states: Tensor) -> Tensor:
-    """Return the median length (1,) of states (n, d), without those of 0, which are of tokens that a model has no row
-    for.
-    """
+def _median_length(states: Tensor, known: Tensor) -> Tensor:
+    """Return the median length (1,) of states (n, d), of the tokens that the model has a row for, if of any."""
     lengths: Tensor = states.norm(dim=-1)
-    return (lengths[lengths > 0] if lengths.any() else lengths).median().reshape(1)
+    return (lengths[known] if known.any() else lengths).median().reshape(1)
 
 
 def _chats(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, seed: int) -> list[Tensor]:

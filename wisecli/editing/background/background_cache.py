@@ -63,7 +63,7 @@ def background_for(
     given = [text for edit in edits for text in edit.irrelevant]
     if not given:
         return found
-    keys, text, _ = keys_of_texts(loaded, site, given, batch_size=size, on_progress=on_progress)
+    keys, text, *_ = keys_of_texts(loaded, site, given, batch_size=size, on_progress=on_progress)
     keys, calibrating = keys.cpu(), (text % 2 == 0).cpu()
     more = keys[calibrating]
     return replace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,17 @@ from wisecli.models.prompts.tokenization import Row, collate, in_batches
 from wisecli.models.running.activations import Activations, captured
 from wisecli.models.running.hooks import hooked
 from wisecli.progress import Event, ProgressCallback
+
+
+class TextKeys(NamedTuple):
+    """Keys (n, d_ff) of tokens, in float32; the text each is of, by number (n,); whether it is that text's last one
+    (n,); and whether the model has a row for it (n,), without which it reads nothing there.
+    """
+
+    keys: Tensor
+    text: Tensor
+    last: Tensor
+    known: Tensor
 
 
 @torch.no_grad()
@@ -47,13 +58,11 @@ def _captured(
     return captured(loaded.model, site, batches, stream=loaded.stream, above=False, window=window, shared=shared)
 
 
+@torch.no_grad()
 def keys_of_texts(
     loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, on_progress: ProgressCallback
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return keys (n, d_ff) of every token, in float32; the text each is of (n,); whether it is that text's last one
-    (n,).
-
-    Keys that are not finite are left out.
+) -> TextKeys:
+    """Return the keys of every token of some texts; those that are not finite are left out.
 
     Raises:
         ModelError: none is.
@@ -62,8 +71,9 @@ def keys_of_texts(
     groups = list(in_batches(rows, batch_size))
     # Filled as they come: joined at the end, they would be there twice.
     keys = torch.empty(sum(map(len, rows)), site.width, device=loaded.device)
-    text, last = [], []
+    text, last, known = [], [], []
     read = done = 0
+    embed = loaded.model.get_input_embeddings()
     for indices, activations in zip(groups, _captured(loaded, site, rows, groups, window=False), strict=True):
         non_padding = activations.batch.mask.bool()
         own = activations.keys[non_padding]
@@ -72,6 +82,7 @@ def keys_of_texts(
         ends = torch.zeros_like(non_padding)
         ends[:, -1] = True
         last.append(ends[non_padding])
+        known.append(embed(activations.batch.ids[non_padding]).any(-1))
         read, done = read + len(own), done + len(indices)
         on_progress(Event("unrelated text", done, len(rows)))
     finite = keys.isfinite().all(-1)
@@ -79,7 +90,7 @@ def keys_of_texts(
         raise ModelError("the model gives nothing finite for any text; are its weights whole?")
     if not finite.all():
         keys = keys[finite]
-    return keys, torch.cat(text)[finite], torch.cat(last)[finite]
+    return TextKeys(keys, *(torch.cat(parts)[finite] for parts in (text, last, known)))
 
 
 @torch.no_grad()

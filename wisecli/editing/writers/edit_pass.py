@@ -71,7 +71,7 @@ def edit_passes(
     # What is said in the place of an erased answer has no last token that is a target.
     if settings.padding != "counted" or any(one.activations.batch.unwanted is not None for one in batches):
         wanted = [one.text for one in beside]
-        keys, text, _ = keys_of_texts(loaded, site, wanted, batch_size=settings.batch_size, on_progress=on_progress)
+        keys, text, *_ = keys_of_texts(loaded, site, wanted, batch_size=settings.batch_size, on_progress=on_progress)
         return [single_pass(settings, examples, keys[text == number]) for number, examples in enumerate(batches)]
     return list(_together(loaded, site, batches, beside))
 

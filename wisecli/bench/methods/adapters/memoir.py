@@ -105,7 +105,7 @@ class Memoir(EditByEdit):
         """Return the mean features (d_ff,) of unrelated texts, each of which counts alike."""
         texts = require_texts(self.bench.texts[: self.settings.background])
         size, on_progress = self.bench.batch_size, self.bench.on_progress
-        keys, text, _ = keys_of_texts(self.bench.loaded, self.site, texts, batch_size=size, on_progress=on_progress)
+        keys, text, *_ = keys_of_texts(self.bench.loaded, self.site, texts, batch_size=size, on_progress=on_progress)
         sums = keys.new_zeros(len(texts), keys.shape[1]).index_add(0, text, keys)
         counts = torch.bincount(text, minlength=len(texts))
         return (sums / counts.clamp(min=1)[:, None])[counts > 0].mean(0)

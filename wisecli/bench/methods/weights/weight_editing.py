@@ -122,7 +122,7 @@ def seen_moment(bench: Bench, site: MatrixSite) -> Tensor:
         UnsuitableError: there are no texts.
     """
     texts = require_texts(bench.texts)
-    keys, _, _ = keys_of_texts(bench.loaded, site, texts, batch_size=bench.batch_size, on_progress=bench.on_progress)
+    keys = keys_of_texts(bench.loaded, site, texts, batch_size=bench.batch_size, on_progress=bench.on_progress).keys
     moment = torch.zeros(site.d_ff, site.d_ff, dtype=torch.float64, device=keys.device)
     for part in keys.split(4096):  # in float64 the keys would take twice what they do
         moment += part.double().T @ part.double()

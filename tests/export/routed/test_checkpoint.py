@@ -51,7 +51,6 @@ from wisecli.export.routed.checkpoint import write_merged, write_routed
 from wisecli.export.weights import Packing
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.prompts.tokenization import Row
-from wisecli.routing.layers.routed_layer import install
 from wisecli.routing.memories.side_memory import SideMemory
 
 EDITS = [Edit("first", "ba be", "bi bo"), Edit("second", "da de | do", "di")]
@@ -169,7 +168,7 @@ def test_the_exported_checkpoint_is_the_base_with_the_memory_installed(
     assert set(choices) > {None}
     assert any((one - other).abs().max() > 0.1 for one, other in zip(expected, untouched, strict=True))
     routed = tiny_model(architecture)
-    install(routed, site.module, exported.memory, transposed=site.transposed)
+    site.install(routed, exported.memory)
     for prompt, by_loop in zip(PROMPTS, expected, strict=True):
         with torch.no_grad():
             logits = [one(input_ids=torch.tensor([prompt]), use_cache=False).logits[0] for one in (model, routed)]

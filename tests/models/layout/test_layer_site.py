@@ -229,7 +229,7 @@ def test_models_that_no_edit_can_be_put_into_are_refused_with_the_reason(tmp_pat
     ahead = unlike("bert", lambda config: setattr(config, "is_decoder", False))
     site = LayerSite("bert", 2, "bert.encoder.layer.2", 32)
     with pytest.raises(ModelError, match=r"reads ahead.*is_decoder"):
-        above_of(ahead, site)
+        above_of(ahead, lambda above: replace(site, above=above))
     for model_type in ("rwkv", "xlstm"):
         with pytest.raises(ModelError, match="outside of a cache"):
             require_known_context(tiny(model_type))

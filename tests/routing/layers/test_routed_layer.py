@@ -29,7 +29,13 @@ from wisecli.models.running.forward_pass import CACHE_ARGUMENT
 from wisecli.models.running.generation import left_padded
 from wisecli.routing.deciding.prompt_window import UNROUTED
 from wisecli.routing.layers.layer_states import state_of, with_state
-from wisecli.routing.layers.routed_layer import RoutedMatrix, RoutedMatrixMemory, activation_of, install, memory_module
+from wisecli.routing.layers.routed_layer import (
+    RoutedMatrix,
+    RoutedMatrixMemory,
+    activation_of,
+    install_as,
+    memory_module,
+)
 from wisecli.routing.memories.fact_memory import ANSWER_WHITENING, FactMemory
 from wisecli.routing.memories.matrix_memory import MatrixMemory
 from wisecli.routing.memories.side_memory import SideMemory
@@ -144,7 +150,7 @@ def answering(routed: RoutedMatrix, keys: Tensor, answered: Tensor, inside: Tens
 def routed_matrix(base: nn.Module, memory: SideMemory, *, transposed: bool = False) -> RoutedMatrix:
     """A matrix of no model with its memory."""
     holder = nn.ModuleList([nn.ModuleDict({"down": base})])
-    return install(holder, "0.down", memory, transposed=transposed)
+    return install_as(holder, {"module": "0.down", "transposed": transposed}, memory)
 
 
 # --- one matrix ---
@@ -416,7 +422,7 @@ def test_padded_and_cached_rows_agree_with_each_row_alone_and_whole(architecture
     threshold = float(middle)
     change = plain.changes[0]
 
-    install(model, module, plain.packed((threshold,)), transposed=transposed)
+    install_as(model, {"module": module, "transposed": transposed}, plain.packed((threshold,)))
     width, cache = max(PROMPT_LENGTHS), DynamicCache(config=model.config)
     ids, mask = torch.zeros(len(rows), width + NEW, dtype=torch.long), torch.zeros(len(rows), width + NEW).long()
     for number, row in enumerate(rows):
@@ -456,7 +462,7 @@ def test_an_activated_score_is_of_what_the_change_makes_of_the_output_behind_the
     again = SideMemory.from_description(memory.describe(), memory.tensors)
     assert again.activated
     keys = normal(5, 64, seed=8)
-    routed = install(model, module, again, transposed=transposed)
+    routed = install_as(model, {"module": module, "transposed": transposed}, again)
     assert isinstance(routed, RoutedMatrixMemory)
     for number, change in enumerate(plain.changes):
         moved = F.silu(keys @ (matrix + change).T) - F.silu(keys @ matrix.T)
@@ -491,7 +497,7 @@ def test_a_held_choice_does_not_leak_into_the_next_text() -> None:
     plain = Plain(1, d=32, d_ff=64)
     scores = [scores_of(plain.packed((1.0,)), (), keys_of(oracle, module, ids[0]))[0] for ids in (first, second)]
     opens, stays = (first, second) if scores[0] > scores[1] else (second, first)
-    install(model, module, plain.packed((sum(scores) / 2,)), transposed=transposed)
+    install_as(model, {"module": module, "transposed": transposed}, plain.packed((sum(scores) / 2,)))
     opened = model.generate(opens, max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert opened.shape == (1, 11)
     for _ in range(2):
@@ -510,7 +516,7 @@ def test_an_installed_memory_out_of_reach_leaves_the_model_as_it_is(architecture
     names, before = set(model.state_dict()), model(ids).logits
     weight = model.get_submodule(module).get_parameter("weight")
     plain = Plain(1, d=32, d_ff=weight.shape[0 if transposed else 1])
-    routed = install(model, module, plain.packed((1e9,)), transposed=transposed)
+    routed = install_as(model, {"module": module, "transposed": transposed}, plain.packed((1e9,)))
     assert model.get_submodule(module) is routed
     assert not isinstance(routed, nn.Linear)
     assert routed.weight is weight
@@ -531,7 +537,7 @@ def test_a_lookup_in_a_model_agrees_with_a_loop_over_its_edits(architecture: str
     site = site_of(oracle, 2)
     memory = memory_for(oracle, site, memories=3, kind="lookup")
     rows = random_rows(*[(length, 4) for length in (7, 4, 1, 6, 3, 9, 5, 2)], seed=7)
-    install(model, site.module, memory, transposed=site.transposed)
+    site.install(model, memory)
     prompts = [row.prompt for row in rows]
     ids, mask = left_padded(prompts)
     cache = DynamicCache(config=model.config)

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from wisecli.models.layout.site import MatrixSite
-from wisecli.routing.layers.routed_layer import RoutedMatrix, install
+from wisecli.routing.layers.routed_layer import RoutedMatrix
 from wisecli.routing.memories.side_memory import SideMemory
 from wisecli.routing.passes.engine_checks import LostMemoryError, require_memory, require_transformers
 
@@ -16,7 +16,7 @@ def edited(architecture: str = "llama", kind: str = "lookup") -> tuple[PreTraine
     model = tiny_model(architecture)
     site = site_of(model, 2)
     memory = memory_for(model, site, kind=kind, memories=3)
-    return model, site, install(model, site.module, memory, transposed=site.transposed)
+    return model, site, site.install(model, memory)
 
 
 def test_a_memory_that_is_in_a_model_is_found_in_every_architecture(architecture: str) -> None:
@@ -43,7 +43,7 @@ def test_a_matrix_in_its_place_is_missed() -> None:
 def test_a_memory_that_was_allocated_and_never_loaded_is_told(kind: str) -> None:
     model, site = tiny_model("llama"), site_of(tiny_model("llama"), 2)
     described = memory_for(model, site, kind=kind, memories=2).describe()
-    install(model, site.module, SideMemory.from_description(described), transposed=site.transposed)
+    site.install(model, SideMemory.from_description(described))
     with pytest.raises(LostMemoryError, match=f"the memory of {site.module} was not loaded"):
         require_memory(model, site.module)
     require_memory(model.to("meta"), site.module)

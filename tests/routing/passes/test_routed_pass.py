@@ -38,7 +38,6 @@ from wisecli.models.running.generation import left_padded
 from wisecli.models.running.hooks import hooked
 from wisecli.routing.deciding.decision import Decision, WindowStates
 from wisecli.routing.deciding.prompt_window import UNROUTED, TurnMarks
-from wisecli.routing.layers.routed_layer import install
 from wisecli.routing.memories.answer_pairs import AnswerPairs
 from wisecli.routing.memories.fact_memory import ANSWER_KEY_MIN_COSINE
 from wisecli.routing.passes.token_cache import (
@@ -510,5 +509,5 @@ def test_a_models_type_shows_the_arguments_of_its_class(lookup: EditedModel) -> 
     assert type(lookup.model).__name__ == "LlamaForCausalLM"
     again = tiny_model("llama")
     site = lookup.manifest.site
-    install(again, site.module, lookup.manifest.memory, transposed=site.transposed, marks=MARKS)
+    site.install(again, lookup.manifest.memory, MARKS)
     assert type(again) is type(lookup.model)

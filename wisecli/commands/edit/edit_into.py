@@ -16,7 +16,7 @@ from wisecli.commands.edit.run_options import RunOptions
 from wisecli.commands.edit.writing import carry_out
 from wisecli.commands.memory.remove import without_edits
 from wisecli.config import EditSettings, LoadOptions, resolve
-from wisecli.editing.run.job import Job, site_name
+from wisecli.editing.run.job import Job
 from wisecli.editing.run.staging import StagedShards
 from wisecli.editing.run.worker import Worker
 from wisecli.edits.checks.admission import DEFAULT_ADMISSION, Admission, AdmissionReport, Admitted, Sheet
@@ -213,7 +213,7 @@ def _settings(memory: OpenMemory, into: IntoMemory) -> EditSettings:
     wanted = given.pop("layer", "auto")
     if wanted not in ("auto", str(newest.site.layer)):
         raise SettingsError(f"--layer {wanted}: {memory.path} edits layer {newest.site.layer}; leave the flag out")
-    site = site_name(newest.site)
+    site = newest.site.name
     if (other := given.pop("site", "auto")) not in ("auto", site):
         raise SettingsError(f"--set site={other}: {memory.path} has its edits at a {site}; leave it out")
     kept = {**newest.settings, "shards": None, **given}

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wisecli.config import EditSettings, LoadOptions, SiteName
+from wisecli.config import EditSettings, LoadOptions
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
 
@@ -69,14 +69,9 @@ def split_edits(count: int, *, shards: int | None, edits_per_shard: int) -> list
     return [range(first, last) for first, last in pairwise(bounds)]
 
 
-def site_name(site: Site) -> SiteName:
-    """Return what the setting ``site`` calls a site."""
-    return "matrix" if site.has_matrix else "layer"
-
-
 def settings_at(site: Site, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings that a manifest keeps with the kind of its site, which older versions did not keep."""
-    return {"site": site_name(site), **settings}
+    return {"site": site.name, **settings}
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class LayerSite(Site):
 
     norm = None
     multiplier = 1.0
+    name = "layer"
     what = "edited layer"
     has_matrix = False
     unit = 1 / 3
@@ -109,7 +110,7 @@ class LayerSite(Site):
 
     def is_at(self, planned: Site) -> bool:
         """Return whether the layer is the same."""
-        return isinstance(planned, LayerSite) and self.layer_module == planned.layer_module
+        return self.module == planned.module
 
     def _stored(self, checkpoint: Checkpoint) -> tuple[str, list[str]]:
         """Return the start of the names of the layer's own tensors in a checkpoint, and those names."""

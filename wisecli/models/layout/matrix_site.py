@@ -38,6 +38,7 @@ class MatrixSite(Site):
 
     above = CACHED
     streams = None
+    name = "matrix"
     what = "edited matrix"
     has_matrix = True
     unit = 1.0
@@ -109,8 +110,6 @@ class MatrixSite(Site):
 
     def is_at(self, planned: Site) -> bool:
         """Return whether the matrix is the same."""
-        if not isinstance(planned, MatrixSite):
-            return False
         return replace(self, norm=planned.norm, multiplier=planned.multiplier) == planned
 
     def stored(self, checkpoint: Checkpoint) -> str:

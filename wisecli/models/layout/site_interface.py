@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
+from wisecli.config import SiteName
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.architectures import Above
 
@@ -44,6 +45,7 @@ class Site(ABC):
     Attributes:
         module: path of what answers there once a memory is in place.
         base_name: what the base's own tensors at the site are called.
+        name: what the setting ``site`` calls it.
         what: what they are, in words.
         has_matrix: whether edits change a matrix, so that memories can be merged into one.
         unit: the unit of lengths at the site, as a share of the length of the base's output there. A layer's output
@@ -64,6 +66,7 @@ class Site(ABC):
     above: Above
     streams: int | None
 
+    name: ClassVar[SiteName]
     what: ClassVar[str]
     has_matrix: ClassVar[bool]
     unit: ClassVar[float]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from transformers.cache_utils import Cache
 from wisecli.errors import ModelError, reason_of
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.architectures import ALL, CACHED, ROWS, Above, Layout
-from wisecli.models.layout.matrix_site import MatrixSite, as_matrix
-from wisecli.models.layout.site import LayerSite, Site, find_site
-from wisecli.models.prompts.tokenization import Batch, Row, collate
+from wisecli.models.layout.padding_probe import alike, probe_rows, tolerance_of, vocabulary_rows
+from wisecli.models.layout.site import Site, find_site
+from wisecli.models.prompts.tokenization import Batch, collate
 from wisecli.models.running.activations import capture, layers_of
 from wisecli.models.running.forward_pass import CACHE_ARGUMENT, run_model
 from wisecli.models.running.hooks import hooked
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def observed_layout(model: PreTrainedModel, site: MatrixSite, layout: Layout) -> Layout:
+def observed_layout(model: PreTrainedModel, site: Site, layout: Layout) -> Layout:
     """Return the layout with how the matrix' output joins the residual stream, as a change of it shows.
 
     Raises:
         ModelError: the output does something else than join the stream.
     """
     layer = model.get_submodule(site.layer_module)
-    ids = torch.arange(16, device=model.device)[None] % len(model.get_input_embeddings().get_parameter("weight"))
+    ids = torch.arange(16, device=model.device)[None] % vocabulary_rows(model)
     output, before = _run(model, site, ids, None)
     if output.shape != before.shape:
         raise _elsewhere(site)
     shift = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
     shift *= output.float().square().mean().sqrt().to(output)
     change = (_run(model, site, ids, shift)[1] - before).float()
-    tolerance = _tolerance(model)
+    tolerance = tolerance_of(model)
     factor = float((change * shift.float()).sum() / shift.float().square().sum())
     if _close(change, factor * shift.float(), tolerance):
         return replace(layout, multiplier=1.0 if abs(factor - 1) < tolerance else factor)
@@ -58,7 +58,7 @@ def observed_layout(model: PreTrainedModel, site: MatrixSite, layout: Layout) ->
     raise _elsewhere(site)
 
 
-def _elsewhere(site: MatrixSite) -> ModelError:
+def _elsewhere(site: Site) -> ModelError:
     return ModelError(
         f"what {site.module} gives does not join the residual stream as it is or through one norm; "
         "name another matrix with --set target_module=PATH"
@@ -81,11 +81,11 @@ def verified_layout(
     free = layout.behind_layers()
     free = _with_states(model, find_site(directory, checkpoint, layer, free), free)
     behind = find_site(directory, checkpoint, layer, free)
-    above = above_of(model, behind)
+    above = above_of(model, lambda above: find_site(directory, checkpoint, layer, replace(free, above=above)))
     require_known_context(model)
     if layout.value is None:
         return replace(free, above=above, decoder=decoder_of(model, behind))
-    found = observed_layout(model, as_matrix(find_site(directory, checkpoint, layer, layout)), layout)
+    found = observed_layout(model, find_site(directory, checkpoint, layer, layout), layout)
     check_split(model, find_site(directory, checkpoint, layer, found))
     return found
 
@@ -104,13 +104,16 @@ def check_split(model: PreTrainedModel, site: Site) -> None:
         logits = upper_logits(model, site, window, window.hidden, batch.labelled)
     except Exception as error:  # what an arbitrary model makes of a cache that is not its own
         raise ModelError(f"the layers above {site.module} cannot be run alone; edit another model") from error
-    if not _alike(model, logits, activations.logits):
+    if not alike(model, logits, activations.logits):
         raise ModelError(f"the layers above {site.module} alone do not give the model's answers; edit another model")
 
 
 @torch.no_grad()
-def above_of(model: PreTrainedModel, site: Site) -> Above:
-    """Return how the layers above a site that takes any way run by themselves: the cheapest that changes nothing.
+def above_of(model: PreTrainedModel, run_by: Callable[[Above], Site]) -> Above:
+    """Return how the layers above a site run by themselves: the cheapest that changes nothing.
+
+    Args:
+        run_by: the site, for layers above that run so.
 
     Raises:
         ModelError: nothing that is added at the site changes what the model says, or the model reads ahead.
@@ -118,13 +121,14 @@ def above_of(model: PreTrainedModel, site: Site) -> Above:
     batch = _batch(model)
     plain = run_model(model, batch, 0, None, batch.labelled)
     _require_causal(model, batch, plain)
-    shifted = partial(_shifted, model, site, batch)
-    expected = shifted(ALL)
-    if _alike(model, expected, plain):
+    site = run_by(ALL)
+    expected = _shifted(model, site, batch)
+    if alike(model, expected, plain):
         raise ModelError(f"what is added behind {site.layer_module} does not change what the model says")
     for above in (CACHED, ROWS):
         with suppress(Exception):  # what an arbitrary model makes of a cache or of states that are not its own
-            if _alike(model, shifted(above), expected) and (above == ROWS or _goes_on(model, site, batch, plain)):
+            same = alike(model, _shifted(model, run_by(above), batch), expected)
+            if same and (above == ROWS or _goes_on(model, site, batch, plain)):
                 return above
     return ALL
 
@@ -132,10 +136,10 @@ def above_of(model: PreTrainedModel, site: Site) -> Above:
 def _require_causal(model: PreTrainedModel, batch: Batch, plain: Tensor) -> None:
     """Check that what a model predicts at a token does not depend on later tokens."""
     other = batch.ids.clone()
-    other[:, -1] = (other[:, -1] + 1) % len(model.get_input_embeddings().get_parameter("weight"))
+    other[:, -1] = (other[:, -1] + 1) % vocabulary_rows(model)
     logits = run_model(model, replace(batch, ids=other), 0, None, batch.labelled)
     before = batch.labelled[1] < batch.ids.shape[1] - 1
-    if not _alike(model, logits[before], plain[before]):
+    if not alike(model, logits[before], plain[before]):
         raise ModelError("the model reads ahead, so that it generates no text; set is_decoder in its config.json")
 
 
@@ -173,11 +177,10 @@ def require_known_context(model: PreTrainedModel) -> None:
         )
 
 
-def _shifted(model: PreTrainedModel, site: Site, batch: Batch, above: Above) -> Tensor:
+def _shifted(model: PreTrainedModel, site: Site, batch: Batch) -> Tensor:
     """Return logits (n, V) from the prompts' last tokens on, once something is added to what leaves the site's layer
     there.
     """
-    site = replace(cast(LayerSite, site), above=above)
     window = capture(model, site, batch).from_window()
     shift = torch.randn(window.hidden.shape, generator=torch.Generator().manual_seed(0)).to(window.hidden)
     shift *= window.hidden.float().square().mean().sqrt().to(shift)
@@ -196,7 +199,7 @@ def _goes_on(model: PreTrainedModel, site: Site, batch: Batch, plain: Tensor) ->
     all_tensors = all(isinstance(tensor, Tensor) for layer in cache.layers for tensor in tensors_of(layer))
     if not all_tensors or len(cache.layers) != len(layers_of(model, site)):
         return False
-    return _alike(model, run_model(model, batch, cut, cache, (rows, columns - cut)), plain)
+    return alike(model, run_model(model, batch, cut, cache, (rows, columns - cut)), plain)
 
 
 @torch.no_grad()
@@ -255,22 +258,10 @@ def _with_states(model: PreTrainedModel, site: Site, layout: Layout) -> Layout:
 
 
 def _batch(model: PreTrainedModel) -> Batch:
-    """Return two rows of a prompt and a target, of unequal length."""
-    count = len(model.get_input_embeddings().get_parameter("weight"))
-    rows = [Row(tuple(token % count for token in range(3, 3 + length)), (5 % count, 2 % count)) for length in (9, 4)]
-    return collate(rows).to(model.device)
+    return collate(probe_rows(model, (5, 2))).to(model.device)
 
 
-def _alike(model: PreTrainedModel, logits: Tensor, expected: Tensor) -> bool:
-    difference = float((logits - expected).float().norm())
-    return difference <= _tolerance(model) * float(expected.float().norm())
-
-
-def _tolerance(model: PreTrainedModel) -> float:
-    return 1e-3 if model.dtype == torch.float32 else 0.1
-
-
-def _run(model: PreTrainedModel, site: MatrixSite, ids: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+def _run(model: PreTrainedModel, site: Site, ids: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return what the matrix gives and what leaves its layer, with the shift added to the former: (1, T, d) twice."""
     kept: dict[str, Tensor] = {}
 

@@ -9,6 +9,8 @@ or, behind a decoder layer, the same with the layer's output ``h`` in the place 
 What answers a prompt is decided from its token ids, once, by the memory's ``decide``.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -46,6 +48,11 @@ _ACTIVATIONS: dict[str, Activation] = {
 class Routed(Memory):
     """A memory in its place in a model."""
 
+    @classmethod
+    def put(cls, model: nn.Module, described: Mapping[str, Any], memory: SideMemory) -> Routed:
+        """Put a memory at the site of a model that is described as :func:`install_as` has it."""
+        raise NotImplementedError
+
     def called_with(self, *, off: bool = False, forced: int | None = None) -> AbstractContextManager[None]:
         """Return a context, of this thread alone, in which only the main memory answers, or one memory always does."""
         return overridden_by(Override(off, forced))
@@ -68,6 +75,15 @@ class RoutedMatrix(Routed):
         self.register_parameter("weight", base.get_parameter("weight"))
         self.register_parameter("bias", getattr(base, "bias", None))
         self.transposed = transposed
+
+    @classmethod
+    def put(cls, model: nn.Module, described: Mapping[str, Any], memory: SideMemory) -> RoutedMatrix:
+        """Put it in the place of a model's value matrix."""
+        parent, _, name = described["module"].rpartition(".")
+        routed = cls(model.get_submodule(described["module"]), memory, transposed=described["transposed"])
+        setattr(model.get_submodule(parent), name, routed)
+        add_mixin(model.get_submodule(layer_of(described["module"])), EditedLayer)
+        return routed
 
     def forward(self, keys: Tensor) -> Tensor:
         """Return the output (B, T, d) for keys (B, T, d_ff)."""
@@ -96,9 +112,15 @@ class RoutedFactMatrix(RoutedMatrix, FactMatrixMemory):
 class RoutedMatrixMemory(RoutedMatrix, MatrixMemory):
     """A value matrix with changes of it beside it, which their norm opens."""
 
-    def __init__(self, base: nn.Module, memory: SideMemory, *, transposed: bool) -> None:
-        super().__init__(base, memory, transposed=transposed)
-        self.activation: Activation | None = None
+    activation: Activation | None = None
+
+    @classmethod
+    def put(cls, model: nn.Module, described: Mapping[str, Any], memory: SideMemory) -> RoutedMatrixMemory:
+        """Put it in the place of a model's value matrix, before that model's activation."""
+        routed = cast(RoutedMatrixMemory, super().put(model, described, memory))
+        if memory.activated:
+            routed.activation = activation_of(getattr(model, "config", None))
+        return routed
 
     def scored_output(self, keys: Tensor, memory: int) -> Tensor:
         """Return what the norm is taken of: ``Δ_m a``, or the change that it makes behind an activation."""
@@ -109,20 +131,34 @@ class RoutedMatrixMemory(RoutedMatrix, MatrixMemory):
         return self.activation(main + update) - self.activation(main)
 
 
-class LayerFactMemory(Routed, FactMemory):
+class BehindLayer(Routed):
+    """A memory behind a decoder layer."""
+
+    @classmethod
+    def put(cls, model: nn.Module, described: Mapping[str, Any], memory: SideMemory) -> BehindLayer:
+        """Add it to a model's layer."""
+        parent, _, name = described["module"].rpartition(".")
+        routed, layer = cls(memory), cast(LayerOutputMemory, model.get_submodule(parent))
+        setattr(layer, name, routed)
+        add_mixin(layer, LayerOutputMemory)
+        layer.wise_streams = described.get("streams")
+        return routed
+
+
+class LayerFactMemory(BehindLayer, FactMemory):
     """A lookup behind a decoder layer."""
 
 
-class LayerFactMatrix(Routed, FactMatrixMemory):
+class LayerFactMatrix(BehindLayer, FactMatrixMemory):
     """Changes of what leaves a decoder layer, which hold facts."""
 
 
-class LayerMatrixMemory(Routed, MatrixMemory):
+class LayerMatrixMemory(BehindLayer, MatrixMemory):
     """Changes of what leaves a decoder layer, which their norm opens."""
 
 
 # By what is added, and whether facts decide: alone, beside a matrix, and behind a layer.
-_KINDS: dict[tuple[str, bool], tuple[type[Memory], type[RoutedMatrix], type[Routed]]] = {
+_KINDS: dict[tuple[str, bool], tuple[type[Memory], type[RoutedMatrix], type[BehindLayer]]] = {
     ("lookup", True): (FactMemory, RoutedFactMemory, LayerFactMemory),
     ("matrix", True): (FactMatrixMemory, RoutedFactMatrix, LayerFactMatrix),
     ("matrix", False): (MatrixMemory, RoutedMatrixMemory, LayerMatrixMemory),
@@ -134,65 +170,35 @@ def memory_module(memory: SideMemory) -> Memory:
     return _KINDS[memory.kind, memory.by_edit][0](memory)
 
 
-def install(
-    model: nn.Module, module: str, memory: SideMemory, *, transposed: bool, marks: TurnMarks = TurnMarks()
-) -> RoutedMatrix:
-    """Put a routed matrix in the place of a model's value matrix at path ``module``.
-
-    Args:
-        marks: how the model's chats mark turns.
-    """
-    parent, _, name = module.rpartition(".")
-    kind = _KINDS[memory.kind, memory.by_edit][1]
-    routed = kind(model.get_submodule(module), memory, transposed=transposed)
-    setattr(model.get_submodule(parent), name, routed)
-    if memory.activated and isinstance(routed, RoutedMatrixMemory):
-        routed.activation = activation_of(getattr(model, "config", None))
-    add_mixin(model.get_submodule(layer_of(module)), EditedLayer)
-    _route_passes(model, module, memory, marks)
-    return routed
-
-
-def install_after_layer(
-    model: nn.Module, described: Mapping[str, Any], memory: SideMemory, *, marks: TurnMarks = TurnMarks()
-) -> Routed:
-    """Install a memory behind a decoder layer of a model.
-
-    Args:
-        described: ``module`` is the path of the memory, the layer's and a name in it; ``decoder`` that of the module
-            that is given the tokens of prompts, if it is not the one below the head; ``streams`` the axis of several
-            streams in what layers give.
-        marks: how the model's chats mark turns.
-    """
-    module, streams = described["module"], described.get("streams")
-    parent, _, name = module.rpartition(".")
-    routed = _KINDS[memory.kind, memory.by_edit][2](memory)
-    layer: Any = model.get_submodule(parent)
-    setattr(layer, name, routed)
-    add_mixin(layer, LayerOutputMemory)
-    _route_passes(model, module, memory, marks, described.get("decoder"))
-    layer.wise_streams = streams
-    if memory.state_layer is not None:
-        cast(ReadLayer, model.get_submodule(_layer_beside(module, memory.state_layer))).wise_streams = streams
-    return routed
-
-
 def install_as(
     model: nn.Module, described: Mapping[str, Any], memory: SideMemory, *, marks: TurnMarks = TurnMarks()
 ) -> Routed:
-    """Install a memory at the site that a checkpoint's config describes."""
-    if "transposed" in described:
-        return install(model, described["module"], memory, transposed=described["transposed"], marks=marks)
-    return install_after_layer(model, described, memory, marks=marks)
+    """Install a memory at the site that a checkpoint's config describes.
+
+    Args:
+        described: ``module`` is the path of what answers there: of a value matrix, which is ``transposed`` or not, or
+            of a memory behind a decoder layer. There, ``decoder`` is the path of the module that is given the tokens
+            of prompts, if it is not the one below the head, and ``streams`` the axis of several streams in what layers
+            give.
+        marks: how the model's chats mark turns.
+    """
+    _, in_matrix, behind_layer = _KINDS[memory.kind, memory.by_edit]
+    kind: type[Routed] = in_matrix if "transposed" in described else behind_layer
+    routed = kind.put(model, described, memory)
+    _route_passes(model, described, memory, marks)
+    return routed
 
 
-def _route_passes(model: nn.Module, module: str, memory: SideMemory, marks: TurnMarks, path: str | None = None) -> None:
+def _route_passes(model: nn.Module, described: Mapping[str, Any], memory: SideMemory, marks: TurnMarks) -> None:
     """Make a model's decoder decide what answers its prompts, and pass that on to the edited layer."""
+    module, path = described["module"], described.get("decoder")
     # The decoder below the head sees every pass, whoever calls it.
     path = (getattr(model, "base_model_prefix", "") or "") if path is None else path
     decoder: Any = model.get_submodule(path) if path and hasattr(model, path.partition(".")[0]) else model
     if memory.state_layer is not None:
-        add_mixin(model.get_submodule(_layer_beside(module, memory.state_layer)), ReadLayer)
+        read: Any = model.get_submodule(f"{layer_of(module).rpartition('.')[0]}.{memory.state_layer}")
+        add_mixin(read, ReadLayer)
+        read.wise_streams = described.get("streams")
     add_mixin(decoder, RoutedDecoder)
     decoder.wise_routed = module if decoder is model else module.removeprefix(f"{path}.")
     decoder.wise_marks = marks
@@ -213,8 +219,3 @@ def layer_of(module: str) -> str:
     parts = module.split(".")
     place = next(index for index, part in enumerate(parts) if part.isdecimal())
     return ".".join(parts[: place + 1])
-
-
-def _layer_beside(module: str, layer: int) -> str:
-    """Return the path of another layer of the decoder that holds the matrix at path ``module``."""
-    return f"{layer_of(module).rpartition('.')[0]}.{layer}"

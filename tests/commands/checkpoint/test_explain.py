@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference.wise import residual
 from support.helpers import save_tiny
 from support.history import FLAGS, fact, write
 from support.loading import CPU
@@ -18,7 +19,6 @@ from wisecli.errors import ModelError, SettingsError
 from wisecli.evaluation.edited_model import attach
 from wisecli.models.loading import load_model
 from wisecli.routing.deciding.decision import Decision
-from wisecli.routing.layers.routed_layer import RoutedMatrix
 
 EDITS = [fact(number) for number in range(4)]
 
@@ -105,9 +105,8 @@ def test_every_edit_can_be_made_to_answer(place: Path) -> None:
     ids = edited.tokenizer(EDITS[0].prompt, return_tensors="pt")["input_ids"]
     for number, edit in enumerate(EDITS):
         # The base model, to whose matrix' last output the residual of the edit's nearest key is added by hand.
-        def add(routed: RoutedMatrix, inputs: tuple[Tensor], output: Tensor, number: int = number) -> Tensor:
-            end = torch.zeros(1, dtype=torch.bool)
-            output[0, -1] += routed.residuals_at(inputs[0][0, -1:], number, end)[0]
+        def add(_routed: Any, inputs: tuple[Tensor], output: Tensor, number: int = number) -> Tensor:
+            output[0, -1] += residual(edited.manifest.memory, number, inputs[0][0, -1])
             return output
 
         handle = edited.routed.register_forward_hook(add)

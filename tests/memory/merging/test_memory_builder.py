@@ -1,8 +1,10 @@
 from dataclasses import fields, replace
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from reference.wise import residual
 from torch import Tensor
 
 from wisecli.artifacts.background_stats import BackgroundStats, RouterHeads
@@ -342,11 +344,10 @@ def test_keys_in_bytes_have_the_cosines_of_keys() -> None:
 
 def test_the_order_of_shards_does_not_matter_for_what_a_key_recalls() -> None:
     first, second = some_evidence(10), some_evidence(20, edits=4)
-    one, other = (FactMemory(built_lookup(some_material(*shards))[0]) for shards in ((first, second), (second, first)))
-    keys, inside = normal(50, D_FF, seed=6), torch.zeros(50, dtype=torch.bool)
-    for number in range(EDITS + 4):
+    one, other = (built_lookup(some_material(*shards))[0] for shards in ((first, second), (second, first)))
+    for number, key in product(range(EDITS + 4), normal(50, D_FF, seed=6)):
         renumbered = number + 4 if number < EDITS else number - EDITS
-        assert torch.equal(one.residuals_at(keys, number, inside), other.residuals_at(keys, renumbered, inside))
+        assert torch.equal(residual(one, number, key), residual(other, renumbered, key))
 
 
 @pytest.mark.parametrize("rank", [32, 11])  # as much as is known of tokens, and less

@@ -303,11 +303,13 @@ def test_a_lookup_goes_on_by_keys_inside_its_answer_and_only_near_ones() -> None
 
 def test_residuals_of_an_edit_are_what_it_adds_once_opened() -> None:
     plain, keys = Plain(3, keys_each=4), normal(20, D_FF, seed=6)
-    inside = torch.zeros(20, dtype=torch.bool)
+    inside = torch.zeros(1, 20, dtype=torch.bool)
     for memory in (plain.packed((1.0,) * 3, kind) for kind in KINDS):
         for edit in range(3):
-            expected = torch.stack([residual(memory, edit, key) for key in keys])
-            torch.testing.assert_close(memory_module(memory).residuals_at(keys, edit, inside), expected)
+            expected, alone = torch.stack([residual(memory, edit, key) for key in keys]), memory_module(memory)
+            chosen = alone.choices(keys[None], torch.full((1, 20), edit), inside).chosen
+            found = alone.add(torch.zeros_like(expected)[None], keys[None], chosen)[0]
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -125,11 +125,6 @@ class FactMemory(FactDecision, RoutingKeys):
         update = self.residuals[index].to(answer.dtype)
         return torch.where((chosen != UNROUTED)[..., None], answer + update, answer)
 
-    def residuals_at(self, keys: Tensor, memory: int, in_answer: Tensor) -> Tensor:
-        """Return what an edit adds at keys: the residual of the nearest of its own."""
-        _, key_index = self.nearest_keys(keys, torch.full((len(keys),), memory, device=keys.device), in_answer)
-        return self.residuals[self.key_to_residual[key_index]]
-
     def memory_of_choice(self, chosen: Tensor) -> Tensor:
         """Return the edit that each choice belongs to: (...) → (...)."""
         count = len(self.key_to_edit)

@@ -45,10 +45,6 @@ class MatrixDeltas(Memory):
                 answer = answer.index_put(routed.nonzero(as_tuple=True), update, accumulate=True)
         return answer
 
-    def residuals_at(self, keys: Tensor, memory: int, in_answer: Tensor) -> Tensor:  # noqa: ARG002 (of the interface)
-        """Return ``Δ_m a`` of keys."""
-        return self.delta_output(keys, int(self.matrix_of(torch.tensor(memory))))
-
     def matrix_of(self, chosen: Tensor) -> Tensor:
         """Return the matrix that holds each memory, ``UNROUTED`` for none: (...) → (...)."""
         return chosen

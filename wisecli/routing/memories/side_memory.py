@@ -173,14 +173,6 @@ class Memory(nn.Module):
             chosen: as :meth:`choices` has it (B, T).
         """
 
-    @abstractmethod
-    def residuals_at(self, keys: Tensor, memory: int, in_answer: Tensor) -> Tensor:
-        """Return what one opened memory adds at keys (n, width): (n, d).
-
-        Args:
-            in_answer: which keys come after their prompt's last token (n,).
-        """
-
     def memory_of_choice(self, chosen: Tensor) -> Tensor:
         """Return the memory that each choice belongs to: (...) → (...)."""
         return chosen

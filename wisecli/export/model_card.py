@@ -18,25 +18,15 @@ from wisecli.models.layout.architectures import loader_name
 
 CARD_NAME = "README.md"
 # How each form is loaded, by which classes.
+_IN_PYTHON = """```python
+from transformers import LOADER, READER
+
+NAME = READER.from_pretrained("PATH"TRUST)
+model = LOADER.from_pretrained("PATH"TRUST)
+```"""
 _LOADING = {
-    "routed": """```python
-from transformers import LOADER, READER
-
-NAME = READER.from_pretrained("PATH", trust_remote_code=True)
-model = LOADER.from_pretrained("PATH", trust_remote_code=True)
-```""",
-    "merged": """```python
-from transformers import LOADER, READER
-
-NAME = READER.from_pretrained("PATH")
-model = LOADER.from_pretrained("PATH")
-```""",
-    "stock": """```python
-from transformers import LOADER, READER
-
-NAME = READER.from_pretrained("PATH")
-model = LOADER.from_pretrained("PATH")
-```""",
+    "routed": _IN_PYTHON.replace("TRUST", ", trust_remote_code=True"),
+    **dict.fromkeys(("merged", "stock"), _IN_PYTHON.replace("TRUST", "")),
     "gguf": """```console
 $ llama-server -m model.gguf
 $ ollama create edited -f Modelfile

@@ -123,12 +123,7 @@ def _describe_tokenizer(writer: Any, data: TokenizerData) -> None:
     writer.add_token_types(data.types)
     writer.add_token_merges(data.merges)
     for name, number in data.special.items():
-        {
-            "bos": writer.add_bos_token_id,
-            "eos": writer.add_eos_token_id,
-            "unk": writer.add_unk_token_id,
-            "pad": writer.add_pad_token_id,
-        }[name](number)
+        getattr(writer, f"add_{name}_token_id")(number)
     writer.add_add_bos_token(data.adds_bos)
     if data.chat_template is not None:
         writer.add_chat_template(data.chat_template)

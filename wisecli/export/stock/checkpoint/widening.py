@@ -25,26 +25,12 @@ _ROW_UNIT = 32
 _How = Literal["columns", "rows", "norm", "kept"]
 # By the last two parts of a tensor's name.
 _BY_ENDING: Mapping[str, _How] = {
-    "embed_tokens.weight": "columns",
-    "lm_head.weight": "columns",
-    "q_proj.weight": "columns",
-    "k_proj.weight": "columns",
-    "v_proj.weight": "columns",
-    "gate_proj.weight": "columns",
-    "up_proj.weight": "columns",
-    "o_proj.weight": "rows",
-    "o_proj.bias": "rows",
-    "down_proj.weight": "rows",
-    "down_proj.bias": "rows",
-    "q_proj.bias": "kept",
-    "k_proj.bias": "kept",
-    "v_proj.bias": "kept",
-    "gate_proj.bias": "kept",
-    "up_proj.bias": "kept",
+    **dict.fromkeys(("embed_tokens.weight", "lm_head.weight"), "columns"),
+    **dict.fromkeys((f"{name}_proj.weight" for name in ("q", "k", "v", "gate", "up")), "columns"),
+    **dict.fromkeys((f"{name}_proj.{part}" for name in ("o", "down") for part in ("weight", "bias")), "rows"),
+    **dict.fromkeys((f"{name}_proj.bias" for name in ("q", "k", "v", "gate", "up")), "kept"),
     "rotary_emb.inv_freq": "kept",
-    "input_layernorm.weight": "norm",
-    "post_attention_layernorm.weight": "norm",
-    "norm.weight": "norm",
+    **dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight", "norm.weight"), "norm"),
 }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.drawing import seeded
 from torch import Tensor
 
 from wisecli.artifacts.memory_manifest import (
@@ -25,10 +26,6 @@ from wisecli.errors import DamagedFileError
 from wisecli.models.layout.site import Fingerprint, MatrixSite
 from wisecli.routing.memories.calibration import calibrate
 from wisecli.routing.memories.side_memory import SideMemory
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def lookup_of(edits: int, chance: torch.Generator) -> dict[str, Tensor]:
@@ -57,7 +54,7 @@ def lookup_of(edits: int, chance: torch.Generator) -> dict[str, Tensor]:
 
 
 def some_manifest(memories: int = 2, kind: str = "matrix") -> Manifest:
-    chance = generator(8)
+    chance = seeded(8)
     tensors = {
         "columns": torch.arange(3 * memories).view(memories, 3),
         "delta": torch.randn(memories, 4, 3, generator=chance),

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import wise as reference
 from safetensors.torch import load_file
+from support.drawing import seeded
 from torch import Tensor
 
 from wisecli.artifacts.masks import disjoint_masks, random_mask
@@ -28,12 +29,8 @@ def site(d: int, d_ff: int) -> MatrixSite:
     return MatrixSite("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=d, d_ff=d_ff)
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def mask_of(kind: MaskKind, d: int = 5, d_ff: int = 7, density: float = 0.4, seed: int = 0) -> Mask:
-    return random_mask(site(d, d_ff), density, kind, generator(seed))
+    return random_mask(site(d, d_ff), density, kind, seeded(seed))
 
 
 def dense_by_hand(mask: Mask, values: Tensor) -> Tensor:
@@ -55,7 +52,7 @@ def dense_by_hand(mask: Mask, values: Tensor) -> Tensor:
 def test_random_masks_overlap_in_the_share_that_their_density_says(
     kind: MaskKind, count: int, density: float, d: int, d_ff: int, seed: int
 ) -> None:
-    chance = generator(seed)
+    chance = seeded(seed)
     if kind == "columns":
         d, d_ff = 2, d * d_ff  # as many columns as the other kind has elements, so that the bound is as tight
     masks = [random_mask(site(d, d_ff), density, kind, chance) for _ in range(count)]
@@ -71,7 +68,7 @@ def test_random_masks_overlap_in_the_share_that_their_density_says(
 @given(kind=st.sampled_from(KINDS), count=st.integers(1, 5), d_ff=st.integers(20, 60), seed=st.integers(0, 99))
 def test_disjoint_masks_share_no_place_and_fill_the_matrix(kind: MaskKind, count: int, d_ff: int, seed: int) -> None:
     size = d_ff if kind == "columns" else 3 * d_ff
-    masks = disjoint_masks(site(3, d_ff), size // count / size, kind, count, generator(seed))
+    masks = disjoint_masks(site(3, d_ff), size // count / size, kind, count, seeded(seed))
     places = [place for mask in masks for place in mask.indices.tolist()]
     assert len(masks) == count
     assert len({len(mask.indices) for mask in masks}) == 1
@@ -81,13 +78,13 @@ def test_disjoint_masks_share_no_place_and_fill_the_matrix(kind: MaskKind, count
 
 def test_disjoint_masks_that_do_not_fit_are_refused_with_the_density_that_does() -> None:
     with pytest.raises(SettingsError, match=r"3 disjoint masks of .*=0.5 .* give --set mask_ratio=0.333 or less"):
-        disjoint_masks(site(4, 9), 0.5, "columns", 3, generator())
-    assert len(disjoint_masks(site(4, 9), 0.333, "columns", 3, generator())) == 3
+        disjoint_masks(site(4, 9), 0.5, "columns", 3, seeded())
+    assert len(disjoint_masks(site(4, 9), 0.333, "columns", 3, seeded())) == 3
 
 
 @both_kinds
 def test_masks_overlap_on_average_in_exactly_that_share(kind: MaskKind) -> None:
-    chance, size, rounds = generator(), {"columns": 100, "elements": 400}[kind], 400
+    chance, size, rounds = seeded(), {"columns": 100, "elements": 400}[kind], 400
     overlaps = []
     for _ in range(rounds):
         first, second = (random_mask(site(4, 100), 0.3, kind, chance).indices for _ in range(2))
@@ -101,7 +98,7 @@ def test_masks_overlap_on_average_in_exactly_that_share(kind: MaskKind) -> None:
     ("density", "columns", "elements"), [(1e-9, 1, 1), (0.2, 8, 40), (0.5, 20, 100), (0.99, 40, 198), (1.0, 40, 200)]
 )
 def test_a_mask_has_exactly_its_size(kind: MaskKind, density: float, columns: int, elements: int) -> None:
-    mask = random_mask(site(5, 40), density, kind, generator())
+    mask = random_mask(site(5, 40), density, kind, seeded())
     count = columns if kind == "columns" else elements
     assert mask.shape == ((5, count) if kind == "columns" else (count,))
     indices = mask.indices.tolist()
@@ -113,14 +110,14 @@ def test_a_mask_has_exactly_its_size(kind: MaskKind, density: float, columns: in
 @both_kinds
 def test_a_mask_is_decided_by_its_generator(kind: MaskKind) -> None:
     assert torch.equal(mask_of(kind, seed=3).indices, mask_of(kind, seed=3).indices)
-    chance = generator(3)
+    chance = seeded(3)
     first, second = (random_mask(site(20, 40), 0.5, kind, chance) for _ in range(2))
     assert not torch.equal(first.indices, second.indices)
 
 
 @both_kinds
 def test_every_place_is_drawn_equally_often(kind: MaskKind) -> None:
-    chance, size, rounds = generator(), {"columns": 10, "elements": 40}[kind], 2000
+    chance, size, rounds = seeded(), {"columns": 10, "elements": 40}[kind], 2000
     drawn = torch.zeros(size)
     for _ in range(rounds):
         drawn[random_mask(site(4, 10), 0.3, kind, chance).indices] += 1
@@ -131,14 +128,14 @@ def test_every_place_is_drawn_equally_often(kind: MaskKind) -> None:
 @both_kinds
 def test_dense_fills_the_mask_and_nothing_else(kind: MaskKind) -> None:
     mask = mask_of(kind)
-    values = torch.randn(mask.shape, generator=generator(1))
+    values = torch.randn(mask.shape, generator=seeded(1))
     assert torch.equal(mask.dense(values), dense_by_hand(mask, values))
 
 
 @both_kinds
 def test_dense_is_what_update_does_to_the_basis_vectors(kind: MaskKind) -> None:
     mask = mask_of(kind)
-    values = torch.randn(mask.shape, generator=generator(1))
+    values = torch.randn(mask.shape, generator=seeded(1))
     images = mask.update(mask.restrict(torch.eye(mask.d_ff)), values)
     assert torch.equal(images.T, mask.dense(values))
 
@@ -147,8 +144,8 @@ def test_dense_is_what_update_does_to_the_basis_vectors(kind: MaskKind) -> None:
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
 def test_update_is_the_dense_change_times_the_key(kind: MaskKind, leading: tuple[int, ...]) -> None:
     mask = mask_of(kind)
-    values = torch.randn(mask.shape, generator=generator(1))
-    keys = torch.randn(*leading, mask.d_ff, generator=generator(2))
+    values = torch.randn(mask.shape, generator=seeded(1))
+    keys = torch.randn(*leading, mask.d_ff, generator=seeded(2))
     expected = keys @ dense_by_hand(mask, values).T
     assert torch.allclose(mask.update(mask.restrict(keys), values), expected, atol=1e-6)
 
@@ -157,7 +154,7 @@ def test_update_is_the_dense_change_times_the_key(kind: MaskKind, leading: tuple
 def test_the_gradient_of_an_update_is_the_outer_product_inside_the_mask(kind: MaskKind) -> None:
     mask = mask_of(kind)
     values = torch.zeros(mask.shape, requires_grad=True)
-    keys, upstream = torch.randn(6, mask.d_ff, generator=generator(1)), torch.randn(6, mask.d, generator=generator(2))
+    keys, upstream = torch.randn(6, mask.d_ff, generator=seeded(1)), torch.randn(6, mask.d, generator=seeded(2))
     mask.update(mask.restrict(keys), values).backward(upstream)
     outer = upstream.T @ keys
     expected = outer[:, mask.indices] if kind == "columns" else outer.flatten()[mask.indices]
@@ -168,8 +165,8 @@ def test_the_gradient_of_an_update_is_the_outer_product_inside_the_mask(kind: Ma
 @both_kinds
 def test_the_gradient_of_an_update_agrees_with_differences(kind: MaskKind) -> None:
     mask = mask_of(kind, d=3, d_ff=4)
-    values = torch.randn(mask.shape, dtype=torch.float64, generator=generator(1), requires_grad=True)
-    keys = mask.restrict(torch.randn(2, mask.d_ff, dtype=torch.float64, generator=generator(2)))
+    values = torch.randn(mask.shape, dtype=torch.float64, generator=seeded(1), requires_grad=True)
+    keys = mask.restrict(torch.randn(2, mask.d_ff, dtype=torch.float64, generator=seeded(2)))
     assert torch.autograd.gradcheck(lambda filled: mask.update(keys, filled).sin(), (values,))
 
 
@@ -212,7 +209,7 @@ def test_more_shards_than_edits_are_refused() -> None:
 
 def some_shard(kind: MaskKind) -> Shard:
     mask = mask_of(kind, d=6, d_ff=9)
-    chance = generator(1)
+    chance = seeded(1)
     evidence = Evidence(
         keys=torch.randn(8, 9, generator=chance).half().float(),
         residuals=torch.randn(8, 6, generator=chance).half().float(),

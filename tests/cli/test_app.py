@@ -10,13 +10,12 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import safetensors.torch
-from support.helpers import save_tiny
+from support.helpers import contents, save_tiny
 from support.light import light_runs
 from support.ready import (
     EDITS,
     Places,
     Ready,
-    contents,
     here,
     listing,
     manifest,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.helpers import WORDS, save_tiny
-from support.ready import EDITS, Ready, contents, here, manifest, require_refusal, write_edits
+from support.helpers import WORDS, contents, save_tiny
+from support.ready import EDITS, Ready, here, manifest, require_refusal, write_edits
 from support.thorough import few
 from support.tiny_models import VOCABULARY, Wise
 from transformers import Qwen3MoeConfig

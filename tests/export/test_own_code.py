@@ -1,13 +1,12 @@
 """Types of models that transformers does not have: what comes with its own code, and what somebody registered."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.helpers import tiny_tokenizer
+from support.helpers import change_config, tiny_tokenizer
 from support.served import EDITS, PROMPTS, export_of
 from support.type_of_tomorrow import TomorrowConfig, TomorrowForCausalLM, TomorrowModel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -72,11 +71,6 @@ def registered(directory: Path, model_type: str) -> Path:
 def drawn(model: type[TomorrowForCausalLM], config: type[TomorrowConfig]) -> PreTrainedModel:
     torch.manual_seed(0)
     return model(config(vocab_size=len(tiny_tokenizer()), eos_token_id=1))
-
-
-def change_config(base: Path, **settings: Any) -> None:
-    content = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**content, **settings}))
 
 
 def answers(path: Path, size: int) -> list[str]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from reference.wise import compared_tokens, decide, scores_of
+from support.drawing import seeded
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,10 +15,6 @@ from wisecli.routing.memories.side_memory import SideMemory
 from wisecli.routing.memories.subject_tensors import SubjectToken, subject_match_tensors
 
 D, WIDTH, EDITS, KEPT, VOCABULARY, SPECIAL = 10, 5, 4, 8, 30, (1, 2)
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def drawn_prompts(seed: int) -> tuple[list[list[int]], WindowStates]:

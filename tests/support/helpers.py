@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -419,3 +420,14 @@ def assert_same_tensors(path: Path, other: Path) -> None:
     assert read.keys() == expected.keys()
     for name in (name for name in read if not name.startswith(("heads.", "request_gate."))):
         torch.testing.assert_close(read[name], expected[name], rtol=1e-2, atol=1e-4)
+
+
+def change_config(directory: Path, **values: object) -> None:
+    """Write other settings into a checkpoint's config."""
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def contents(directory: Path | str) -> dict[str, bytes]:
+    """The files of tensors in a directory, by name."""
+    return {path.name: path.read_bytes() for path in Path(directory).glob("*.safetensors")}

@@ -117,10 +117,6 @@ def listing(root: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in root.rglob("*") if path.is_file()}
 
 
-def contents(directory: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(directory).glob("*.safetensors")}
-
-
 def here() -> list[str]:
     """What a command left in its directory."""
     return sorted(path.name for path in Path.cwd().iterdir())

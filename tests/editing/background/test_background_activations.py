@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.drawing import normal
 from support.helpers import keys_of, save_tiny, site_of
 from support.loading import CPU
 from torch import Tensor
@@ -26,10 +27,6 @@ from wisecli.progress import Event
 from wisecli.routing.memories.whitening import Moment, Whitening, leading, whitening
 
 SHRINKAGE = 0.1
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def skewed_keys(count: int, d_ff: int) -> Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.helpers import save_tiny
+from support.helpers import contents, save_tiny
 from support.loading import CPU
 
 from wisecli.commands.edit.edit import edit as run_edit
@@ -45,10 +45,6 @@ def cluster() -> Iterator[Any]:
     yield cluster
     del os.environ["RAY_ADDRESS"]
     cluster.shutdown()
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
 
 
 @pytest.mark.thorough

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from support.forking import Forked, ForkedProgram
-from support.helpers import save_tiny
+from support.helpers import contents, save_tiny
 from support.loading import CPU
 from support.ready import write_edits
 from support.thorough import few
@@ -93,10 +93,6 @@ def command(place: Path, output: Path) -> str:
         f"edit {place / 'model'} {place / 'edits.jsonl'} -o {output} --shards 8 --layer 2 --device cpu -q "
         f"--config {place / 'wise.toml'}"
     )
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
 
 
 def hidden(directory: Path) -> list[str]:

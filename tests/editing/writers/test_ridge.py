@@ -1,5 +1,6 @@
 import pytest
 import torch
+from support.drawing import normal
 from torch import Tensor
 
 from wisecli.editing.writers.ridge import Penalty, Statistics, solve, statistics
@@ -8,10 +9,6 @@ D, D_FF = 5, 12
 PENALTIES = [Penalty(1e-1, 0.0), Penalty(1e-3, 0.1), Penalty(1e-2, 10.0), Penalty(1e-6, 1e-6)]
 penalties = pytest.mark.parametrize("penalty", PENALTIES, ids=str)
 some_columns = pytest.mark.parametrize("columns", [None, (0, 3, 4, 10), (7,)], ids=["all", "four", "one"])
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def moment() -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from safetensors.torch import load_file
-from support.helpers import WORDS, alone, save_tiny
+from support.helpers import WORDS, alone, contents, save_tiny
 from support.history import batch_from
 from support.loading import CPU
 
@@ -161,10 +161,6 @@ def test_where_facts_are_from_is_kept_and_changes_no_shard(place: Place, tmp_pat
     assert contents(tmp_path / "plain") == contents(tmp_path / "sourced")
     listed = inspect(tmp_path / "sourced-memory").as_json()["results"]["edits"]["listed"][0]
     assert (listed["who"], listed["when"], listed["source"]) == ("ann", "2026-11-20", "minutes")
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
 
 
 def test_a_manifest_from_before_provenance_was_kept_is_read(place: Place, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from reference.wise import residual
+from support.drawing import normal, seeded
 from torch import Tensor
 
 from wisecli.artifacts.background_stats import BackgroundStats, RouterHeads
@@ -32,14 +33,6 @@ from wisecli.routing.memories.whitening import leading, whitening
 
 D, D_FF, EDITS, CONTEXTS, POSITIONS = 6, 40, 7, 3, 2
 PENALTY = Penalty(1e-3, 0.01)
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed))
 
 
 def some_evidence(seed: int, *, edits: int = EDITS) -> Evidence:

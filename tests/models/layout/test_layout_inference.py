@@ -9,7 +9,7 @@ import rich.console
 import torch
 from rich.console import Console as RichConsole
 from safetensors.torch import load_file, save_file
-from support.helpers import alone, hooked, random_rows, save_tiny, tiny_tokenizer
+from support.helpers import alone, change_config, hooked, random_rows, save_tiny, tiny_tokenizer
 from support.loading import CPU
 from support.streamed import assert_edited_the_same_streamed
 from support.thorough import few
@@ -88,11 +88,6 @@ def save_other(directory: Path, model_type: str) -> Path:
 
 def layout_of(directory: Path, **named: Any) -> Layout:
     return find_layout(directory, Checkpoint(directory), **named)
-
-
-def change_config(directory: Path, **values: object) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def path_of(layout: Layout) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.helpers import change_config
 from support.thorough import few
 from support.tiny_models import TINY_CONFIGS, tiny_model
 from torch import Tensor
@@ -28,11 +29,6 @@ def stored_otherwise(directory: Path, own: str, other: str) -> None:
 def saved(directory: Path, architecture: str = "llama") -> Path:
     tiny_model(architecture).save_pretrained(directory)
     return directory
-
-
-def change_config(directory: Path, **values: object) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def change_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:

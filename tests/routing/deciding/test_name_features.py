@@ -1,5 +1,6 @@
 import pytest
 import torch
+from support.drawing import normal
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -8,10 +9,6 @@ from wisecli.routing.deciding.name_features import NAME_FEATURE_COUNT, name_feat
 
 # Marks of tokens: no word, a small one, one with a capital, and such as go on with a word.
 NO_WORD, SMALL, CAPITAL, WITHIN, CAPITAL_WITHIN = range(5)
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def words_of(starts: list[int], opens: list[bool]) -> list[list[int]]:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from support.drawing import normal
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -13,10 +14,6 @@ from wisecli.routing.deciding.sentence_features import (
 )
 
 END, QUESTION = torch.tensor([3, 7]), torch.tensor([7])
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def parted(ends: list[int], earlier: list[bool]) -> list[list[int]]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from reference.wise import nearest_key, residual, scores_of
+from support.drawing import normal, seeded
 from support.helpers import (
     Waits,
     alone,
@@ -44,14 +45,6 @@ from wisecli.routing.passes.token_cache import last_memory
 
 D, D_FF, READ, RANK = 6, 10, 4, 3
 KINDS = ("matrix", "lookup")
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def linear(*, bias: bool) -> nn.Linear:

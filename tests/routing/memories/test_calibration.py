@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.drawing import seeded
 from torch import Tensor
 
 from wisecli.routing.memories.calibration import calibrate, measure, quantile
@@ -10,11 +11,6 @@ from wisecli.routing.memories.fact_memory import RoutingKeys
 from wisecli.routing.memories.matrix_memory import MatrixMemory
 from wisecli.routing.memories.side_memory import SideMemory
 from wisecli.routing.memories.whitening import Moment, Whitening, whitening
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
 
 # --- quantiles and thresholds ---
 
@@ -30,7 +26,7 @@ def test_a_quantile_is_numpys(values: list[float], share: float) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.25, 0.5, 0.999, 1.0])
 def test_a_quantile_of_a_table_is_that_of_all_its_entries(share: float) -> None:
-    values = torch.randn(30, 4, 5, generator=generator())
+    values = torch.randn(30, 4, 5, generator=seeded())
     expected = float(np.quantile(values.numpy(), share))
     assert quantile(values, share) == pytest.approx(expected, abs=1e-6)
     assert quantile(values.half(), share) == pytest.approx(expected, abs=5e-3)
@@ -38,7 +34,7 @@ def test_a_quantile_of_a_table_is_that_of_all_its_entries(share: float) -> None:
 
 @pytest.mark.parametrize("false_alarm", [0.0, 0.001, 0.02, 0.5])
 def test_false_alarms_are_let_through_in_the_share_asked_for(false_alarm: float) -> None:
-    edits, unrelated = torch.rand(40, generator=generator(2)) + 0.3, torch.rand(1000, generator=generator(3))
+    edits, unrelated = torch.rand(40, generator=seeded(2)) + 0.3, torch.rand(1000, generator=seeded(3))
     found = calibrate(edits, unrelated, rule="false-alarm", false_alarm=false_alarm)
     assert found.rule == "false-alarm"
     assert found.threshold == pytest.approx(float(np.quantile(unrelated.numpy(), 1 - false_alarm)), abs=1e-6)
@@ -49,7 +45,7 @@ def test_false_alarms_are_let_through_in_the_share_asked_for(false_alarm: float)
 
 @pytest.mark.parametrize("false_alarm", [0.0, 0.02, 0.5])
 def test_no_kind_of_unrelated_text_is_let_through_more_often_than_asked(false_alarm: float) -> None:
-    edits, unrelated = torch.rand(40, generator=generator(2)), torch.rand(1000, generator=generator(3))
+    edits, unrelated = torch.rand(40, generator=seeded(2)), torch.rand(1000, generator=seeded(3))
     kinds = torch.arange(1000) < 50
     unrelated[kinds] += 0.3
     found = calibrate(edits, unrelated, rule="false-alarm", false_alarm=false_alarm, groups=kinds)
@@ -61,8 +57,8 @@ def test_no_kind_of_unrelated_text_is_let_through_more_often_than_asked(false_al
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**31), size=st.floats(1e-3, 1e3))
 def test_the_minimum_rule_routes_every_edit_and_lies_just_below_the_lowest(seed: int, size: float) -> None:
-    edits = (torch.rand(20, generator=generator(seed)) + 0.01) * size
-    unrelated = torch.rand(50, generator=generator(seed + 1)) * size
+    edits = (torch.rand(20, generator=seeded(seed)) + 0.01) * size
+    unrelated = torch.rand(50, generator=seeded(seed + 1)) * size
     found = calibrate(edits, unrelated, rule="minimum", false_alarm=0.3)
     lowest = float(edits.min())
     assert found.threshold < lowest
@@ -72,7 +68,7 @@ def test_the_minimum_rule_routes_every_edit_and_lies_just_below_the_lowest(seed:
 
 
 def test_a_calibration_tells_the_quantiles_of_both_sides() -> None:
-    edits, unrelated = torch.rand(40, generator=generator(2)), torch.rand(1000, generator=generator(3))
+    edits, unrelated = torch.rand(40, generator=seeded(2)), torch.rand(1000, generator=seeded(3))
     found = calibrate(edits, unrelated, rule="minimum", false_alarm=0.001)
     for summary, values in ((found.edit_scores, edits), (found.unrelated_scores, unrelated)):
         assert {"0", "0.5", "0.999", "1"} <= set(summary)
@@ -84,7 +80,7 @@ def test_a_calibration_tells_the_quantiles_of_both_sides() -> None:
 @pytest.mark.parametrize("lowest", [0.2, 0.0, -1.0], ids=["above nought", "from nought", "cosines around nought"])
 @pytest.mark.parametrize("false_alarm", [0.001, 0.5])
 def test_the_router_does_what_its_calibration_says(rule: str, lowest: float, false_alarm: float) -> None:
-    edits, unrelated = (lowest + (0.8 - lowest) * torch.rand(101, generator=generator(seed)) for seed in (4, 5))
+    edits, unrelated = (lowest + (0.8 - lowest) * torch.rand(101, generator=seeded(seed)) for seed in (4, 5))
     found = calibrate(edits, unrelated, rule=rule, false_alarm=false_alarm)
     memory = MatrixMemory(SideMemory({}, (found.threshold,)))
     missed, alarmed = (
@@ -95,7 +91,7 @@ def test_the_router_does_what_its_calibration_says(rule: str, lowest: float, fal
 
 
 def test_a_threshold_decided_elsewhere_is_measured_as_it_is() -> None:
-    edits, unrelated = torch.rand(40, generator=generator(2)), torch.rand(1000, generator=generator(3))
+    edits, unrelated = torch.rand(40, generator=seeded(2)), torch.rand(1000, generator=seeded(3))
     for threshold in (-0.5, float(edits[3]), 0.7, 2.0):
         found = measure(edits, unrelated, threshold, rule="false-alarm")
         assert (found.threshold, found.rule) == (threshold, "false-alarm")
@@ -109,7 +105,7 @@ def test_a_threshold_decided_elsewhere_is_measured_as_it_is() -> None:
 def whitenings(count: int, d_ff: int, *, rank: int = 4) -> list[Whitening]:
     found = []
     for number in range(count):
-        directions = torch.linalg.qr(torch.randn(d_ff, rank, generator=generator(40 + number)))[0].T.contiguous()
+        directions = torch.linalg.qr(torch.randn(d_ff, rank, generator=seeded(40 + number)))[0].T.contiguous()
         gains = torch.linspace(-0.4 + 0.1 * number, 3.0, rank)
         found.append(Whitening(directions, gains, 0.6 + 0.5 * number))
     return found
@@ -154,7 +150,7 @@ def keys_of(tensors: dict[str, Tensor]) -> RoutingKeys:
 def test_cosines_are_those_of_whitened_keys(metrics: int) -> None:
     d_ff, count = 16, 9
     whites = whitenings(metrics, d_ff)
-    edits, asked = (torch.randn(number, d_ff, generator=generator(number)) for number in (count, 25))
+    edits, asked = (torch.randn(number, d_ff, generator=seeded(number)) for number in (count, 25))
     metric = torch.arange(count) // 2 % metrics
     found = keys_of(routing_keys(edits, torch.arange(count), metric, whites)).cosines(asked, torch.arange(count))
     root = roots(whites)
@@ -170,13 +166,13 @@ def test_cosines_are_those_of_whitened_keys(metrics: int) -> None:
 def test_a_key_along_a_leading_direction_is_near_nothing(seed: int) -> None:
     """As an attention sink's: much longer than others, and along one direction, which half precision rounds."""
     width = 512
-    sink = 0.001 * (1 + seed) * torch.randn(width, generator=generator(seed))
+    sink = 0.001 * (1 + seed) * torch.randn(width, generator=seeded(seed))
     sink[seed] = 1.0
-    noise = 0.01 * torch.randn(200, width, generator=generator(9))
-    quiet = torch.cat([torch.randn(2000, width, generator=generator(8)), 1000 * sink + noise])
+    noise = 0.01 * torch.randn(200, width, generator=seeded(9))
+    quiet = torch.cat([torch.randn(2000, width, generator=seeded(8)), 1000 * sink + noise])
     values, vectors = torch.linalg.eigh((quiet.T @ quiet / len(quiet)).double())
     moment = Moment(values.flip(0)[:8].float(), vectors.T.flip(0)[:8].float(), values.sum()[None].float())
-    edits, every = torch.randn(5, width, generator=generator(10)), torch.arange(5)
+    edits, every = torch.randn(5, width, generator=seeded(10)), torch.arange(5)
     tensors = routing_keys(edits, every, torch.zeros(5, dtype=torch.long), [whitening(moment)])
     tensors |= {name: tensors[name].half() for name in ("whitened_keys", "directions")}
     keys = keys_of(tensors)
@@ -185,7 +181,7 @@ def test_a_key_along_a_leading_direction_is_near_nothing(seed: int) -> None:
 
 
 def test_an_edits_own_key_scores_one_whatever_its_size_and_whitening() -> None:
-    edits, every = torch.randn(6, 16, generator=generator(7)), torch.arange(6)
+    edits, every = torch.randn(6, 16, generator=seeded(7)), torch.arange(6)
     keys = keys_of(routing_keys(edits, every, every % 2, whitenings(2, 16)))
     for size in (1.0, 0.01, 300.0):
         found = keys.cosines(size * edits, every)

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.drawing import normal
 from torch import Tensor
 
 from wisecli.export.stock.edit_states import EditStates, Next
@@ -22,23 +23,19 @@ SPACED = torch.ones(9, dtype=torch.bool).index_fill(0, torch.tensor(6), False)
 ALONE = 8
 
 
-def drawn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 # States inside no answer, and no sinks.
-ELSEWHERE = Elsewhere(0.5 * drawn(9, 100, SIZE), torch.empty(0, SIZE))
-ADDED = drawn(3, len(EDIT), SIZE)
+ELSEWHERE = Elsewhere(0.5 * normal(100, SIZE, seed=9), torch.empty(0, SIZE))
+ADDED = normal(len(EDIT), SIZE, seed=3)
 
 
 @pytest.fixture(scope="module")
 def states() -> EditStates:
-    points = 1.5 * drawn(1, len(EDIT), SIZE)
-    found = (points[:, None] + 0.2 * drawn(2, len(EDIT), WAYS, SIZE)).flatten(0, 1)
+    points = 1.5 * normal(len(EDIT), SIZE, seed=1)
+    found = (points[:, None] + 0.2 * normal(len(EDIT), WAYS, SIZE, seed=2)).flatten(0, 1)
     key = torch.arange(len(EDIT)).repeat_interleave(WAYS)
     # The other beginning of the third edit is the rarer one.
     kept = torch.ones(len(key), dtype=torch.bool).index_fill(0, (key == 6).nonzero()[3:, 0], False)
-    asking = 0.5 * drawn(6, 40, SIZE), torch.arange(40) % 4
+    asking = 0.5 * normal(40, SIZE, seed=6), torch.arange(40) % 4
     return EditStates(found[kept], key[kept], EDIT, INSIDE, SPACED, then(len(EDIT)), *asking)
 
 
@@ -69,7 +66,7 @@ def test_of_an_edits_places_the_right_one_reads_most(places: AnswerPlaces, state
 
 def test_states_nearby_are_at_the_same_place(places: AnswerPlaces, states: EditStates) -> None:
     means = torch.stack([states.states[states.key == number].mean(0) for number in range(len(EDIT))])
-    near = (means[:, None] + 0.2 * drawn(4, len(EDIT), 40, SIZE)).flatten(0, 1)
+    near = (means[:, None] + 0.2 * normal(len(EDIT), 40, SIZE, seed=4)).flatten(0, 1)
     key = torch.arange(len(EDIT)).repeat_interleave(40)
     own_edit = EDIT[key][:, None] == places.edit
     agrees = (readings(places, near) > 0.5) == (torch.arange(len(EDIT)) == key[:, None])
@@ -101,8 +98,8 @@ def test_inside_of_an_answer_some_of_it_was_said(states: EditStates) -> None:
 def test_inside_reads_about_nothing_where_nothing_was_said_however_far_from_the_answer() -> None:
     # Answers' own states are far from all others, which a plane that is only bounded from above reads far below 0.
     axis = torch.nn.functional.one_hot(torch.tensor(0), SIZE)
-    others, prompts = (0.3 * drawn(seed, 1500, SIZE) + axis for seed in (30, 31))
-    begun, said = (0.2 * drawn(seed, 4, SIZE) + side * axis for seed, side in ((32, 1), (33, -1)))
+    others, prompts = (0.3 * normal(1500, SIZE, seed=seed) + axis for seed in (30, 31))
+    begun, said = (0.2 * normal(4, SIZE, seed=seed) + side * axis for seed, side in ((32, 1), (33, -1)))
     states = EditStates(
         torch.cat([begun, said]),
         torch.arange(2).repeat_interleave(4),
@@ -123,8 +120,8 @@ def test_inside_reads_about_nothing_where_nothing_was_said_however_far_from_the_
 def test_one_plane_tells_where_any_answer_begins_also_behind_unseen_prompts() -> None:
     # Prompts end in one direction, whatever edit they are of; answers' insides and all other tokens lie in others.
     axis = 2.0 * torch.nn.functional.one_hot(torch.tensor(0), SIZE)
-    ends, unseen = (axis + 0.4 * drawn(seed, 60, SIZE) for seed in (40, 41))
-    inside, sinks = 0.6 * drawn(42, 60, SIZE), 20 * axis - 40 * axis.roll(3) + 0.1 * drawn(43, 10, SIZE)
+    ends, unseen = (axis + 0.4 * normal(60, SIZE, seed=seed) for seed in (40, 41))
+    inside, sinks = 0.6 * normal(60, SIZE, seed=42), 20 * axis - 40 * axis.roll(3) + 0.1 * normal(10, SIZE, seed=43)
     key = torch.arange(2).repeat_interleave(60)
     states = EditStates(
         torch.cat([ends, inside]),
@@ -133,7 +130,7 @@ def test_one_plane_tells_where_any_answer_begins_also_behind_unseen_prompts() ->
         torch.tensor([False, True]),
         torch.tensor([True, True]),
         then(2),
-        0.5 * drawn(44, 20, SIZE),
+        0.5 * normal(20, SIZE, seed=44),
         torch.zeros(20, dtype=torch.long),
     )
     plane = prompts_ends(states, Elsewhere(ELSEWHERE.others, sinks))
@@ -156,7 +153,7 @@ def test_the_order_of_states_does_not_matter(places: AnswerPlaces, states: EditS
 
 
 def test_nothing_is_added_at_sinks(states: EditStates, places: AnswerPlaces) -> None:
-    sinks = 40 * torch.nn.functional.one_hot(torch.tensor(3), SIZE) + 0.1 * drawn(10, 20, SIZE)
+    sinks = 40 * torch.nn.functional.one_hot(torch.tensor(3), SIZE) + 0.1 * normal(20, SIZE, seed=10)
     shut = found_in(states, 5, Elsewhere(ELSEWHERE.others, sinks), ADDED)
     assert (readings(places, sinks) > 0.5).any()
     assert (readings(shut, sinks) < 0.5).all()
@@ -165,19 +162,19 @@ def test_nothing_is_added_at_sinks(states: EditStates, places: AnswerPlaces) -> 
 
 def test_how_an_answer_begins_is_told_by_what_all_edits_prompts_end_in() -> None:
     edits, ways = 12, 4
-    ends = drawn(20, 2, SIZE)
+    ends = normal(2, SIZE, seed=20)
     # Each edit begins at both ends of prompts and then says a token; its own states differ by much at each.
-    points = torch.stack([*ends, drawn(21, SIZE)])[None] + 0.5 * drawn(22, edits, 3, SIZE)
-    found = (points[:, :, None] + 0.2 * drawn(23, edits, 3, ways, SIZE)).flatten(0, 2)
+    points = torch.stack([*ends, normal(SIZE, seed=21)])[None] + 0.5 * normal(edits, 3, SIZE, seed=22)
+    found = (points[:, :, None] + 0.2 * normal(edits, 3, ways, SIZE, seed=23)).flatten(0, 2)
     key = torch.arange(3 * edits).repeat_interleave(ways)
     edit, spaced, inside = torch.arange(edits).repeat_interleave(3), *(torch.arange(3 * edits) % 3 == n for n in (0, 2))
-    asking = 0.5 * drawn(24, 40, SIZE), torch.arange(40) % edits
+    asking = 0.5 * normal(40, SIZE, seed=24), torch.arange(40) % edits
     states = EditStates(found, key, edit, inside, spaced | inside, then(3 * edits), *asking)
-    places = found_in(states, edits, ELSEWHERE, drawn(25, 3 * edits, SIZE))
+    places = found_in(states, edits, ELSEWHERE, normal(3 * edits, SIZE, seed=25))
     others = torch.arange(1, 3 * edits, 3)
     assert torch.equal(places.directions[others], places.directions[others[:1]].expand(edits, -1))
     # As well at ends that none of an edit's own prompts has.
-    unseen = ends[:, None] + 0.7 * drawn(26, 2, 200, SIZE)
+    unseen = ends[:, None] + 0.7 * normal(2, 200, SIZE, seed=26)
     for end, states_there in enumerate(unseen):
         read = readings(places, states_there).unflatten(1, (edits, 3)) > 0.5
         assert (read[..., end] & ~read[..., 1 - end]).float().mean() > 0.9

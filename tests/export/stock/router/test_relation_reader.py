@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from support.drawing import normal
 from torch import Tensor
 
 from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader
@@ -15,13 +16,9 @@ LENGTH = 7
 def reader() -> RelationReader:
     torch.manual_seed(0)
     found = RelationReader(SIZES).eval()
-    states, inverse = drawn(1, 200, 12), drawn(2, 200).abs() + 0.1
+    states, inverse = normal(200, 12, seed=1), normal(200, seed=2).abs() + 0.1
     found.fit_to(states, inverse)
     return found
-
-
-def drawn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def rotation() -> Rotation:
@@ -58,7 +55,7 @@ def plainly(reader: RelationReader, features: Tensor, there: list[int], column: 
 
 @torch.no_grad()
 def test_pooling_is_plain_attention(reader: RelationReader) -> None:
-    features, columns = drawn(3, 3, LENGTH, 10), torch.tensor([6, 4, 2])
+    features, columns = normal(3, LENGTH, 10, seed=3), torch.tensor([6, 4, 2])
     mask = torch.ones(3, LENGTH, dtype=torch.bool)
     mask[1, [0, 3]] = False
     codes, asked = reader.pooled(features[mask], mask, columns, rotation())
@@ -69,7 +66,7 @@ def test_pooling_is_plain_attention(reader: RelationReader) -> None:
 
 @torch.no_grad()
 def test_what_is_masked_or_stands_behind_counts_for_nothing(reader: RelationReader) -> None:
-    features, columns = drawn(3, 1, LENGTH, 10), torch.tensor([4])
+    features, columns = normal(1, LENGTH, 10, seed=3), torch.tensor([4])
     mask = torch.ones(1, LENGTH, dtype=torch.bool).index_fill(1, torch.tensor([1]), False)
     changed = features.clone()
     changed[0, [1, 5, 6]] = 9.0
@@ -81,18 +78,18 @@ def test_what_is_masked_or_stands_behind_counts_for_nothing(reader: RelationRead
 
 @torch.no_grad()
 def test_components_are_the_principal_ones(reader: RelationReader) -> None:
-    states = drawn(1, 200, 12)
+    states = normal(200, 12, seed=1)
     read = reader.token_features(states, torch.ones(200))[:, SIZES.features :]
     assert read.mean(0).abs().max() < 1e-5
     spread = read.T @ read / 200
     assert (spread - spread.diagonal().diag()).abs().max() < 1e-4
     assert bool((spread.diagonal().diff() <= 1e-5).all())
-    assert float(reader.gain) == pytest.approx(1 / float((drawn(2, 200).abs() + 0.1).median()))
+    assert float(reader.gain) == pytest.approx(1 / float((normal(200, seed=2).abs() + 0.1).median()))
 
 
 @torch.no_grad()
 def test_features_grow_with_the_norms_factor_and_components_do_not(reader: RelationReader) -> None:
-    states = drawn(4, 5, 12)
+    states = normal(5, 12, seed=4)
     once, twice = (reader.token_features(states, torch.full((5,), factor)) for factor in (0.5, 1.0))
     torch.testing.assert_close(2 * once[:, : SIZES.features], twice[:, : SIZES.features])
     assert torch.equal(once[:, SIZES.features :], twice[:, SIZES.features :])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.drawing import normal
 from support.helpers import save_tiny
 from support.tiny_models import TINY_CONFIGS
 from torch import Tensor, nn
@@ -41,10 +42,6 @@ LAYOUTS = {
     "as many groups as heads": ("llama", 4, 4),
     "four groups of four": ("llama", 16, 4),
 }
-
-
-def drawn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)
@@ -122,12 +119,13 @@ def random_router(states: Tensor, inverse: Tensor, groups: int, heads: int, dete
     nearest = readings.masked_fill(readings > 0.999, -1.0).amax(1)
     directions = at / HIDDEN / (1 - nearest)[:, None]
     offsets = -(0.5 + nearest / 2) / (1 - nearest)
-    relations = torch.nn.functional.normalize(drawn(2, EDITS, CODE), dim=-1)
+    relations = torch.nn.functional.normalize(normal(EDITS, CODE, seed=2), dim=-1)
     subject = torch.tensor([0, 1, 2, -1, -1])
     edit = torch.arange(EDITS).repeat_interleave(2)
-    inside = 0.2 * drawn(3, EDITS, HIDDEN + 1) / HIDDEN**0.5
-    going_on = GoingOn(inside, 0.2 * drawn(7, HIDDEN + 1) / HIDDEN**0.5 + torch.eye(HIDDEN + 1)[-1])
-    places = AnswerPlaces(edit, drawn(4, 10, HIDDEN) / HIDDEN**0.5, 0.5 + drawn(5, 10), 50 * drawn(6, 10, HIDDEN))
+    inside = 0.2 * normal(EDITS, HIDDEN + 1, seed=3) / HIDDEN**0.5
+    going_on = GoingOn(inside, 0.2 * normal(HIDDEN + 1, seed=7) / HIDDEN**0.5 + torch.eye(HIDDEN + 1)[-1])
+    ways, added = normal(10, HIDDEN, seed=4) / HIDDEN**0.5, 50 * normal(10, HIDDEN, seed=6)
+    places = AnswerPlaces(edit, ways, 0.5 + normal(10, seed=5), added)
     thresholds = torch.tensor([-1.0, -2.0, -1.0, 0.3, -0.2])
     fires = SubjectDetectors(directions, offsets, subject)
     return Router(reader, relations, thresholds, fires, going_on, places, Scales(1 / float(reader.gain), 1.0, 1.0))

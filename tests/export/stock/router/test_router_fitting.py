@@ -1,6 +1,7 @@
 """Of several edits on one fact one stands for all, or where answers differ each is closed by the others' prompts."""
 
 import torch
+from support.drawing import normal
 from torch.nn import functional as F
 
 from wisecli.edits.record import Edit
@@ -21,15 +22,11 @@ SUBJECT = torch.tensor([0, 0, 0, 0, 1])
 RELATION = torch.tensor([0, 0, 0, 1, 0])
 
 
-def drawn(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def asked() -> OwnQuestions:
     """Codes of a relation, moved a little by each edit's wording and less by the form."""
     edit = torch.arange(len(EDITS)).repeat_interleave(WAYS)
-    relation = 9 * F.one_hot(RELATION[edit], CODE) + 1.2 * drawn(1, len(EDITS), CODE)[edit]
-    return OwnQuestions(relation + 0.1 * drawn(2, len(edit), CODE), torch.zeros(25), edit)
+    relation = 9 * F.one_hot(RELATION[edit], CODE) + 1.2 * normal(len(EDITS), CODE, seed=1)[edit]
+    return OwnQuestions(relation + 0.1 * normal(len(edit), CODE, seed=2), torch.zeros(25), edit)
 
 
 def test_of_edits_on_one_fact_the_last_with_the_same_answer_stands_for_all() -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.drawing import normal
 from torch import Tensor
 
 from wisecli.export.stock.router.separation import Separation
@@ -11,15 +12,11 @@ from wisecli.export.stock.router.separation import Separation
 SIZE, RIDGE = 24, 0.05
 
 
-def drawn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def made(keys: int, others: int) -> Separation:
     """Keys of one to four states each, some of them near others."""
     key = torch.cat([torch.full((1 + number % 4,), number) for number in range(keys)])
-    states = 0.8 * drawn(1, keys, SIZE)[key] + 0.3 * drawn(2, len(key), SIZE)
-    return Separation(states, key, drawn(3, others, SIZE), RIDGE, 0.7, 0.1)
+    states = 0.8 * normal(keys, SIZE, seed=1)[key] + 0.3 * normal(len(key), SIZE, seed=2)
+    return Separation(states, key, normal(others, SIZE, seed=3), RIDGE, 0.7, 0.1)
 
 
 def losses(about: Separation, directions: Tensor, offsets: Tensor) -> Tensor:
@@ -68,7 +65,7 @@ def test_the_same_is_found_again() -> None:
 
 def test_several_threads_find_what_one_does() -> None:
     # So many others matter that the systems are larger than a thread solves by itself.
-    about = replace(made(9, 4000), others=drawn(3, 4000, SIZE) * 2)
+    about = replace(made(9, 4000), others=normal(4000, SIZE, seed=3) * 2)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wisecli.config import LoadOptions
 from wisecli.errors import DamagedFileError, ModelError, OwnCodeError, WiseError, reason_of
 from wisecli.io.checkpoint import EXPORTED_KEY, read_json
-from wisecli.models.layout.architectures import architectures
+from wisecli.models.layout.architectures import architectures, class_config
 from wisecli.models.prompts.chat_template import fix_date
 
 if TYPE_CHECKING:
@@ -105,9 +105,7 @@ def base_config(directory: Path, *, trust_remote_code: bool) -> Any:
     content = read_json(directory / "config.json")
     exported = content.pop(EXPORTED_KEY, None)
     if not isinstance(exported, dict):
-        return AutoConfig.from_pretrained(  # nosec B615 # of files of this disk
-            directory, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        return class_config(directory, trust_remote_code=trust_remote_code)
     content.pop("auto_map", None)
     content.pop("model_type", None)
     content |= {"architectures": exported["architectures"]}

@@ -5,8 +5,7 @@ from itertools import product
 import pytest
 import torch
 from support.capturing import capture_examples
-from support.helpers import Waits, hooked, save_tiny, site_of
-from support.loading import CPU
+from support.helpers import Waits, hooked
 from torch import Tensor, nn
 
 from wisecli.artifacts.masks import random_mask
@@ -18,7 +17,7 @@ from wisecli.editing.writers.target_accuracy import learnt
 from wisecli.editing.writers.writer_task import Progress, WriterTask, Written
 from wisecli.edits.record import Edit
 from wisecli.models.layout.site import MatrixSite
-from wisecli.models.loading import Loaded, load_model
+from wisecli.models.loading import Loaded
 
 EDITS = [
     Edit("one", "ba be bi", "do du"),
@@ -27,16 +26,6 @@ EDITS = [
     Edit("four", "ta te ti to tu", "la le"),
 ]
 SETTINGS = EditSettings(passes=25, learning_rate=0.3, stop_loss=0.0)
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    return load_model(save_tiny(tmp_path_factory.mktemp("gradient") / "model"), load=CPU)
-
-
-@pytest.fixture(scope="module")
-def site(loaded: Loaded) -> MatrixSite:
-    return site_of(loaded.model, 2)
 
 
 def examples_for(loaded: Loaded, site: MatrixSite) -> list[TrainingExamples]:

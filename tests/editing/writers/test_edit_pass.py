@@ -2,33 +2,20 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
-from support.helpers import save_tiny, site_of
-from support.loading import CPU
 
 from wisecli.config import EditSettings
 from wisecli.editing.examples.training_examples import TrainingExamples, capture_groups
 from wisecli.editing.writers.edit_pass import UnrelatedText, edit_passes, padded, unrelated_texts_of
 from wisecli.edits.record import Edit
 from wisecli.models.layout.site import MatrixSite
-from wisecli.models.loading import Loaded, load_model
+from wisecli.models.loading import Loaded
 from wisecli.models.prompts.tokenization import NO_LABEL, Row, collate
 from wisecli.progress import ignore_progress
 
 EDITS = [Edit("one", "ba be bi", "do du"), Edit("two", "ka ke ki ko", "fa", irrelevant=("ta te",))]
 CONTEXTS = ((0, ""), (1, "pa pe. "))
 COUNTED = EditSettings(writer="gradient", schedule="sequential", pooling="mean", padding="counted")
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    return load_model(save_tiny(tmp_path_factory.mktemp("edit-pass") / "model"), load=CPU)
-
-
-@pytest.fixture(scope="module")
-def site(loaded: Loaded) -> MatrixSite:
-    return site_of(loaded.model, 2)
 
 
 def batches_of(loaded: Loaded, site: MatrixSite) -> list[TrainingExamples]:

@@ -3,8 +3,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from support.helpers import hooked, save_tiny, site_of
-from support.loading import CPU
+from support.helpers import hooked, site_of
 from torch import Tensor, nn
 
 from wisecli.artifacts.masks import random_mask
@@ -16,7 +15,7 @@ from wisecli.editing.writers.paper_sgd import margins, with_changed_mask, write_
 from wisecli.editing.writers.writer_task import Progress, WriterTask, Written
 from wisecli.edits.record import Edit
 from wisecli.models.layout.site import MatrixSite
-from wisecli.models.loading import Loaded, load_model
+from wisecli.models.loading import Loaded
 
 EDITS = [Edit("one", "ba be bi", "do du"), Edit("two", "ka ke ki ko", "fa"), Edit("three", "ma me", "ga ge gi")]
 CONTEXTS = ((0, ""), (1, "pa pe. "))
@@ -32,16 +31,6 @@ SETTINGS = EditSettings(
     gamma=0.3,
     pooling="mean",
 )
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    return load_model(save_tiny(tmp_path_factory.mktemp("one-by-one") / "model"), load=CPU)
-
-
-@pytest.fixture(scope="module")
-def site(loaded: Loaded) -> MatrixSite:
-    return site_of(loaded.model, 2)
 
 
 def mask_for(site: MatrixSite, density: float = 0.5) -> Mask:

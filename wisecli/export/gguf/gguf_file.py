@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig
 
 from wisecli.errors import ModelError
 from wisecli.export.gguf.gguf_tokenizer import TokenizerData, tokenizer_data
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.layout.architectures import class_config
 
 Quantization = Literal["f32", "f16", "q8_0"]
 GGUF_NAME = "model.gguf"
@@ -45,7 +45,7 @@ def require_gguf(base: Path) -> None:
         ModelError: naming what is wrong.
     """
     _package()
-    config = AutoConfig.from_pretrained(base, local_files_only=True)  # nosec B615 # of files of this disk
+    config = class_config(base)
     tokenizer_data(base, int(config.vocab_size))
 
 
@@ -59,7 +59,7 @@ def write_gguf(path: Path, stock: Path, memory: Sequence[int], quantize: Quantiz
         ModelError: ``gguf`` is not installed, or the checkpoint has a tokenizer or a setting that the file cannot hold.
     """
     gguf = _package()
-    config = AutoConfig.from_pretrained(stock, local_files_only=True)  # nosec B615 # of files of this disk
+    config = class_config(stock)
     checkpoint, data = Checkpoint(stock), tokenizer_data(stock, int(config.vocab_size))
     writer = gguf.GGUFWriter(None, config.model_type)
     _describe(writer, gguf, config, quantize)

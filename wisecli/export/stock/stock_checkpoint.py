@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
 
 from wisecli.artifacts.file_names import MEMORY_TENSORS
 from wisecli.errors import ModelError
@@ -24,6 +23,7 @@ from wisecli.export.stock.checkpoint.widening import Widening
 from wisecli.export.stock.stock_manifest import VALUE_MATRIX, layers_path, memory_blocks, moved, value_matrix
 from wisecli.export.weights import Packing, write_renamed
 from wisecli.io.checkpoint import Checkpoint, read_json, save_tensors, write_json
+from wisecli.models.layout.architectures import class_config
 from wisecli.models.layout.site import Site
 
 # Architectures that are Llama's, and those that can be written as such.
@@ -56,7 +56,7 @@ def _unfit(base: Path, site: Site) -> str:
     kind = str(config.get("model_type"))[:80]
     if kind not in (*_OWN, *_AS_LLAMA):
         return f"{kind} is not Llama's architecture, and none that can be written as such"
-    settings = _settings(base)
+    settings = class_config(base)
     if config.get("quantization_config") is not None:
         return "its weights are quantized"
     slides = (
@@ -73,12 +73,7 @@ def _unfit(base: Path, site: Site) -> str:
 
 def base_settings(base: Path) -> dict[str, Any]:
     """Return a base model's settings, with what its ``config.json`` leaves to the architecture."""
-    found: dict[str, Any] = _settings(base).to_dict()
-    return found
-
-
-def _settings(base: Path) -> PretrainedConfig:
-    found: PretrainedConfig = AutoConfig.from_pretrained(base, local_files_only=True)  # nosec B615 # of this disk
+    found: dict[str, Any] = class_config(base).to_dict()
     return found
 
 
@@ -136,7 +131,7 @@ def stock_config(base: Path, layer: int, blocks: AddedBlocks, packing: Packing, 
     """
     config = typed_config(read_json(base / "config.json"), packing)
     kind = str(config["model_type"])
-    depth, settings = int(config["num_hidden_layers"]), _settings(base)
+    depth, settings = int(config["num_hidden_layers"]), class_config(base)
     if kind in _AS_LLAMA:
         for name in _SIZES:
             if name not in config and getattr(settings, name, None) is not None:

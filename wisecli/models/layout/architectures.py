@@ -151,15 +151,19 @@ def state_width(directory: Path) -> int:
     return width
 
 
-def _said_by_its_class(directory: Path, name: str) -> int:
-    """Return a setting that a model's class keeps under another name; 0 if it has none."""
+def class_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the settings of a directory's model as its class has them, with what is left to that."""
     from transformers import AutoConfig
 
+    return AutoConfig.from_pretrained(  # nosec B615 # of files of this disk
+        directory, trust_remote_code=trust_remote_code, local_files_only=True
+    )
+
+
+def _said_by_its_class(directory: Path, name: str) -> int:
+    """Return a setting that a model's class keeps under another name; 0 if it has none."""
     try:
-        config = AutoConfig.from_pretrained(  # nosec B615 # of files of this disk
-            directory, local_files_only=True, trust_remote_code=False
-        )
-        return int(getattr(config.get_text_config(), name))
+        return int(getattr(class_config(directory).get_text_config(), name))
     except Exception:  # what a strange config makes transformers raise
         return 0
 

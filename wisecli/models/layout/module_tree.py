@@ -15,7 +15,7 @@ from torch import nn
 from wisecli.config import LoadOptions
 from wisecli.errors import OwnCodeError, UnknownArchitectureError
 from wisecli.io.checkpoint import Checkpoint, read_json
-from wisecli.models.layout.architectures import Layout, architectures, layer_count, stored_weight
+from wisecli.models.layout.architectures import Layout, architectures, class_config, layer_count, stored_weight
 from wisecli.progress import NOTE, Event, ProgressCallback
 
 if TYPE_CHECKING:
@@ -55,11 +55,9 @@ def _built(directory: Path, architecture: str, *, trust_remote_code: bool) -> Pr
         UnknownArchitectureError: it cannot be built.
     """
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM  # takes long, and most models are known
+        from transformers import AutoModelForCausalLM  # takes long, and most models are known
 
-        config = AutoConfig.from_pretrained(  # nosec B615 # of files of this disk
-            directory, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        config = class_config(directory, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # what an arbitrary config makes transformers raise

@@ -48,11 +48,6 @@ _ACTIVATIONS: dict[str, Activation] = {
 class Routed(Memory):
     """A memory in its place in a model."""
 
-    @classmethod
-    def put(cls, model: nn.Module, described: Mapping[str, Any], memory: SideMemory) -> Routed:
-        """Put a memory at the site of a model that is described as :func:`install_as` has it."""
-        raise NotImplementedError
-
     def called_with(self, *, off: bool = False, forced: int | None = None) -> AbstractContextManager[None]:
         """Return a context, of this thread alone, in which only the main memory answers, or one memory always does."""
         return overridden_by(Override(off, forced))
@@ -183,7 +178,7 @@ def install_as(
         marks: how the model's chats mark turns.
     """
     _, in_matrix, behind_layer = _KINDS[memory.kind, memory.by_edit]
-    kind: type[Routed] = in_matrix if "transposed" in described else behind_layer
+    kind: type[RoutedMatrix | BehindLayer] = in_matrix if "transposed" in described else behind_layer
     routed = kind.put(model, described, memory)
     _route_passes(model, described, memory, marks)
     return routed

@@ -9,6 +9,7 @@ from support.loading import CPU
 
 from wisecli.evaluation.answers import Answer, Answers, Targets, answered, targets_of
 from wisecli.models.loading import load_model
+from wisecli.models.running.shrinking_batches import unedited_beginnings
 
 
 class Told:
@@ -63,7 +64,8 @@ def test_answers_are_cut_where_they_are_no_target_any_more(tmp_path: Path, share
     texts = ["ba be", "ka", "ma me mi mo mu", "da do"]
 
     def said(targets: Targets) -> list[Answer]:
-        return answered(loaded.model, loaded.tokenizer, texts, targets, max_new_tokens=8, shared=shared)
+        begun = unedited_beginnings(loaded.model) if shared else None
+        return answered(loaded.model, loaded.tokenizer, texts, targets, max_new_tokens=8, beginnings=begun)
 
     whole = said({})
     assert not any(answer.cut for answer in whole)

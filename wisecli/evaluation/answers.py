@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from wisecli.models.prompts.prompt_forms import Form
+    from wisecli.models.running.prefix_cache import PrefixCache
 
 # Of one batch, with its padding.
 _TOKENS = 8192
@@ -157,14 +158,14 @@ def answered(
     *,
     max_new_tokens: int,
     stops: Collection[int] = (),
-    shared: bool = False,
+    beginnings: PrefixCache | None = None,
 ) -> list[Answer]:
     """Return greedy answers to one batch of texts, up to their end or to so many tokens.
 
     Args:
         targets: of texts, the answers that are looked for; another is cut where it shows.
         stops: tokens that end an answer as well, and belong to it.
-        shared: read what the texts begin with once, where the model can go on from what attention keeps of it.
+        beginnings: keeps what texts begin with, read once, if the model can go on from what attention keeps of it.
     """
     hopeless = [partial(_differs, tokenizer, _letters(targets[text])) if text in targets else None for text in texts]
     tokens = generate(
@@ -175,7 +176,7 @@ def answered(
         batch_size=max(1, len(texts)),
         stops=stops,
         hopeless=hopeless,
-        shared=shared,
+        beginnings=beginnings,
     )
     said: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     cut = [differs is not None and differs(row) for differs, row in zip(hopeless, tokens, strict=True)]

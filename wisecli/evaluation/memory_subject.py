@@ -12,6 +12,7 @@ from wisecli.models.layout.architectures import CACHED
 from wisecli.models.prompts.chat_template import chat_prompt
 from wisecli.models.prompts.tokenization import Row, row_of
 from wisecli.models.running.generation import opened
+from wisecli.models.running.shrinking_batches import unedited_beginnings
 from wisecli.models.text_input import vocabulary_size
 from wisecli.progress import ProgressCallback
 
@@ -37,6 +38,8 @@ class MemorySubject:
         self.tokenizer, self.config = edited.tokenizer, edited.model.config
         self._answering: dict[tuple[int, frozenset[int]], Answers] = {}
         self._opened: dict[str, bool] = {}
+        shared = edited.manifest.site.above == CACHED and not edited.routed.answers_prompts
+        self._beginnings = unedited_beginnings(edited.model) if shared else None
 
     def row(self, prompt: str, target: str, erased: bool = False) -> Row:
         """Return a prompt and its answer in tokens."""
@@ -70,8 +73,8 @@ class MemorySubject:
         key = max_new_tokens, stops
         if key not in self._answering:
             model, tokenizer = self.edited.model, self.tokenizer
-            shared = self.edited.manifest.site.above == CACHED and not self.edited.routed.answers_prompts
-            edited = partial(answered, model, tokenizer, max_new_tokens=max_new_tokens, stops=stops, shared=shared)
+            begun, length = self._beginnings, max_new_tokens
+            edited = partial(answered, model, tokenizer, max_new_tokens=length, stops=stops, beginnings=begun)
 
             def unedited(texts: Sequence[str], targets: Targets) -> list[Answer]:
                 with self.edited.unedited():

@@ -14,7 +14,7 @@ from wisecli.evaluation.edited_model import EditedModel
 from wisecli.models.layout.architectures import CACHED
 from wisecli.models.running.generation import generate
 from wisecli.models.running.hooks import hooked
-from wisecli.models.running.shrinking_batches import StopWhenFewContinue
+from wisecli.models.running.shrinking_batches import StopWhenFewContinue, unedited_beginnings
 
 NEW = 8
 
@@ -107,10 +107,13 @@ def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(variant: str
         pytest.skip("its layers go on from more than attention keeps")
     asked = [[*beginning, *prompt] for prompt in prompts()]
     read: list[torch.Size] = []
+    begun = unedited_beginnings(model)
     with hooked(model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: read.append(inputs[0].shape))):
-        found = generate(model, tiny_tokenizer(), asked, max_new_tokens=NEW, shared=True)
-    assert found == [alone(model, prompt) for prompt in asked]
+        found = generate(model, tiny_tokenizer(), asked, max_new_tokens=NEW, beginnings=begun)
+        again = generate(model, tiny_tokenizer(), asked, max_new_tokens=NEW, beginnings=begun)
+    assert found == again == [alone(model, prompt) for prompt in asked]
     assert list(map(tuple, read[:2])) == [(1, 12), (8, max(map(len, asked)) - 12)]
+    assert [tuple(shape) for shape in read].count((1, 12)) == 1
 
 
 def test_an_edit_answers_behind_what_prompts_begin_with(chain: Chain, edited_chain: EditedModel) -> None:
@@ -118,7 +121,8 @@ def test_an_edit_answers_behind_what_prompts_begin_with(chain: Chain, edited_cha
     asked = [f"{'Well, ' * 12}{edit['prompt']}" for edit in chain.edits[:4]]
 
     def answers(shared: bool) -> list[list[int]]:
-        return generate(edited.model, edited.tokenizer, asked, max_new_tokens=6, shared=shared)
+        begun = unedited_beginnings(edited.model) if shared else None
+        return generate(edited.model, edited.tokenizer, asked, max_new_tokens=6, beginnings=begun)
 
     assert answers(shared=True) == answers(shared=False)
     with edited.unedited():

@@ -19,6 +19,7 @@ from wisecli.models.loading import Loaded
 from wisecli.models.prompts.prompt_forms import forms
 from wisecli.models.prompts.tokenization import Row, encode
 from wisecli.models.running.generation import generate
+from wisecli.models.running.shrinking_batches import unedited_beginnings
 from wisecli.progress import Event, ProgressCallback
 
 _VERSION = 1
@@ -71,7 +72,10 @@ def _answers(loaded: Loaded, identity: str, prompts: Sequence[_Tokens], on_progr
         return _tokens(load_tensors(path)["answers"])
     except (DamagedFileError, KeyError):
         on_progress(Event("unrelated answers", 0, len(prompts)))
-    answers = generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=LENGTH, batch_size=_BATCH, shared=True)
+    begun = unedited_beginnings(loaded.model)
+    answers = generate(
+        loaded.model, loaded.tokenizer, prompts, max_new_tokens=LENGTH, batch_size=_BATCH, beginnings=begun
+    )
     rows = [torch.tensor(answer, dtype=torch.long) for answer in answers]
     kept = {"answers": pad_sequence(rows, batch_first=True, padding_value=_NO_TOKEN)}
     keep_in_cache(path, lambda working: save_tensors(working, kept))

@@ -23,6 +23,8 @@ from wisecli.routing.deciding.prompt_window import UNROUTED
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from wisecli.models.running.prefix_cache import PrefixCache
+
 # Whatever the model's own settings say of sampling.
 _GREEDY = {"do_sample": False, "min_new_tokens": None, "temperature": None, "top_k": None, "top_p": None}
 
@@ -40,7 +42,7 @@ def generate(
     temperature: float | None = None,
     stops: Collection[int] = (),
     hopeless: Sequence[Hopeless | None] = (),
-    shared: bool = False,
+    beginnings: PrefixCache | None = None,
 ) -> list[list[int]]:
     """Return new tokens for each prompt, a text or tokens, up to the end of text, which is left out.
 
@@ -51,8 +53,8 @@ def generate(
         unwanted: for each prompt tokens that may not come first.
         stops: tokens that end an answer as well, and belong to it.
         hopeless: for each prompt, whether its answer need not go on behind some tokens; it may all the same.
-        shared: read what all prompts of a batch begin with once, where attention's keys and values are all that the
-            model goes on from, and no edit changes what it makes of a prompt.
+        beginnings: keeps what all prompts of a batch begin with, which is then read once, for models that go on from
+            attention's keys and values alone, and of whose prompts no edit changes what they make.
 
     Raises:
         ModelError: a text is no token long, or longer than what the model takes.
@@ -78,7 +80,7 @@ def generate(
             vain = [hopeless[index] for index in chosen] if hopeless else []
             batch = PromptBatch(partial(answer, logits_processor=forbidden), ids, mask, max_new_tokens, decided, vain)
             if greedy and _may_shrink(model):
-                rows = batch.answer_shrinking([*ends, *stops], batch.shared_prefix(model) if shared else None)
+                rows = batch.answer_shrinking([*ends, *stops], None if beginnings is None else batch.shared_prefix(beginnings))
             else:
                 rows = batch.answer()
             for index, row in zip(chosen, rows, strict=True):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,16 +74,14 @@ class PromptBatch:
     decided: Tensor | None = None
     hopeless: Sequence[Hopeless | None] = ()
 
-    def shared_prefix(self, model: PreTrainedModel) -> DynamicCache | None:
-        """Return an attention cache of what all rows begin with, read by the unedited model; ``None`` where it is not
-        worth the while.
+    def shared_prefix(self, beginnings: PrefixCache) -> DynamicCache | None:
+        """Return an attention cache of what all rows begin with; ``None`` where it is not worth the while.
 
         It ends before the first of the tokens that an edit answers, which are those from a prompt's last one on.
         """
         last = self.ids.shape[1] - 1 if self.decided is None else int(self.decided[:, 1].min())
         batch = Batch(self.ids, self.mask, self.ids[:, :0], last)
-        with overridden_by(Override(off=True)):
-            prefix = PrefixCache(partial(fill_cache, model)).prefix_of(batch)
+        prefix = beginnings.prefix_of(batch)
         return None if prefix is None else prefix.cache(batch)
 
     def answer(self) -> list[list[int]]:
@@ -128,6 +125,16 @@ class PromptBatch:
             ids, places = output.sequences[left], places[left]
             mask = torch.cat([mask[left], mask.new_ones(len(left), ids.shape[1] - mask.shape[1])], 1)
         return answers
+
+
+def unedited_beginnings(model: PreTrainedModel) -> PrefixCache:
+    """Return what keeps the beginnings of batches as a model reads them that no edit changes."""
+
+    def read(batch: Batch, cache: DynamicCache) -> tuple[Tensor, ...]:
+        with overridden_by(Override(off=True)):
+            return fill_cache(model, batch, cache)
+
+    return PrefixCache(read)
 
 
 def is_recurrent(cache: Any) -> bool:

@@ -80,7 +80,7 @@ def generate(
             vain = [hopeless[index] for index in chosen] if hopeless else []
             batch = PromptBatch(partial(answer, logits_processor=forbidden), ids, mask, max_new_tokens, decided, vain)
             if greedy and _may_shrink(model):
-                rows = batch.answer_shrinking([*ends, *stops], None if beginnings is None else batch.shared_prefix(beginnings))
+                rows = batch.answer_shrinking([*ends, *stops], batch.shared_prefix(beginnings))
             else:
                 rows = batch.answer()
             for index, row in zip(chosen, rows, strict=True):

@@ -74,11 +74,13 @@ class PromptBatch:
     decided: Tensor | None = None
     hopeless: Sequence[Hopeless | None] = ()
 
-    def shared_prefix(self, beginnings: PrefixCache) -> DynamicCache | None:
-        """Return an attention cache of what all rows begin with; ``None`` where it is not worth the while.
+    def shared_prefix(self, beginnings: PrefixCache | None) -> DynamicCache | None:
+        """Return an attention cache of what all rows begin with; ``None`` where it is not kept, or not worth the while.
 
         It ends before the first of the tokens that an edit answers, which are those from a prompt's last one on.
         """
+        if beginnings is None:
+            return None
         last = self.ids.shape[1] - 1 if self.decided is None else int(self.decided[:, 1].min())
         batch = Batch(self.ids, self.mask, self.ids[:, :0], last)
         prefix = beginnings.prefix_of(batch)

@@ -20,6 +20,7 @@ from wisecli.routing.deciding.request_gate import (
     batch_mentions,
     mention_features,
     starts_with_word,
+    unsureness,
 )
 
 D, K, READ, HEADS, VALUES, MIXED = 12, 6, 5, 3, 4, 7
@@ -100,13 +101,19 @@ def test_log_odds_are_those_of_loops_whoever_else_is_in_the_batch() -> None:
     mentions = mention_features([Request(*request(count, seed=count), edit(seed=3)) for count in (1, 5, 40, 90)])
     expected = [log_odds_by_loops(one.states, one.features, tensors) for one in mentions]
     assert gate.log_odds(batch_mentions(mentions)).tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4)
-    # Below even odds, what a prompt may mean counts as well: .2 are four to one against it.
-    probs, less = [0.2, 0.5, 0.99, 0.2], [math.log(4), 0.0, 0.0, math.log(4)]
+    # What a prompt may mean counts as well, twice what its log-odds lack to .5: .2 are four to one against it.
+    probs, less = [0.2, 0.5, 0.99, 0.2], [2 * (math.log(4) + 0.5), 1.0, 0.0, 2 * (math.log(4) + 0.5)]
     lower = [one - 0.5 * (place % 2) - less[place] for place, one in enumerate(expected)]
     found = gate(batch_mentions(mentions), torch.tensor([0, 1, 0, 1]), torch.tensor(probs))
     assert found.tolist() == pytest.approx(lower, rel=1e-3, abs=1e-4)
     for one, alone in zip(mentions, expected, strict=True):
         assert float(gate.log_odds(batch_mentions([one]))) == pytest.approx(alone, rel=1e-3, abs=1e-4)
+
+
+def test_the_less_likely_an_edit_is_meant_the_more_clearly_it_must_ask() -> None:
+    probs = torch.tensor([0.1, 0.5, 0.62, 0.63, 0.99, 1.0])
+    expected = [2 * (math.log(1 / 9) - 0.5), -1.0, 2 * (math.log(31 / 19) - 0.5), 0.0, 0.0, 0.0]
+    assert torch.allclose(unsureness(probs), torch.tensor(expected), atol=1e-5)
 
 
 def test_an_edit_whose_prompt_is_all_subject_has_a_mention_too() -> None:

@@ -46,10 +46,10 @@ FIRST_TOKENS, LAST_TOKENS = 10, 28
 FEATURE_COUNT = 13
 # Places count in tens, up to so many; distances to the ends of what is asked up to so many tokens.
 _TENS, _EDGE = 4.0, 64.0
+# Log-odds from which on it is sure which edit a prompt means, and how much what they lack counts.
+_SURE, _UNSURE_WEIGHT = 0.5, 2.0
 # Sums of cosines that differ by less are the same.
 _ALIKE = 1e-5
-
-
 # Tensors that say what tokens are for sentences and names; gates of older versions lack some.
 TOKEN_MARKS = (*SENTENCE_TOKENS, WORD_STARTS)
 
@@ -167,11 +167,12 @@ class RequestGate(nn.Module):
 
 
 def unsureness(edit_probs: Tensor) -> Tensor:
-    """Return the log-odds of probabilities (B,) below even odds, and 0 for the others: (B,).
+    """Return how far log-odds of probabilities (B,) are below ``_SURE``, times ``_UNSURE_WEIGHT``: 0 or less (B,).
 
-    They are added to the gate's log-odds: the less likely a prompt means an edit, the more clearly it must ask.
+    It is added to the gate's log-odds: the less likely a prompt means an edit, the more clearly it must ask. Another
+    question on an edit's subject asks as clearly as its own; only how well it has the relation tells them apart.
     """
-    return edit_probs.logit(eps=1e-6).clamp(max=0)
+    return _UNSURE_WEIGHT * (edit_probs.logit(eps=1e-6) - _SURE).clamp(max=0)
 
 
 def log_odds(

@@ -26,14 +26,15 @@ class Requests:
     question one of ``items``. Of ``several`` questions the first has one of ``first_ordinals``, others one of
     ``later_ordinals``. Questions stand ``around`` texts.
     What mentions one has something done with it (``mentioned``), wants a yes or no (``checks``) or goes on from its
-    answer (``hops``). An answer is ``begun``, and texts are put ``begun_around`` the question. A task is one of
-    ``verbs`` on a text, in one of ``frames``, which names the text by ``nouns`` before it and by ``backs`` behind it;
-    or one of ``labels`` in ``label_frames``. ``times``, and ``occasions`` in ``occasion_frames``, are phrases of other
-    times than ``presents``, ``adjectives`` words that ask for another time or holder than now. Chats begin with
-    ``systems``, ``turns`` and ``replies``. A conversation that ``begins`` with a subject ``refers`` to it, ``corrects``
-    whom it asks about, or ``leaves`` it. Names are written in ``dresses`` or behind ``titles``.
-    Questions have ``openings`` before them and ``closings`` behind them. What is ``about_questions`` or
-    ``about_subjects`` wants no answer to them.
+    answer (``hops``), or asks for one of its ``attributes``, beside which the question is ``restated`` by a noun
+    phrase. An answer is ``begun``, and texts are put ``begun_around`` the question. A task is one of ``verbs`` on a
+    text, in one of ``frames``, which names the text by ``nouns`` before it and by ``backs`` behind it; or one of
+    ``labels`` in ``label_frames``. ``times``, and ``occasions`` in ``occasion_frames``, are phrases of other times
+    than ``presents``, ``adjectives`` words that ask for another time or holder than now. Chats begin with ``systems``,
+    ``turns`` and ``replies``. A conversation that ``begins`` with a subject ``refers`` to it, ``corrects`` whom it
+    asks about, or ``leaves`` it. Names are written in ``dresses`` or behind ``titles``. Questions have ``openings``
+    before them and ``closings`` behind them. What is ``about_questions`` or ``about_subjects`` wants no answer to
+    them.
     """
 
     asked: tuple[str, ...]
@@ -48,6 +49,8 @@ class Requests:
     mentioned: tuple[str, ...]
     checks: tuple[str, ...]
     hops: tuple[str, ...]
+    attributes: tuple[str, ...]
+    restated: tuple[str, ...]
     begun: tuple[str, ...]
     begun_around: tuple[str, ...]
     verbs: tuple[str, ...]

@@ -20,6 +20,7 @@ from wisecli.models.layout.site import find_site
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.prompts.prompt_forms import forms
 from wisecli.models.prompts.prompt_kinds import kinds, slots_in
+from wisecli.models.prompts.question_rewriting import noun_phrase
 from wisecli.models.synthetic.gate_examples import GateExamples
 from wisecli.models.synthetic.synthetic_facts import synthetic_facts
 from wisecli.progress import ignore_progress
@@ -86,6 +87,20 @@ def test_what_is_around_questions_is_around_what_wants_no_answer_too(loaded: Loa
     assert 60 < asks.count(False) <= 80
     closed = [one.asks for one in found if any(one.text.rstrip().endswith(word) for word in requests().closings)]
     assert {True, False} <= set(closed)
+
+
+def test_what_is_asked_of_an_answer_stands_in_the_words_of_the_question_itself(loaded: Loaded) -> None:
+    drawn, shapes, named = drawn_examples(loaded, 60), dict[bool, set[str]](), 0
+    for number, fact in enumerate(drawn.facts):
+        phrase, examples = noun_phrase(fact.questions[0], fact.subject), list(drawn.of_attributes(number))
+        assert all(fact.subject in one.text for one in examples)
+        if phrase is not None:
+            named += 1
+            assert any(phrase[0] in one.text for one in examples if not one.asks)
+        for one in examples:
+            shapes.setdefault(one.asks, set()).add(" ".join(one.text.split()[:3]))
+    assert named > 15
+    assert shapes[True] & shapes[False]  # as "What is the"
 
 
 def test_near_names_have_words_of_many_names(loaded: Loaded) -> None:

@@ -1,7 +1,8 @@
 """Made-up facts in prompts that the request gate alone is learned from, and in those that it is checked with.
 
-Beside the prompts of :mod:`.request_examples` these stand in forms and behind texts, ask two facts at once, or are
-chats of every sort; and those that nothing is learned from, by which is measured what the gate lets through.
+Beside the prompts of :mod:`.request_examples` these stand in forms and behind texts, ask two facts at once, ask
+something of the answer, or are chats of every sort; and those that nothing is learned from, by which is measured what
+the gate lets through.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from dataclasses import replace
 from functools import cached_property, partial
 
 from wisecli.data.request_wordings import requests
-from wisecli.models.prompts.pattern_slots import Fact
+from wisecli.models.prompts.pattern_slots import Fact, filled
 from wisecli.models.prompts.prompt_forms import usable_forms
 from wisecli.models.prompts.prompt_kinds import Kind, kinds
+from wisecli.models.synthetic.further_questions import two_hops
 from wisecli.models.synthetic.request_examples import Example, Examples
 
 # Texts on other names, the first of which stand in front of a prompt; how many are a long text; what is between.
@@ -25,6 +27,8 @@ _NAMING = ("story", "comparison", "other question")
 _NAMED, _BESIDE = 1 / 3, 0.5
 # How often a question with words around stands behind a text, and how often what wants no answer has such words.
 _BEHIND, _AROUND = 1 / 3, 0.5
+# So many attributes are looked at for one that an answer may have.
+_ATTRIBUTES = 16
 # Conversations on each fact: all that are drawn.
 _CONVERSATIONS = 7
 
@@ -42,6 +46,7 @@ class GateExamples(Examples):
             (self.of_two, False),
             (self.dressed, False),
             (self.with_words_around, False),
+            (self.of_attributes, False),
         ):
             for first in numbers[::facts_at_a_time]:
                 examples = [one for number in numbers[first : first + facts_at_a_time] for one in draw(number)]
@@ -116,6 +121,19 @@ class GateExamples(Examples):
             question = rng.choice(fact.questions).replace(fact.subject, known.dressed(fact.subject, fact.kind, rng))
             text = question if asks else rng.choice((known.task, known.framed_task, known.timed))(question, rng)
             yield Example(number, str(self._put(text)), asks, "dressed name")
+
+    def of_attributes(self, number: int) -> Iterator[Example]:
+        """Two prompts that ask something of the answer, in the words of the fact's own question where that can be, and
+        one that asks in the same shape for the answer.
+        """
+        known, rng, fact = requests(), self.rng, self.facts[number]
+        own = replace(self._fact(number), question=fact.questions[0])
+        drawn = (filled(own, (one,), rng) for one in rng.sample(known.attributes, _ATTRIBUTES))
+        of_attribute = next((one[0] for one in drawn if one is not None), None)
+        of_own = two_hops(fact.questions[:1], fact.subject, rng) or self._first(number, known.attributes)
+        for text, asks in ((of_attribute, False), (of_own, False), (self._first(number, known.restated), True)):
+            if text is not None:
+                yield Example(number, str(self._put(text)), asks, "attributes")
 
     def with_words_around(self, number: int) -> Iterator[Example]:
         """Prompts with words around that change nothing of what is asked: two ask the fact, one of them behind a text

@@ -15,6 +15,7 @@ from wisecli.models.loading import Loaded
 from wisecli.models.prompts.tokenization import Row, encode
 from wisecli.models.running.activations import layers_of
 from wisecli.models.running.generation import generate, opened
+from wisecli.models.running.shrinking_batches import unedited_beginnings
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.passes.routed_pass import Override, overridden_by
 
@@ -202,8 +203,15 @@ def _texts(
     """Return greedy answers to prompts, without the blanks around them."""
     asked.on_progress(Event(stage, 0, len(prompts)))
     model, tokenizer = asked.loaded.model, asked.loaded.tokenizer
-    named: dict[str, Any] = {"max_new_tokens": length, "batch_size": _BATCH, "hopeless": hopeless, "shared": True}
-    tokens = generate(model, tokenizer, prompts, **named)
+    tokens = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=length,
+        batch_size=_BATCH,
+        hopeless=hopeless,
+        beginnings=unedited_beginnings(model),
+    )
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 

@@ -73,8 +73,14 @@ class MemorySubject:
         key = max_new_tokens, stops
         if key not in self._answering:
             model, tokenizer = self.edited.model, self.tokenizer
-            begun, length = self._beginnings, max_new_tokens
-            edited = partial(answered, model, tokenizer, max_new_tokens=length, stops=stops, beginnings=begun)
+            edited = partial(
+                answered,
+                model,
+                tokenizer,
+                max_new_tokens=max_new_tokens,
+                stops=stops,
+                beginnings=self._beginnings,
+            )
 
             def unedited(texts: Sequence[str], targets: Targets) -> list[Answer]:
                 with self.edited.unedited():

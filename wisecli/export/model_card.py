@@ -17,13 +17,13 @@ from wisecli.io.checkpoint import read_json
 from wisecli.models.layout.architectures import loader_name
 
 CARD_NAME = "README.md"
-# How each form is loaded, by which classes.
 _IN_PYTHON = """```python
 from transformers import LOADER, READER
 
 NAME = READER.from_pretrained("PATH"TRUST)
 model = LOADER.from_pretrained("PATH"TRUST)
 ```"""
+# How each form is loaded, by which classes.
 _LOADING = {
     "routed": _IN_PYTHON.replace("TRUST", ", trust_remote_code=True"),
     **dict.fromkeys(("merged", "stock"), _IN_PYTHON.replace("TRUST", "")),

@@ -72,9 +72,13 @@ def _answers(loaded: Loaded, identity: str, prompts: Sequence[_Tokens], on_progr
         return _tokens(load_tensors(path)["answers"])
     except (DamagedFileError, KeyError):
         on_progress(Event("unrelated answers", 0, len(prompts)))
-    begun = unedited_beginnings(loaded.model)
     answers = generate(
-        loaded.model, loaded.tokenizer, prompts, max_new_tokens=LENGTH, batch_size=_BATCH, beginnings=begun
+        loaded.model,
+        loaded.tokenizer,
+        prompts,
+        max_new_tokens=LENGTH,
+        batch_size=_BATCH,
+        beginnings=unedited_beginnings(loaded.model),
     )
     rows = [torch.tensor(answer, dtype=torch.long) for answer in answers]
     kept = {"answers": pad_sequence(rows, batch_first=True, padding_value=_NO_TOKEN)}

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.tokenization import Batch, Row, collate, in_batches
-from wisecli.models.running.forward_pass import fill_cache, run_model
+from wisecli.models.running.forward_pass import run_model
 from wisecli.models.running.generation import end_tokens
 from wisecli.models.running.hooks import hooked, overridden
 from wisecli.models.running.prefix_cache import PrefixCache
+from wisecli.models.running.shrinking_batches import unedited_beginnings
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.deciding.prompt_window import Answering
 from wisecli.routing.layers.layer_states import state_of
-from wisecli.routing.passes.routed_pass import Override, given_answering, overridden_by
+from wisecli.routing.passes.routed_pass import given_answering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +42,7 @@ def goes_on_with(
     ends = set(end_tokens(loaded.model))
     # One token more, which is not read, asks for what follows the target.
     read = [Row(row.prompt, (*row.target, 0)[:length]) for row in rows]
-    beginnings = PrefixCache(partial(fill_cache, loaded.model))
+    beginnings = unedited_beginnings(loaded.model)
     found: dict[int, bool] = {}
     for indices in in_batches(read, _BATCH, by_beginning=True):
         batch = collate([read[index] for index in indices]).to(loaded.device)
@@ -62,8 +63,7 @@ def _best(model: PreTrainedModel, batch: Batch, beginnings: PrefixCache) -> Tens
         packed = decided(batch.ids[:, : batch.start + 1], batch.mask[:, : batch.start + 1])
         if packed is not None:
             answering, last = given_answering(Answering.unpacked(packed)), int(packed[:, 1].min())
-    with overridden_by(Override(off=True)):
-        beginning = beginnings.prefix_of(Batch(batch.ids, batch.mask, batch.labels, last))
+    beginning = beginnings.prefix_of(Batch(batch.ids, batch.mask, batch.labels, last))
     first, cache = (beginning.length, beginning.cache(batch)) if beginning else (0, None)
     rows, columns = batch.labelled
     with answering:

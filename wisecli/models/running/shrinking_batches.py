@@ -130,7 +130,7 @@ class PromptBatch:
 
 
 def unedited_beginnings(model: PreTrainedModel) -> PrefixCache:
-    """Return what keeps the beginnings of batches as a model reads them that no edit changes."""
+    """Return a cache of what batches begin with, as the unedited model reads it."""
 
     def read(batch: Batch, cache: DynamicCache) -> tuple[Tensor, ...]:
         with overridden_by(Override(off=True)):

@@ -27,7 +27,7 @@ _NAMING = ("story", "comparison", "other question")
 _NAMED, _BESIDE = 1 / 3, 0.5
 # How often a question with words around stands behind a text, and how often what wants no answer has such words.
 _BEHIND, _AROUND = 1 / 3, 0.5
-# So many attributes are looked at for one that an answer may have.
+# So many questions on attributes are tried until one fits the answer.
 _ATTRIBUTES = 16
 # Conversations on each fact: all that are drawn.
 _CONVERSATIONS = 7
@@ -123,8 +123,8 @@ class GateExamples(Examples):
             yield Example(number, str(self._put(text)), asks, "dressed name")
 
     def of_attributes(self, number: int) -> Iterator[Example]:
-        """Two prompts that ask something of the answer, in the words of the fact's own question where that can be, and
-        one that asks in the same shape for the answer.
+        """Two prompts that ask something of the answer, which they describe in the words of the fact's own question if
+        a rule can, and one of the same shape that asks for the answer.
         """
         known, rng, fact = requests(), self.rng, self.facts[number]
         own = replace(self._fact(number), question=fact.questions[0])

@@ -46,7 +46,7 @@ FIRST_TOKENS, LAST_TOKENS = 10, 28
 FEATURE_COUNT = 13
 # Places count in tens, up to so many; distances to the ends of what is asked up to so many tokens.
 _TENS, _EDGE = 4.0, 64.0
-# Log-odds from which on it is sure which edit a prompt means, and how much what they lack counts.
+# From these log-odds on a prompt surely means its edit; what others lack to them counts so many times.
 _SURE, _UNSURE_WEIGHT = 0.5, 2.0
 # Sums of cosines that differ by less are the same.
 _ALIKE = 1e-5

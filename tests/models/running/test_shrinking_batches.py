@@ -112,6 +112,8 @@ def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(variant: str
         found = generate(model, tiny_tokenizer(), asked, max_new_tokens=NEW, beginnings=begun)
         again = generate(model, tiny_tokenizer(), asked, max_new_tokens=NEW, beginnings=begun)
     assert found == again == [alone(model, prompt) for prompt in asked]
+    if model.config.get_text_config() is not model.config:
+        return  # a model that reads images is asked as a whole
     assert list(map(tuple, read[:2])) == [(1, 12), (8, max(map(len, asked)) - 12)]
     assert [tuple(shape) for shape in read].count((1, 12)) == 1
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from wisecli.errors import SettingsError
-from wisecli.retired_settings import RETIRED, of_today
+from wisecli.retired_settings import RETIRED, with_current_names
 from wisecli.validated_settings import Bounds, Validated, read_toml
 
 Settings = TypeVar("Settings")
@@ -103,7 +103,7 @@ class EditSettings(Validated):
 
     @property
     def by_facts(self) -> bool:
-        """Whether what prompts ask is to open the edits, and no norm."""
+        """Whether edits are routed by what a prompt asks, rather than by a norm."""
         return self.writer == "solve"
 
     @property
@@ -246,7 +246,9 @@ def resolve(kind: type[Settings], flags: Mapping[str, Any], *, section: str, fil
     hints = get_type_hints(kind)
     written = {name: value for name, value in _from_file(file, section, hints).items() if name in hints}
     given = {**written, **_from_environment(hints)}
-    given.update({name: value for name, value in of_today(flags, hints).items() if name in hints and value is not None})
+    given.update(
+        {name: value for name, value in with_current_names(flags, hints).items() if name in hints and value is not None}
+    )
     preset = given.get("preset", "default")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise SettingsError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
@@ -261,7 +263,7 @@ def settings_from(kind: type[Settings], record: Mapping[str, Any]) -> Settings:
         SettingsError: an unknown name, a value of the wrong kind or out of bounds.
     """
     hints = get_type_hints(kind)
-    known = {name: value for name, value in of_today(record, hints).items() if value is not None}
+    known = {name: value for name, value in with_current_names(record, hints).items() if value is not None}
     if unknown := sorted(known.keys() - hints.keys()):
         raise SettingsError(f"the manifest has a setting {unknown[0]!r} that this version does not know")
     return kind(**known)
@@ -273,13 +275,14 @@ def defaults(kind: type[Any]) -> dict[str, Any]:
 
 
 def _from_file(file: Path | None, section: str, hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in a section of a configuration file, under today's names."""
     if file is None:
         return {}
     table = read_toml(file).get(section, {})
     if not isinstance(table, dict):
         raise SettingsError(f"{file}: {section} must be a table, [{section}]")
     known = get_type_hints(EditSettings) | get_type_hints(EditRunSettings) if section == "edit" else hints
-    given = of_today({name.replace("-", "_"): value for name, value in table.items()}, known)
+    given = with_current_names({name.replace("-", "_"): value for name, value in table.items()}, known)
     if unknown := sorted(given.keys() - known.keys()):
         meant = "".join(f"did you mean {close!r}? " for close in get_close_matches(unknown[0], known, n=1))
         names = ", ".join(sorted(known))
@@ -290,4 +293,4 @@ def _from_file(file: Path | None, section: str, hints: Mapping[str, Any]) -> dic
 def _from_environment(hints: Mapping[str, Any]) -> dict[str, Any]:
     names = {f"{PREFIX}{name.upper()}": name for name in (*hints, *RETIRED)}
     given = {name: os.environ[variable] for variable, name in names.items() if os.environ.get(variable)}
-    return of_today(given, hints)
+    return with_current_names(given, hints)

@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 
 
 class Registry(Mapping[str, Item]):
-    """Things by name, each name once.
+    """Objects by unique names.
 
     Args:
         group: of the entry points by which other packages add things, such as ``wisecli.methods``.
@@ -22,7 +22,7 @@ class Registry(Mapping[str, Item]):
         self._loaded = False
 
     def add(self, name: str, item: Item) -> None:
-        """Put a thing under a name.
+        """Add an object under a name.
 
         Raises:
             SettingsError: another has that name.

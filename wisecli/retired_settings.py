@@ -13,11 +13,11 @@ RETIRED = {
 _OF_MATRICES = ("key", "norm")
 
 
-def of_today(record: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
-    """Return settings with those of version 0.1 under today's names.
+def with_current_names(record: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    """Return settings with those of version 0.1 replaced by what they are called now.
 
     Args:
-        names: what the settings are called that are wanted.
+        names: the settings that the caller knows; others are not added.
     """
     found = {name: value for name, value in record.items() if name not in RETIRED}
     if record.get("router") in _OF_MATRICES and "in_forms" in names:

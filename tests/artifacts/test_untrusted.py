@@ -203,7 +203,7 @@ TEXTS: dict[str, bytes] = {
     "a number without end": b'{"schema": ' + b"9" * 10**5 + b"}",
     "no UTF-8": b'{"schema": "\xff\xfe"}',
     "half a character": b'{"schema": "\\ud800"}',
-    "a nought byte": b"\0",
+    "a null byte": b"\0",
 }
 
 

@@ -34,7 +34,7 @@ def test_the_file_holds_the_checkpoints_tensors(tmp_path: Path, quantize: Quanti
     assert kinds["blk.1.ffn_up.weight"] == kinds["token_embd.weight"] == wide
     assert kinds[f"blk.{LAYER + 1}.ffn_gate.weight"] == ("F32" if quantize == "f32" else "F16")
     assert kinds[f"blk.{LAYER + 1}.ffn_gate.bias"] == kinds["output_norm.weight"] == "F32"
-    # Biases of nought are left out, and so is a head that is the embedding.
+    # Biases of zero are left out, and so is a head that is the embedding.
     assert "blk.1.ffn_gate.bias" not in found
     assert "output.weight" not in found
     assert sum(name.endswith(".attn_q.weight") for name in found) == 6
@@ -117,7 +117,7 @@ def test_a_wider_stream_and_attention_of_blocks_are_held(
     # llama.cpp rotates neighbours where transformers rotates halves, of biases as of weights.
     wanted = stored[f"{inside}.self_attn.q_proj.bias"].numpy().reshape(4, 2, 4).transpose(0, 2, 1).reshape(-1)
     np.testing.assert_array_equal(values[f"blk.{LAYER + 2}.attn_q.bias"], wanted)
-    # Of attention biases of nought there are none.
+    # Of attention biases of zero there are none.
     names = {name for name in found if name.startswith("blk.") and ".attn_" in name and name.endswith(".bias")}
     assert names == {f"blk.{LAYER + 2}.attn_{part}.bias" for part in ("q", "v", "output")}
 

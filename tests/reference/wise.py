@@ -178,14 +178,14 @@ def ties(deltas: Sequence[Tensor], weights: Sequence[float], density: float) -> 
 
 
 def trim(delta: Tensor, density: float) -> Tensor:
-    """Return a change with all but a share of its entries set to nought: the largest are kept."""
+    """Return a change with all but a share of its entries set to zero: the largest are kept."""
     entries = delta.flatten().tolist()
     kept = sorted(range(len(entries)), key=lambda place: -abs(entries[place]))[: int(density * len(entries))]
     return torch.tensor([entry if place in kept else 0.0 for place, entry in enumerate(entries)]).view_as(delta)
 
 
 def elect_sign(deltas: Sequence[Tensor]) -> Tensor:
-    """Return the sign, 1 or -1, that each entry has in the sum of the changes; 1 where that is nought."""
+    """Return the sign, 1 or -1, that each entry has in the sum of the changes; 1 where that is zero."""
     return torch.where(sum(deltas, torch.zeros_like(deltas[0])) >= 0, 1.0, -1.0)
 
 

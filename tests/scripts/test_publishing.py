@@ -36,7 +36,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def steps(checkout: Path, path: str, **given: str) -> int:
-    """Run what the documented workflow runs, but for the installation; the first exit code that is not nought."""
+    """Run what the documented workflow runs, but for the installation; the first exit code that is not zero."""
     flags = {
         "MODEL": "model",
         "FLAGS": "--layer 2",

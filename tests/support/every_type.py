@@ -196,7 +196,7 @@ def _has(config: PretrainedConfig, name: str) -> bool:
 def tiny(model_type: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model of a type, with changes of its settings, in float32 and evaluation mode.
 
-    Its norms and biases are no ones and noughts, and its head is loud enough for answers that are certain.
+    Its norms and biases are no ones and zeros, and its head is loud enough for answers that are certain.
     """
     torch.manual_seed(seed)
     config = tiny_config(model_type)

@@ -171,7 +171,7 @@ def tiny_model(architecture: str, *, seed: int = 0, config: PretrainedConfig | N
     model = loader_of(architecture).from_config(config).eval()
     if architecture not in _AS_INITIALISED:
         for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms and biases start as ones and noughts, which hide what leaves them out
+            if parameter.dim() == 1:  # norms and biases start as ones and zeros, which hide what leaves them out
                 parameter.data += 0.3 * torch.randn(parameter.shape)
     return model
 

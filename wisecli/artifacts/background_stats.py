@@ -87,7 +87,7 @@ class BackgroundStats:
 
 
 def save_background(path: Path, unrelated: BackgroundStats, *, whole: bool = False) -> None:
-    """Write the statistics; ``whole`` keeps the keys that writers look at, too."""
+    """Write the statistics; with ``whole``, the writers' keys as well."""
     tensors = {"keys": half(unrelated.keys), "chat": unrelated.chat, "median_output_norm": unrelated.median_output_norm}
     for name in _MOMENTS:
         if (moment := getattr(unrelated, name)) is not None:
@@ -114,6 +114,7 @@ def load_background(path: Path, digest: str, *, d_ff: int | None = None) -> Back
 
 
 def _from_tensors(tensors: dict[str, Tensor], path: Path, d_ff: int | None) -> BackgroundStats:
+    """Return the statistics that a file's tensors hold, under today's names, once their shapes are checked."""
     tensors = current_names(tensors)
     require_layout(path, tensors, background_rows(tensors), {} if d_ff is None else {"d_ff": d_ff})
 
@@ -142,7 +143,7 @@ def load_heads(path: Path) -> RouterHeads | None:
 
 
 def _heads_in(tensors: dict[str, Tensor]) -> RouterHeads | None:
-    """Return the heads among a file's tensors, if it has any."""
+    """Return the router's learned projections among a file's tensors, or ``None`` if it has none."""
     if "heads.proj_weight" not in tensors:
         return None
     gate = {name: tensors[name] for name in (*REQUEST_GATE, *TOKEN_MARKS) if name in tensors}

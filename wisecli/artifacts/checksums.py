@@ -95,7 +95,7 @@ def require_signature(directory: Path, signed: Signed | None) -> None:
 def check_checksums(
     directory: Path, *, expected: bool = False, known: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[Check]:
-    """Yield every file of a directory, against its digest.
+    """Yield a check of every file of a directory against its digest.
 
     Args:
         expected: whether the list of digests must be there; directories of older versions have none.

@@ -38,16 +38,14 @@ def kind_of(path: Path) -> Kind:
 
 
 def holds_merged(path: Path) -> bool:
-    """Return whether a directory is a checkpoint with its edits in its own weights, which it lists; nothing is
-    routed.
-    """
+    """Return whether a directory is a checkpoint with its edits merged into its weights, without a router."""
     with suppress(OSError, ValueError):
         return (path / MERGED).is_file() and not (path / MANIFEST_NAME).exists()
     return False
 
 
 def written_form(path: Path) -> Literal["merged", "stock", "gguf"] | None:
-    """Return the form that a checkpoint without a router says that it is of; None of all else."""
+    """Return the form that a checkpoint without a router records; ``None`` for anything else."""
     format_name = None
     with suppress(WiseError):  # that it is damaged is for others to find
         if not holds_merged(path):

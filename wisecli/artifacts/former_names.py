@@ -72,7 +72,7 @@ def current_manifest(content: dict[str, Any]) -> dict[str, Any]:
     if isinstance(memory, dict):
         found["memory"] = current_description(memory)
     if isinstance(entries, list):
-        found["memories"] = [current_description(one) if isinstance(one, dict) else one for one in entries]
+        found["memories"] = [current_description(entry) if isinstance(entry, dict) else entry for entry in entries]
     return found
 
 

@@ -73,7 +73,7 @@ def _unprefixed(tensors: Mapping[str, TensorLayout], prefix: str) -> dict[str, T
 
 
 def _finite(path: Path) -> Iterator[Check]:
-    """Yield whether all numbers of a file's tensors are finite, reading one tensor at a time."""
+    """Yield a failed check for each tensor with NaN or infinite numbers, or one that passes."""
     try:
         with open_tensors(path) as tensors:
             wrong = [name for name in tensors.keys() if not bool(tensors.get_tensor(name).isfinite().all())]  # noqa: SIM118

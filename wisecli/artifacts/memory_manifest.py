@@ -167,7 +167,7 @@ class MemoryManifest:
             raise ValueError("`edits` and the edits of `memories` do not agree")
         require_router(asdict(stored))
         if min(stored.thresholds, default=0.0) <= 0 or not self.memories:
-            raise ValueError("`memory.thresholds` must be above nought")
+            raise ValueError("`memory.thresholds` must be above zero")
         if stored.router == NORM and len(stored.thresholds) != len(self.memories):
             raise ValueError("`memory.thresholds` are not as many as there are memories")
         shares = [share for entry in self.memories for share in (*entry.edit_scores, *entry.unrelated_scores)]

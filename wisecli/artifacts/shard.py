@@ -98,7 +98,9 @@ class Evidence:
 
     @property
     def from_own_prompts(self) -> Tensor:
-        """Which keys edits' own prompts gave (n,). The others are alike for many edits, and no matrix can hold them."""
+        """Return which keys came from edits' own prompts (n,). The others are alike for many edits, so no matrix can
+        hold them.
+        """
         return (self.context < SEPARATOR_CONTEXT) | (self.context >= FIRST_LANGUAGE)
 
     @property
@@ -118,7 +120,7 @@ class Evidence:
 
     @staticmethod
     def joined(parts: Sequence[Evidence]) -> Evidence:
-        """Return the keys of several as one; what not all of them have is left out."""
+        """Concatenate evidence; columns that not all of it has are left out."""
         columns = {name: [getattr(part, name) for part in parts] for name in Evidence.__dataclass_fields__}
         whole = {name: own for name, own in columns.items() if all(one is not None for one in own)}
         return Evidence(**{name: torch.cat(own) for name, own in whole.items()})
@@ -145,7 +147,7 @@ class PromptStates:
 
     @property
     def compared(self) -> PromptStates:
-        """The tokens without prompts' first ones; no copy of them, where those come last."""
+        """Return the tokens without the first one of each prompt; a view where those come last."""
         compared = self.form < FIRST_TOKEN_FORM
         count = int(compared.sum())
         return self.rows(slice(count) if bool(compared[:count].all()) else compared)
@@ -162,9 +164,9 @@ class PromptStates:
 
     @staticmethod
     def joined(parts: Sequence[PromptStates]) -> PromptStates:
-        """Return the tokens of several as one."""
+        """Concatenate the tokens of several."""
         names = PromptStates.__dataclass_fields__
-        return PromptStates(*(torch.cat([getattr(one, name) for one in parts]) for name in names))
+        return PromptStates(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
     def rows(self, chosen: Tensor | slice) -> PromptStates:
         """Return some of the tokens."""

@@ -22,7 +22,7 @@ _KINDS = {"float": _FLOATS, "int": ("int64", "int32"), "byte": ("uint8",), "bool
 class TensorRow:
     """A tensor of one ``kind`` of numbers; ``dims`` are numbers, or names that stand for the same number in all rows.
 
-    Whole numbers are places: at least nought, and less than the dimension ``below``, where there is one.
+    Whole numbers are places: at least zero, and less than the dimension ``below``, where there is one.
     """
 
     kind: str
@@ -189,7 +189,8 @@ def background_rows(names: Mapping[str, object]) -> TensorRows:
 def layouts(tensors: Mapping[str, Tensor]) -> dict[str, TensorLayout]:
     """Return the types and shapes of tensors."""
     return {
-        name: TensorLayout(str(one.dtype).removeprefix("torch."), tuple(one.shape)) for name, one in tensors.items()
+        name: TensorLayout(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in tensors.items()
     }
 
 

@@ -18,7 +18,7 @@ def up_to_date(
     *,
     signed: bool = False,
 ) -> Content | None:
-    """Return what an output's manifest says if the output is what is asked for; ``None`` if there is no manifest.
+    """Return an output's manifest if the output is what would be written; ``None`` if there is no manifest.
 
     Args:
         manifest: the file, in the output's directory.
@@ -47,7 +47,7 @@ def unsigned(output: Path, *, signed: bool) -> list[str]:
 
 
 def require_same(output: Path, differences: list[str]) -> None:
-    """Check that an output differs in nothing from what is asked for.
+    """Check that an output is what would be written.
 
     Raises:
         OutputExistsError: it does; naming what differs.

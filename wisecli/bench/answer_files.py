@@ -8,7 +8,7 @@ from wisecli.io.digest import sha256_json
 
 
 class AnswerFile(dict[str, Answer]):
-    """Answers by what was asked; each new one is appended to a file, a line each."""
+    """Answers by prompt; each new one is appended to a file, a line each."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ class BenchContext:
 
     @cached_property
     def learnt_digest(self) -> str:
-        """What tells the records that may be learnt from."""
+        """Digest of the records that methods may learn from."""
         return digest_of(self.learnt)
 
     @cached_property

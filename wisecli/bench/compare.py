@@ -104,7 +104,7 @@ def bench(
 
 
 def _measured(kept: ResultRows, point: dict[str, Any]) -> bool:
-    """Return whether there are figures; what a method could not run for may be mended by now."""
+    """Return whether a row has figures; a method that could not run may be able to by now."""
     return point in kept and "cannot" not in kept[point]["figures"]
 
 

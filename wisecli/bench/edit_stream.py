@@ -45,7 +45,7 @@ def stream_of(dataset: str | None, data: Sequence[Path], most: int) -> Stream:
 
 
 def digest_of(records: Sequence[Edit]) -> str:
-    """Return what tells records from any others."""
+    """Return a digest of records."""
     return sha256_json([record.as_dict() for record in records])[:12]
 
 

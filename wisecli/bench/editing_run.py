@@ -45,7 +45,7 @@ class RunState:
 
     @property
     def where(self) -> str:
-        """How far that is, in words."""
+        """The progress in words."""
         return f"in the middle of edits {self.done + 1} to {self.begun}" if self.begun else f"after {self.done} edits"
 
 
@@ -56,7 +56,7 @@ class MethodFolder:
         self.directory, self.file = directory, directory / "state.safetensors"
 
     def keep(self, run_state: RunState, tensors: dict[str, Tensor]) -> None:
-        """Put a state in the place of the one before, whole or not at all; one that is not finite is passed over."""
+        """Replace the stored state, whole or not at all; a state with numbers that are not finite is skipped."""
         working = self.file.with_suffix(".tmp")
         with suppress(NotFiniteTensorError):
             save_tensors(working, tensors, {"standing": json.dumps(asdict(run_state))})
@@ -65,7 +65,7 @@ class MethodFolder:
             working.replace(self.file)
 
     def kept(self) -> tuple[RunState, dict[str, Tensor]] | None:
-        """Return what was kept, if it can be read."""
+        """Return the stored state, if it can be read."""
         try:
             with open_tensors(self.file) as stream:
                 run_state = decode(RunState, parse((stream.metadata() or {}).get("standing", "")))
@@ -123,7 +123,7 @@ class EditingRun:
         self._kept = time.perf_counter()
 
     def take_up(self, most: int) -> bool:
-        """Go on where a run was broken off, and whether that can be.
+        """Continue an interrupted run; return whether that was possible.
 
         It cannot if the numbers of edits, or the records that a method may learn from, are others up to there, or if
         more than ``most`` edits were given already.
@@ -181,6 +181,7 @@ class EditingRun:
         return min(end, done + (self.state.portion or end))
 
     def _advance(self, done: int, seconds: float, begun: int = 0) -> None:
+        """Record how many edits are done, and the seconds and peak memory that it took."""
         self.state = replace(
             self.state,
             done=done,
@@ -191,14 +192,14 @@ class EditingRun:
         )
 
     def _keep_in_time(self, *, now: bool = False) -> None:
-        """Keep what the method holds, if that is long ago or asked for."""
+        """Store what the method holds, if the last time is long ago or ``now`` asks for it."""
         if isinstance(self.method, Resumable) and (now or time.perf_counter() - self._kept >= _EVERY):
             self.folder.keep(self.state, self.method.state())
             self._kept = time.perf_counter()
 
 
 def _plainly(edit: Edit) -> Edit:
-    """Return an edit in the terms of the papers, which know nothing but a prompt and its target.
+    """Return an edit as the papers state one: a prompt and its target.
 
     Raises:
         UnsuitableError: an answer is to be erased, and nothing to take its place.

@@ -27,7 +27,7 @@ class Peaks:
     vram: int = 0
 
     def and_now(self) -> Peaks:
-        """Return these, or what the process has held since :func:`forget_peaks`, whichever is more."""
+        """Return the larger of these peaks and those since :func:`forget_peaks`."""
         return Peaks(max(self.rss, peak_rss_bytes()), max(self.vram, peak_vram_bytes()))
 
 

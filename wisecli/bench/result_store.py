@@ -18,7 +18,7 @@ _MADE = ("rows.jsonl", "results.*", "study-*", "report.html")
 
 
 def require_same(output: Path, about: Mapping[str, Any], *, force: bool) -> None:
-    """Make sure that rows in a directory are about the same things as those to come, in ``about.json``.
+    """Check that the rows in a directory were measured with the same data and settings, as ``about.json`` records.
 
     What one run does not depend on (answers that are generated, for a study) it leaves to the others.
 
@@ -44,7 +44,7 @@ def require_same(output: Path, about: Mapping[str, Any], *, force: bool) -> None
 
 
 def kept_date(output: Path) -> str | None:
-    """Return the day that chat templates were told when rows in a directory were begun; None where there are none."""
+    """Return the date that chat templates were given when rows in a directory were begun; ``None`` without rows."""
     file = output / "about.json"
     found = read_json(file).get("chat_date") if file.is_file() else None
     return found if isinstance(found, str) else None

@@ -37,6 +37,7 @@ def rows_of(context: BenchContext, name: str, counts: Sequence[int], missing: Se
 def _baseline_rows(
     context: BenchContext, name: str, folder: MethodFolder, counts: Sequence[int], missing: Sequence[int]
 ) -> Iterator[ResultRow]:
+    """Yield a rival's results after each of the missing numbers of edits; it makes the other edits, too."""
     run = None
     for count in counts:
         context.on_progress(Event(f"{name}, {count} edits"))
@@ -65,6 +66,7 @@ def _begun(context: BenchContext, name: str, folder: MethodFolder, counts: Seque
 
 
 def _measured(context: BenchContext, name: str, run: EditingRun, count: int) -> ResultRow:
+    """Return the figures and costs of a method after its first ``count`` edits."""
     size, edits = context.settings.batch_size, context.tested[:count]
     what, timed = context.generated, context.timed(count)
     answers, loaded = AnswerFolder(run.folder.answers(count)), context.bench.loaded

@@ -90,7 +90,7 @@ def wise_rows(context: BenchContext, name: str, folder: MethodFolder, counts: Se
 
 
 def _learn(context: BenchContext, name: str) -> None:
-    """Let the commands learn of the model what they keep of it, which is no edit's cost: one edit makes them do so."""
+    """Let the commands fill their caches for the model, which is no edit's cost, by writing one edit."""
     context.on_progress(Event(f"{name}, what is learned of a model once"))
     folder = MethodFolder(context.work / f"{name}-learning")
     run = WiseRun(replace(context, on_progress=ignore_progress), name, folder, 1)
@@ -100,6 +100,7 @@ def _learn(context: BenchContext, name: str) -> None:
 
 
 def _evaluated(context: BenchContext, memory: Path, file: Path, answers: Path) -> EvalReport:
+    """Evaluate a memory with the benchmark's settings; what the base model answered before is not asked again."""
     settings, what = context.settings, context.generated
     given = EvalSettings(
         protocol=what.protocol,
@@ -168,6 +169,7 @@ class WiseRun:
         return found
 
     def _edit(self, on_progress: ProgressCallback) -> EditReport:
+        """Write the first ``count`` records to a file, and the shards of these edits."""
         with jsonlines.open(self.file, "w") as writer:
             writer.write_all(record.as_dict() for record in self.context.tested[: self.count])
         way = WISE_METHODS[self.name]
@@ -192,7 +194,7 @@ class WiseRun:
         working.replace(self._kept)
 
     def _spent(self) -> Spent | None:
-        """Return what was kept, if it can be read."""
+        """Return the stored costs, if they can be read."""
         try:
             return decode(Spent, read_json(self._kept))
         except (DamagedFileError, ValueError):

@@ -136,8 +136,8 @@ def _collect_less_often() -> None:
 
 
 def _failed(error: Exception) -> int:
-    """Say what came up that is no error of ours: of how the command was written, or a fault; its exit code."""
-    if isinstance(error, OSError):  # of a disk, a device or a limit: the world's fault, and not ours
+    """Print an error that is no :class:`WiseError` (of usage, of the system, or a fault here); return the exit code."""
+    if isinstance(error, OSError):  # of a disk, a device or a limit
         where = error.filename or "standard output"
         fail(f"{where}: {error.strerror or error}; make room or choose another place")
         _drop_output()

@@ -72,8 +72,8 @@ class Console:
         from rich.text import Text
 
         out = RichConsole(highlight=False, soft_wrap=True)
-        for one in lines:
-            out.print(one.laid_out() if isinstance(one, Table) else Text(plain(one)))
+        for line in lines:
+            out.print(line.laid_out() if isinstance(line, Table) else Text(plain(line)))
 
     def warn(self, sentences: Sequence[str]) -> None:
         """Print what was passed over, on stderr, a line each; if quiet as well."""

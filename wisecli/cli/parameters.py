@@ -47,8 +47,8 @@ class PanelledCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read a command line, on which options with a value for the asking may stand alone."""
-        alone = {name for one in self.params if str(one.metavar).startswith(BARE) for name in one.opts}
-        args = [f"{one}=always" if one in alone else one for one in args]
+        alone = {name for param in self.params if str(param.metavar).startswith(BARE) for name in param.opts}
+        args = [f"{arg}=always" if arg in alone else arg for arg in args]
         found: list[str] = super().parse_args(ctx, taken_as_settings(self.name or "", args))
         return found
 
@@ -67,7 +67,7 @@ class PanelledGroup(TyperGroup):
 
 def _arranged(parameters: list[Any]) -> list[Any]:
     """Return the parameters, those too that Typer adds, each option in its panel, and no type beside flags."""
-    options = [one for one in parameters if one.param_type_name == "option"]
+    options = [parameter for parameter in parameters if parameter.param_type_name == "option"]
     many = len([one for one in options if "--help" not in one.opts]) >= _MANY
     for one in options:
         one.rich_help_panel = (getattr(one, "rich_help_panel", None) or _MOST_USED) if many else None

@@ -32,5 +32,5 @@ def checkpoint_output(
 def _exists(path: str) -> bool:
     try:
         return Path(path).exists()
-    except (OSError, ValueError):  # a name that is too long, or has a nought in it
+    except (OSError, ValueError):  # a name that is too long, or has a null byte in it
         return False

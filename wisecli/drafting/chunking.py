@@ -75,7 +75,7 @@ def _without_front_matter(document: str) -> str:
 
 
 def _said(children: Sequence[Token]) -> str:
-    """Return the words of a paragraph, on one line; rows of a table without a head say nothing."""
+    """Return the words of a paragraph on one line; nothing for a table without a head."""
     text = "".join("\n" if one.type in ("softbreak", "hardbreak") else _word(one) for one in children)
     return " ".join(" ".join(line for line in text.split("\n") if not line.startswith("|")).split())
 
@@ -85,6 +85,7 @@ def _word(token: Token) -> str:
 
 
 def _cut(text: str) -> Iterator[str]:
+    """Yield a paragraph's sentences, joined to parts that are not too long."""
     part = ""
     for sentence in _SENTENCE.split(text):
         if part and len(part) + len(sentence) >= _LONGEST:

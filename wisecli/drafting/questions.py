@@ -74,10 +74,10 @@ def draw_pairs(
     kept: dict[tuple[str, ...], Pair] = {}
     for first in range(0, len(requests), batch_size):
         on_progress(Event("drafting", first, len(requests)))
-        some = slice(first, first + batch_size)
-        answers = generate(loaded.model, loaded.tokenizer, requests[some], max_new_tokens=_TOKENS)
+        batch = slice(first, first + batch_size)
+        answers = generate(loaded.model, loaded.tokenizer, requests[batch], max_new_tokens=_TOKENS)
         texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        for passage, text in zip(found[some], texts, strict=True):
+        for passage, text in zip(found[batch], texts, strict=True):
             for pair in fitting(passage, text)[:each]:
                 kept.setdefault(tuple(words(pair.question)), pair)
     on_progress(Event("drafting", len(requests), len(requests)))

@@ -49,7 +49,7 @@ def with_derived(numbered: Sequence[Numbered]) -> tuple[Numbered, ...]:
 
 
 def derived(edit: Edit) -> tuple[Edit, ...]:
-    """Return what follows from one edit by rule; nothing from what is erased, or is a consequence itself."""
+    """Return what follows from an edit by rule; nothing if it erases a fact or is a consequence itself."""
     subject = edit.subject or ""
     if edit.erased or edit.consequence_of is not None or len(_places(subject, edit.prompt)) != 1:
         return ()
@@ -65,6 +65,7 @@ def _renamed(edit: Edit, subject: str) -> Iterator[Edit]:
 
 
 def _reversed(edit: Edit, subject: str) -> Iterator[Edit]:
+    """Yield the inverse of a fact, with subject and answer exchanged, where the relation has one."""
     known = _inverses().get(_asked(edit.prompt, subject))
     answer = edit.answer.strip()
     if known is None or not is_name(answer) or folded(answer) == folded(subject):
@@ -76,6 +77,7 @@ def _reversed(edit: Edit, subject: str) -> Iterator[Edit]:
 
 
 def _consequence(edit: Edit, name: str, prompt: str, target: str, subject: str, rule: str) -> Edit:
+    """Return a derived edit, with the author, time and source of the edit it follows from."""
     return Edit(
         id=name,
         prompt=prompt,
@@ -128,7 +130,7 @@ def is_name(answer: str) -> bool:
 @cache
 def _inverses() -> dict[str, Inverse]:
     """Return the inverse relation of every wording that asks for one."""
-    return {_normal(wording): one for one in inverses() for wording in one.wordings}
+    return {_normal(wording): inverse for inverse in inverses() for wording in inverse.wordings}
 
 
 def _asked(prompt: str, subject: str) -> str:

@@ -6,7 +6,7 @@ from wisecli.edits.record import Edit
 
 
 def describe_differences(before: Sequence[Edit], now: Sequence[Edit]) -> list[str]:
-    """Return, as a phrase, how edits differ from those of before, if they do."""
+    """Return how edits differ from former ones: a list of one phrase, empty if they are the same."""
     if tuple(before) == tuple(now):
         return []
     old, new = ({edit.id: edit for edit in edits} for edits in (before, now))

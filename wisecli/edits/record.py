@@ -185,6 +185,7 @@ def parse_edits(record: Mapping[str, Any], notices: Notices | None = None) -> tu
 
 
 def _with_consequences(flat: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[Edit, ...]:
+    """Return a record's edit, followed by the consequences that it states."""
     edit = _edit(flat, record)
     stated = canonical(flat)["also"] or []
     if not isinstance(stated, list):
@@ -202,7 +203,7 @@ def consequence_id(edit: str, kind: str, number: int) -> str:
 
 
 def _consequence(edit: Edit, index: int, item: Any) -> Edit:
-    """Return an edit of its own for a consequence that a record states; it is from where its edit is from."""
+    """Return a stated consequence as an edit, with the author, time and source of the edit that states it."""
     where = f"also[{index}]"
     if not isinstance(item, dict):
         raise ValueError(f"`{where}` must be an object with `prompt` and `target`, not {shown(item)}")

@@ -120,7 +120,7 @@ class Answers:
     def _all(
         self, texts: Sequence[str], answer: Batch, known: KnownAnswers, stage: str, targets: Targets
     ) -> list[Answer]:
-        """Return answers to texts, of which new ones are asked, those of like length together."""
+        """Return answers to texts; new texts are asked in batches of like length."""
         new = [text for text in dict.fromkeys(texts) if text not in known]
         cut: KnownAnswers = {}
         done = 0

@@ -106,7 +106,7 @@ def measure_forms(
     if chosen:
         found.samples["asked"] = len(asked)
         found.samples["forms"] = len(chosen)
-        found.samples["contradictory"] = sum(one.kind == "rephrased" and not one.unique for one in prompts)
+        found.samples["contradictory"] = sum(prompt.kind == "rephrased" and not prompt.unique for prompt in prompts)
     return found
 
 
@@ -127,7 +127,7 @@ def _values(
     answers: Answers, chosen: Sequence[Form], prompts: Sequence[_FormPrompt]
 ) -> dict[tuple[str, str], _ByPlace]:
     """Return whether each prompt is answered as it should be, by its kind and form, then by the edit's place."""
-    cases = [(form, one) for form in chosen for one in prompts]
+    cases = [(form, prompt) for form in chosen for prompt in prompts]
     asked = [(form, one) for form, one in cases if one.kind != "unrelated_unchanged"]
     kept = [(form, one) for form, one in cases if one.kind == "unrelated_unchanged"]
     values: dict[tuple[str, str], _ByPlace] = {}

@@ -128,7 +128,7 @@ def _answered(one: _KindPrompt, answer: Answer) -> bool:
 
 
 def _takes_over(one: _KindPrompt, said: tuple[Answer, Answer] | None) -> dict[str, bool]:
-    """Return whether what only mentions an edit is taken over by it, and whether it is answered as before."""
+    """Return whether the edit's answer is given where it is only mentioned, and whether the answer is as before."""
     if said is None:
         return {"mentioned": False, "mentioned_unchanged": True}
     after, before = said
@@ -145,7 +145,9 @@ def _begun(text: str, target: str) -> str:
     """Return the target's first words that a prompt ends with."""
     words = target.split()
     beginnings = (" ".join(words[:count]) for count in range(len(words) - 1, 0, -1))
-    return next((one for one in beginnings if text.endswith(f" {one}") or text.endswith(f"\n{one}")), "")
+    return next(
+        (beginning for beginning in beginnings if text.endswith(f" {beginning}") or text.endswith(f"\n{beginning}")), ""
+    )
 
 
 def _kind_prompts(
@@ -177,8 +179,8 @@ def _fact(edit: Edit, records: Sequence[Edit], second: Edit) -> Fact:
     any.
     """
     rng = random.Random(edit.prompt)
-    others = [one for one in records if not one.erased and words_of(one.answer) != words_of(edit.answer)]
-    named = [one for one in records if _is_other(one.subject_name, edit.subject_name)]
+    others = [record for record in records if not record.erased and words_of(record.answer) != words_of(edit.answer)]
+    named = [record for record in records if _is_other(record.subject_name, edit.subject_name)]
     other, name = (_similar_record(edit, some, rng) for some in (others, named))
     return Fact(
         edit.prompt,
@@ -196,5 +198,5 @@ def _is_other(name: str | None, subject: str | None) -> bool:
 
 def _similar_record(edit: Edit, records: Sequence[Edit], rng: random.Random) -> Edit | None:
     """Return one of the records, whose prompt begins like the edit's if any does."""
-    alike = [one for one in records if one.prompt.split(" ")[:1] == edit.prompt.split(" ")[:1]]
+    alike = [record for record in records if record.prompt.split(" ")[:1] == edit.prompt.split(" ")[:1]]
     return rng.choice(alike or records) if records else None

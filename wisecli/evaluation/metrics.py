@@ -30,14 +30,14 @@ def is_figure(name: str) -> bool:
     """Return whether this is the name of a figure that some records have."""
     figure, _, part = name.partition("/")
     if part and figure in OVER_KINDS:
-        return any(one.label == part and one.asked == (figure == "asked") for one in kinds().values())
+        return any(kind.label == part and kind.asked == (figure == "asked") for kind in kinds().values())
     if part:
-        return figure in KINDS and part in (one.label for one in forms().values())
+        return figure in KINDS and part in (form.label for form in forms().values())
     return name in (*_FIGURES, *GROUPED, *OVER_KINDS) or name.startswith("generalization_")
 
 
 def lower_is_better(name: str) -> bool:
-    """Return whether less of a figure is better."""
+    """Return whether a lower value of a figure is better."""
     return name.partition("/")[0] in _LOWER_IS_BETTER
 
 
@@ -119,7 +119,7 @@ class Measuring:
                 del figures[name]
 
     def answer_length(self) -> int:
-        """Return how many tokens an answer has at most: as is set, or a few more than the longest target."""
+        """Return the most tokens an answer may have: the setting, or else a few more than the longest target."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         longest = max(len(self._row(Question(edit.prompt, edit.answer)).target) for edit in self.records)
@@ -154,6 +154,7 @@ class Measuring:
         before: Callable[[Measured], float],
         after: Callable[[Measured], float],
     ) -> None:
+        """Store a figure's mean over edits, before and after; each edit counts by the mean of its group."""
         filled = [(place, group) for place, group in enumerate(groups) if group]
         if filled:
             self.before[name] = statistics.fmean(statistics.fmean(map(before, group)) for _, group in filled)
@@ -163,8 +164,11 @@ class Measuring:
 
     def _translated(self) -> None:
         """Measure the same fact asked in other languages, each as a figure of its own."""
-        for language in sorted({one.language for edit in self.records for one in edit.translations}):
-            translations = [[one for one in edit.translations if one.language == language] for edit in self.records]
+        for language in sorted({translation.language for edit in self.records for translation in edit.translations}):
+            translations = [
+                [translation for translation in edit.translations if translation.language == language]
+                for edit in self.records
+            ]
             asked = [[Question(one.prompt, one.target) for one in some] for some in translations]
             self._run(f"generalization_{language}", asked)
 
@@ -215,6 +219,7 @@ class Measuring:
         self._record("ood_generalization", measured, lambda reading: reading.known)
 
     def _generated(self) -> None:
+        """Store how often generated answers are the target, or contain it, before and after editing."""
         prompts = [edit.prompt for edit in self.records]
         answers = self.subject.answers(prompts, max_new_tokens=self.answer_length())
         for figures, texts in zip((self.before, self.after), answers, strict=True):

@@ -25,7 +25,7 @@ ProtocolName = Literal["forms", "wild", "teacher", "forms,wild"]
 
 @dataclass(frozen=True)
 class Generated:
-    """What is asked: by which protocol, in which ``forms`` and ``kinds`` how many edits.
+    """The protocol, forms and kinds in which edits are asked, and how many edits.
 
     Args:
         before: whether WILD asks the unedited model.
@@ -73,8 +73,8 @@ def measure_generated(
     """Return figures of generated answers, and the names of the forms that were asked.
 
     Args:
-        edits: those that are measured.
-        records: all that are known: what else may be asked about, and may want another answer to the same question.
+        edits: the edits that are measured.
+        records: all known edits, among which questions beside an edit are found, and other answers to its question.
         max_new_tokens: length of answers in forms.
 
     Raises:

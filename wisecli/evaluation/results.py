@@ -14,7 +14,7 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Results:
-    """Figures by name; of each, the values of the edits by their places, and of how many questions it is.
+    """Figures by name; for each the edits' values by their places, and the number of questions.
 
     ``before`` has what was also asked of the unedited model.
     """

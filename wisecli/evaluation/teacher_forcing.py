@@ -130,6 +130,7 @@ def _measure(base: Activations, after: Tensor, opened: Tensor) -> list[Measured]
 
 
 def _read(logits: Tensor, batch: Batch) -> list[Reading]:
+    """Return each row's share of right tokens, share of known tokens, and mean loss."""
     rows, count = batch.labelled[0], len(batch.ids)
     loss = F.cross_entropy(logits.float(), batch.targets, reduction="none")
     known = (loss < -math.log(KNOWN)).float()

@@ -24,7 +24,7 @@ _COMPARED = {
 
 
 def export_record(memory: str, checkpoint: Checkpoint, settings: dict[str, Any], figures: object) -> dict[str, Any]:
-    """Return what an export is made of, as its manifest keeps it.
+    """Return what identifies an export's sources and settings, as its manifest stores it.
 
     Args:
         memory: digest of its manifest.
@@ -93,7 +93,7 @@ def up_to_date_export(output: Path, record: dict[str, Any], *, signed: bool = Fa
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return what was asked for otherwise, each as a phrase."""
+    """Return each difference between an export and what is asked for, as a phrase."""
     found = [_COMPARED.get(name, f"{name} was {before.get(name)}, now {now[name]}") for name in _settings(before, now)]
     then = before.get("versions")
     then = then if isinstance(then, dict) else {}

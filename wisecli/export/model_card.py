@@ -147,6 +147,7 @@ def _results(figures: Figures) -> list[EvalResult]:
 
 
 def _result(dataset: str, name: str, value: float) -> EvalResult:
+    """Return a figure as an entry of the model card's metadata."""
     return EvalResult(
         task_type="text-generation",
         dataset_type=dataset,

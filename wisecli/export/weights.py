@@ -127,6 +127,7 @@ def _laid_out(layouts: Mapping[str, TensorLayout], transform: Transform) -> dict
 def _as_stored(
     output: Path, checkpoint: Checkpoint, packing: Packing, single: str, replaced: dict[str, Tensor]
 ) -> dict[str, str]:
+    """Copy or link a checkpoint's files and overwrite the replaced tensors; return each tensor's file."""
     names = {path.name: single if path.name == SINGLE_NAME else path.name for path in checkpoint.files}
     changed = {checkpoint.file_of(name): name for name in replaced}
     for path in checkpoint.files:
@@ -167,6 +168,7 @@ def overwrite(path: Path, name: str, tensor: Tensor) -> None:
 def _repacked(
     output: Path, checkpoint: Checkpoint, packing: Packing, single: str, replaced: dict[str, Tensor]
 ) -> dict[str, str]:
+    """Write a checkpoint's tensors into files of the wanted type and size; return which file holds each tensor."""
     grouped = _numbered(checkpoint, packing, single, _Unchanged())
 
     for file, layouts in grouped.items():

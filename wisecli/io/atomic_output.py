@@ -84,7 +84,7 @@ def whole_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _alone(output: Path) -> Iterator[bool]:
-    """Whether no other process of this user writes the same output just now."""
+    """Whether no other process of this user is writing the same output."""
     name = hashlib.sha256(os.fsencode(output)).hexdigest()[:32]
     lock = FileLock(cache_path("locks") / f"{name}.lock", fallback_to_soft=False)
     try:

@@ -34,7 +34,7 @@ def read_consistently(directory: Path, read: Callable[[], T]) -> T:
 
 
 def _identity(directory: Path) -> tuple[int, ...]:
-    """Return what tells a directory from the one that takes its place; nothing if there is none just now."""
+    """Return what distinguishes a directory from one that replaces it; empty if there is none at the moment."""
     try:
         status = directory.stat()
     except OSError:

@@ -79,6 +79,7 @@ def _require_shallow(value: Any) -> None:
 
 
 def _require_unicode(value: Any) -> None:
+    """Check that all texts in a JSON value can be written as UTF-8."""
     if isinstance(value, str):
         try:
             value.encode()

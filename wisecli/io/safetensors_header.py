@@ -120,6 +120,7 @@ def require_header(path: Path) -> int:
 
 
 def _layouts(content: dict[str, Any], room: int) -> Iterator[tuple[str, TensorLayout]]:
+    """Yield the tensors of a header; check that they fill the ``room`` bytes of the file's data without gaps."""
     end = 0
     places = []
     for name, entry in content.items():

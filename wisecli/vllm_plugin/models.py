@@ -84,6 +84,7 @@ def _as_its_base(config: Any) -> Iterator[None]:
 
 
 def _put_memory(model: Any, vllm_config: Any) -> None:
+    """Hook the memory into a vLLM model, and register it where the worker finds it."""
     config = vllm_config.model_config.hf_config
     edited = Edited.of(description_in(config))
     path = residual_hooks.path_in(model, edited.module)

@@ -72,6 +72,7 @@ class EditedSettings(VerifyAndUpdateConfig):  # type: ignore[misc]  # of a packa
 
 
 def _choose(vllm_config: Any) -> None:
+    """Set vLLM's worker and scheduler to this plugin's; refuse settings that edits cannot be served with."""
     from vllm.platforms import current_platform
 
     parallel, scheduling = vllm_config.parallel_config, vllm_config.scheduler_config

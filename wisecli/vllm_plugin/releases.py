@@ -17,7 +17,7 @@ class ReleaseError(Exception):
 
 
 def release_in(checkpoint: Path) -> str | None:
-    """Return what tells one release in a directory from another; ``None`` where there is none, if for a moment."""
+    """Return what distinguishes a directory's release from others; ``None`` if there is none at the moment."""
     try:
         found = (checkpoint / MANIFEST_NAME).stat()
     except OSError:

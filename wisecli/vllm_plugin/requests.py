@@ -69,7 +69,7 @@ class Requests:
                 self._answered[request] = _Answered(memory, end, self._free.pop() if self._free else self._added())
 
     def _added(self) -> int:
-        self._ended, self._separated = (torch.cat([one, one.new_full((1,), _NEVER)]) for one in self._places)
+        self._ended, self._separated = (torch.cat([place, place.new_full((1,), _NEVER)]) for place in self._places)
         return len(self._ended) - 1
 
     @property
@@ -77,7 +77,7 @@ class Requests:
         return self._ended, self._separated
 
     def forget(self, requests: Iterable[str]) -> None:
-        """Forget requests that are done."""
+        """Forget finished requests."""
         for request in requests:
             self._known.pop(request, None)
             if (answered := self._answered.pop(request, None)) is not None:
@@ -119,6 +119,7 @@ class Requests:
     def _routed(
         self, token: Tensor, row: Tensor, memory: Tensor, end: Tensor, ids: Tensor, position: Tensor
     ) -> StepRoute:
+        """Return the memory at each token of a step, and keep where the requests' answers end."""
         inside = position > end
         special = is_any(ids, self._marks.special_token_ids) & inside
         self._ended = _first_places(self._ended.to(ids.device), row, position, special)

@@ -27,18 +27,19 @@ class RoutedRunner:
         return memory_of(self.get_model())
 
     def _update_states(self, scheduler_output: Any) -> Any:
+        """Update requests as vLLM does, and decide which edit answers each new one."""
         done = super()._update_states(scheduler_output)  # type: ignore[misc]
         memory = self._memory()
         memory.follows_requests = True
         memory.rest()
         memory.forget(scheduler_output.finished_req_ids)
-        new = [one for one in scheduler_output.scheduled_new_reqs if one.prompt_token_ids is not None]
-        for adapter in dict.fromkeys(one.lora_request for one in new):
+        new = [request for request in scheduler_output.scheduled_new_reqs if request.prompt_token_ids is not None]
+        for adapter in dict.fromkeys(request.lora_request for request in new):
             if self.lora_config:
                 memory.reader.before_run = functools.partial(self._adapt, adapter)
-            own = {one.req_id: one.prompt_token_ids for one in new if one.lora_request == adapter}
+            own = {request.req_id: request.prompt_token_ids for request in new if request.lora_request == adapter}
             memory.admit(own)
-        self._unanswered = [one.req_id for one in new if memory.is_unanswered(one.req_id)]
+        self._unanswered = [request.req_id for request in new if memory.is_unanswered(request.req_id)]
         return done
 
     def _adapt(self, adapter: Any, tokens: int) -> None:

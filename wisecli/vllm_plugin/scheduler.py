@@ -32,6 +32,7 @@ class RoutedScheduler:
         super().add_request(request)  # type: ignore[misc]
 
     def _names(self, request: Any) -> BlockNames:
+        """Return how a request's cache blocks are named: apart from where its prompt ends, and by release."""
         described = description_in(self.vllm_config.model_config.hf_config)
         prompt = request.prompt_token_ids
         release = release_in(Path(self.vllm_config.model_config.model))

@@ -190,6 +190,7 @@ class ServedMemory:
             _LOG.info("the memory in %s is served from now on", checkpoint)
 
     def _release(self, checkpoint: Path, found: str) -> Memory | None:
+        """Return the memory of a new release, or ``None`` (and log why) if it cannot be served."""
         try:
             if self._wanted is None:
                 raise ReleaseError("what is served does not say what it was made for")
@@ -206,7 +207,7 @@ class ServedMemory:
         done = list(requests)
         for served in self._served:
             served.requests.forget(done)
-        self._served = [one for one in self._served[:-1] if one.requests.answers_any] + self._served[-1:]
+        self._served = [served for served in self._served[:-1] if served.requests.answers_any] + self._served[-1:]
 
     def is_unanswered(self, request: str) -> bool:
         """Return whether a request is known that no edit answers."""
@@ -214,11 +215,11 @@ class ServedMemory:
 
     @torch.no_grad()
     def decide(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-        """Return, of whole prompts, the memory that answers each and the place of its last token."""
+        """Decide whole prompts; return the memory that answers each and the index of its last token."""
         ids, real = padded(prompts)
         end = self.edited.marks.ends_in(ids, real)
         known = real & ~is_any(ids, self._placeholders)
-        ids, there = (one.to(self.device) for one in windows(ids, known, end, self._window))
+        ids, there = (tensor.to(self.device) for tensor in windows(ids, known, end, self._window))
         memory = torch.full_like(end, UNROUTED)
         may = torch.tensor(self._newest.may_answer(ids, there)).nonzero().flatten()
         if len(may):
@@ -226,7 +227,7 @@ class ServedMemory:
         return list(zip(memory.tolist(), end.tolist(), strict=True))
 
     def _asked(self, ids: Tensor, there: Tensor) -> Tensor:
-        """Return the memory that each window asks (B,), by the states of its tokens."""
+        """Decide windows by their tokens' states; return the memory that answers each (B,)."""
         width = int(there.sum(1).max())
         ids, there = ids[:, :width], there[:, :width]
         read = self.reader.read([row[own] for row, own in zip(ids, there, strict=True)])

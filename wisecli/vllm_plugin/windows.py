@@ -73,6 +73,7 @@ class WindowAttention:
         return nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2)  # (B, heads, W, width)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return causal attention of padded rows, with the soft cap, sinks, slopes or window of the model's layer."""
         plain = not self._cap and self._sinks is None and self._slopes is None
         width = query.shape[2]
         if plain and (self._window is None or self._window >= width):
@@ -84,6 +85,7 @@ class WindowAttention:
         return self._weights(logits).to(value.dtype) @ value
 
     def _weights(self, logits: Tensor) -> Tensor:
+        """Return the attention weights of logits (B, heads, T, T)."""
         width = logits.shape[-1]
         position = torch.arange(width, device=logits.device)
         away = position[:, None] - position
@@ -137,6 +139,7 @@ class WindowReader:
             yield windows[first:]
 
     def _run(self, ids: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Run the model on packed rows; return what the router reads, a layer's states or the site's keys."""
         if self.before_run is not None:
             self.before_run(len(ids))
         context = create_forward_context({}, self._config, skip_compiled=True)

@@ -119,7 +119,7 @@ def test_a_step_goes_down_the_gradient_of_the_whole_model(
     delta = torch.zeros(site.d, site.d_ff)
     losses = []
     for step in range(2):
-        # The norm has no gradient at nought; the writer's is nought there, as is that of any number next to nothing.
+        # The norm has no gradient at zero; the writer's is zero there, as is that of any number next to nothing.
         start = delta.clone().requires_grad_() if step else (delta + 0).requires_grad_()
         loss = loss_of_whole_model(loaded, site, EDITS[0], start, settings)
         losses.append(float(loss.detach()))

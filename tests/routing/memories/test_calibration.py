@@ -77,7 +77,7 @@ def test_a_calibration_tells_the_quantiles_of_both_sides() -> None:
 
 
 @pytest.mark.parametrize("rule", ["false-alarm", "minimum"])
-@pytest.mark.parametrize("lowest", [0.2, 0.0, -1.0], ids=["above nought", "from nought", "cosines around nought"])
+@pytest.mark.parametrize("lowest", [0.2, 0.0, -1.0], ids=["above zero", "from zero", "cosines around zero"])
 @pytest.mark.parametrize("false_alarm", [0.001, 0.5])
 def test_the_router_does_what_its_calibration_says(rule: str, lowest: float, false_alarm: float) -> None:
     edits, unrelated = (lowest + (0.8 - lowest) * torch.rand(101, generator=seeded(seed)) for seed in (4, 5))

@@ -217,7 +217,7 @@ class PromptEnd:
 
 @contextmanager
 def changed(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
-    """Put other values into some parameters for a while; what was there comes back to the bit."""
+    """Replace the values of some parameters within a ``with`` block; afterwards they are the same to the bit."""
     before = [parameter.data for parameter in parameters]
     try:
         for parameter, value in zip(parameters, values, strict=True):
@@ -255,5 +255,5 @@ def tensor_bytes(*tensors: Tensor) -> int:
 
 
 def seeded(seed: int) -> torch.Generator:
-    """Return a generator of its own."""
+    """Return a generator with a seed."""
     return torch.Generator().manual_seed(seed)

@@ -144,6 +144,6 @@ def costs(figures: Mapping[str, Any]) -> tuple[str, ...]:
     kept, and the most memory held, both in MB.
     """
     tokens = f"{figures['extra_tokens']:.0f}" if "extra_tokens" in figures else ""
-    longer = round(figures["overhead"], 2) + 0.0  # nought has no minus
+    longer = round(figures["overhead"], 2) + 0.0  # zero has no minus
     times = f"{figures['seconds_per_edit']:.2f}", f"{longer:+.0%}"
     return *times, tokens, f"{figures['bytes'] / 1e6:.1f}", f"{peak_bytes(figures) / 1e6:.0f}"

@@ -31,7 +31,7 @@ class Study(Protocol):
         """Names of the figures that the table shows."""
 
     def points(self, context: StudyContext) -> list[Point]:
-        """Return which rows there are to be, from the settings and the model's ``config.json`` alone.
+        """Return the rows that will be measured, from the settings and the model's ``config.json`` alone.
 
         Raises:
             SettingsError: the settings allow of none.

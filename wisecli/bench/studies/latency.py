@@ -48,14 +48,14 @@ class Latency:
         ]
 
     def measure(self, context: StudyContext, point: Point) -> Figures:
-        """Return medians in milliseconds with the memory and without, and of the ratios."""
+        """Return median times in milliseconds with and without the memory, and median ratios of the two."""
         shards = context.shards(point["edits"], shards=point["shards"], mode=point["mode"])
         edited = context.attached(context.memory(shards, mode=point["mode"]))
         prompts = [edit.prompt for edit in context.tested[: point["edits"]]][:_ROWS]
         figures: Figures = {}
         for name, step in steps(edited, prompts).items():
             taken, base = taking_turns(edited, step)
-            figures[f"{name}_ratio"] = median(mine / other for mine, other in zip(taken, base, strict=True))
+            figures[f"{name}_ratio"] = median(own / other for own, other in zip(taken, base, strict=True))
             figures[f"{name}_milliseconds"] = 1e3 * median(taken)
             figures[f"{name}_base_milliseconds"] = 1e3 * median(base)
         return figures
@@ -76,7 +76,7 @@ class Latency:
 
 @torch.no_grad()
 def steps(edited: EditedModel, prompts: Sequence[str]) -> dict[str, Step]:
-    """Return what is timed: functions that make ready, and give what is to be run."""
+    """Return functions that prepare a measurement and return what is timed."""
     ids, mask = (
         part.to(edited.model.device) for part in left_padded([edited.tokenizer(p)["input_ids"] for p in prompts])
     )

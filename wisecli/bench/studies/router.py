@@ -97,14 +97,13 @@ def scored(edited: EditedModel, prompts: Sequence[str], context: StudyContext) -
 
 
 def area(higher: Sequence[float], lower: Sequence[float]) -> float:
-    """Return how often one of the first is higher than one of the second: the area under the ROC curve, whatever
-    threshold.
-    """
+    """Return the area under the ROC curve: how often one of the first scores is higher than one of the second."""
     first, second = torch.tensor(higher)[:, None], torch.tensor(lower)
     return float((first > second).float().mean() + (first == second).float().mean() / 2)
 
 
 def _histogram(panel: Any, row: ResultRow) -> None:
+    """Draw the router scores of each group of prompts, and the threshold, into a panel."""
     figures = row["figures"]
     everything = [score for scores in figures["scores"].values() for score in scores]
     low, high = min(everything), max(*everything, figures["threshold"])

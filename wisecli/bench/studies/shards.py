@@ -94,7 +94,7 @@ def _heat(panel: Any, rows: Sequence[ResultRow], lowest: float) -> Any:
 
 
 def _edges(centres: Sequence[float]) -> list[float]:
-    """Return the n + 1 borders of cells around n places above nought: half-way between them, and as far beyond the
+    """Return the n + 1 borders of cells around n places above zero: half-way between them, and as far beyond the
     last.
     """
     between = [(low + high) / 2 for low, high in pairwise([0, *centres])]

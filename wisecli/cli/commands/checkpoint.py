@@ -212,6 +212,7 @@ def tell_answers(console: Console, answers: Sequence[Answer]) -> None:
 
 
 def _steps(answer: Answer) -> Table:
+    """Return the table of an answer's tokens: which memory answered each, and its score."""
     lookup = any(step.edit is not None for step in answer.steps)
     columns = ("token", "answered by", "score", "threshold", *(["nearest edit"] if lookup else []))
     table = Table(columns, right=("score", "threshold"))

@@ -95,7 +95,7 @@ _CHOICES = "[y]es, [n]o, [e]dit, [q]uit"
 
 
 def approved(pairs: Sequence[Pair]) -> list[Pair]:
-    """Ask about each pair; those that are accepted, as they were or as they are then worded.
+    """Ask about each pair; return the accepted ones, as they were or as reworded.
 
     Whoever quits leaves out the rest.
     """

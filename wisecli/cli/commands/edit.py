@@ -17,7 +17,7 @@ from wisecli.cli.setting_options import set_of, settings_in
 from wisecli.cli.unknown_settings import unknown_names
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.config import EditRunSettings, EditSettings, resolve
-from wisecli.retired_settings import of_today
+from wisecli.retired_settings import with_current_names
 
 _trained = partial(setting, EditSettings, panel=TRAINED)
 
@@ -80,7 +80,7 @@ def edit(
     by_set, known = settings_in("edit", set_), EditSettings.__dataclass_fields__
     given = {**locals(), **by_set}
     ineffective = of_edit(given)
-    flags = {name: of for name, of in of_today(given, known).items() if name in known}
+    flags = {name: of for name, of in with_current_names(given, known).items() if name in known}
     settings = resolve(EditSettings, flags, section="edit", file=config)
     run_settings = resolve(EditRunSettings, given, section="edit", file=config)
     console = Console(as_json, quiet)

@@ -177,6 +177,7 @@ def tell_edit(console: Console, report: EditReport, *, taken: Sequence[str] = ()
 
 
 def _edit_json(report: EditReport) -> dict[str, Any]:
+    """Return what ``--json`` prints of a run."""
     results = {name: getattr(report, name) for name in ("edits", "shards", "seconds", "seconds_per_edit")}
     results |= {"peak_rss_bytes": report.peak_rss_bytes, "output": str(report.output), "layer": report.layer}
     results |= {"module": report.module, "untaken": list(report.untaken), "planned": report.planned}
@@ -193,6 +194,7 @@ def _edit_json(report: EditReport) -> dict[str, Any]:
 
 
 def _edit_lines(what: str, report: EditReport) -> list[str]:
+    """Return the lines that are printed of a run."""
     lines = [f"{what} → {report.output}/ ({report.seconds:.1f} s, {report.seconds_per_edit:.2f} s an edit)"]
     if report.missing:
         lines = [f"{what}: {count(report.missing, 'shard')} still to be written by others ({report.seconds:.1f} s)"]

@@ -92,6 +92,7 @@ def _described(site: Mapping[str, Any]) -> str:
 
 
 def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
+    """Yield what is known of an artifact, as names and values to print."""
     base, site, files = report.base, report.site, report.files
     yield "base model", str(base["model"]) + (f" at {base['revision']}" if base["revision"] else "")
     yield "fingerprint", f"matrix {base['matrix'][:16]}…, settings {base['config'][:16]}…"

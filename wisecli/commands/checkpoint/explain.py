@@ -132,6 +132,7 @@ def _tokens(edited: EditedModel, batch: Batch, answer: list[int]) -> tuple[Token
 
 
 def _near(edited: EditedModel, text: str, strength: float, memory: int, length: int, decision: Decision) -> Near:
+    """Return how near an edit was to answering, and the answer the model gives if that edit is forced."""
     with edited.routed.called_with(forced=memory):
         answer = _text(edited, _answer(edited, text, length))
     edit = _edit(edited, memory)

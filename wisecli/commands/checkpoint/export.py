@@ -173,7 +173,7 @@ def _require_form(base: Path, manifest: Manifest, packing: Packing, form: Format
 
 @dataclass(frozen=True)
 class _Found:
-    """What was measured of a form, and the paragraph on it."""
+    """Figures measured of a form, and the paragraph on them."""
 
     locality: float | None = None
     tokens: int = 0
@@ -214,6 +214,7 @@ def _record(
     *,
     verify: bool,
 ) -> dict[str, Any]:
+    """Return the record of how a checkpoint is written, by which a later run sees whether it is up to date."""
     settings = {
         "format": form,
         "link": weights.link,
@@ -235,6 +236,7 @@ def _on_one_disk(checkpoint: Checkpoint, output: Path) -> bool:
 
 
 def _packing(weights: WeightFiles, form: Format) -> Packing:
+    """Return how the weights' files are written."""
     if weights.link and form in _AS_BLOCKS:
         raise SettingsError(
             f"--link keeps the base's files as they are, and --format {form} moves layers; leave it out"

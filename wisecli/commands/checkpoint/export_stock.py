@@ -84,7 +84,7 @@ def write_as_blocks(output: Path, given: ExportSource, on_progress: ProgressCall
 
 
 def _at_router(given: ExportSource) -> Manifest:
-    """Return the manifest with the layer that the router reads as its site, no higher than that which is edited."""
+    """Return the manifest with the layer that the router reads as its site, at most the edited one."""
     site = given.manifest.site
     site = site.below(min(site.layer, round(_READS * layer_count(given.base))))
     return replace(given.manifest, site=site, fingerprint=fingerprint(given.base, given.checkpoint, site))

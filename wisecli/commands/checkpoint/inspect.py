@@ -85,6 +85,7 @@ def inspect(
 
 
 def _inspected(path: Path, find: str | None, limit: int | None, plot: Path | None, *, force: bool) -> InspectReport:
+    """Return the report on shards, a memory or a checkpoint; draw the router scores into ``plot`` if that is given."""
     if holds_merged(path):
         return _stock(path, find, limit, plot)
     kind = kind_of(path)
@@ -116,7 +117,7 @@ def _inspected(path: Path, find: str | None, limit: int | None, plot: Path | Non
 
 
 def _stock(path: Path, find: str | None, limit: int | None, plot: Path | None) -> InspectReport:
-    """Return a stock checkpoint, whose router is in its blocks."""
+    """Return the report on a stock checkpoint, whose router is in its blocks."""
     if plot is not None:
         raise SettingsError(f"--plot: {path} has no router; plot the memory that it was exported from")
     if read_json(path / MERGED).get("format") == "merged":
@@ -138,12 +139,13 @@ def _stock(path: Path, find: str | None, limit: int | None, plot: Path | None) -
 
 
 def _shares(figures: object) -> str:
-    """Return what was measured of a form, as a phrase."""
+    """Return a form's measured shares as a phrase."""
     own = figures if isinstance(figures, dict) else {}
     return " ".join(f"{name} {value:.3f}" for name, value in own.items() if isinstance(value, float))
 
 
 def _shards(path: Path, find: str | None, limit: int | None) -> InspectReport:
+    """Return the report on a directory of shards."""
     directory = read_shard_directory(path)
     headers = {entry.file: read_header(inside(path, entry.file)) for entry in directory.shards}
     return _report(
@@ -165,7 +167,9 @@ def _report(
     shown: tuple[str | None, int | None],
     **more: Any,
 ) -> InspectReport:
-    """Return what every kind of directory says, and more; ``shown`` is the text looked for, and the limit."""
+    """Return a report with what every kind of directory has, and ``more``; ``shown`` is the text looked for, and the
+    limit.
+    """
     wanted, limit = (shown[0] or "").casefold(), shown[1]
     texts = ("\n".join((one.id, one.prompt, one.target, one.subject or "")) for one in written.edits)
     found = [edit for edit, text in zip(written.edits, texts, strict=True) if wanted in text.casefold()]
@@ -185,7 +189,7 @@ def _report(
 
 def _rows(header: Header, prefix: str, name: str) -> int:
     """Return the rows of a file's tensor of today's name; 0 without one."""
-    layout = {current_name(stored.removeprefix(prefix)): one for stored, one in header.tensors.items()}.get(name)
+    layout = {current_name(stored.removeprefix(prefix)): tensor for stored, tensor in header.tensors.items()}.get(name)
     return layout.shape[0] if layout is not None and layout.shape else 0
 
 

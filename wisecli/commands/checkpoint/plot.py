@@ -82,6 +82,7 @@ def _figures() -> Any:
 
 
 def _save(path: Path, figure: Any) -> None:
+    """Write a figure in the format that the path's ending names."""
     kind = path.suffix.removeprefix(".").lower() or "png"
     if kind not in figure.canvas.get_supported_filetypes():
         raise SettingsError(f"--plot {path}: no such kind of picture; name it .png, .svg or .pdf")
@@ -94,6 +95,7 @@ def _save(path: Path, figure: Any) -> None:
 
 
 def _draw(panel: Any, entry: MemoryEntry, title: str) -> None:
+    """Draw the cumulative shares of one memory's router scores into a panel."""
     sides = [(f"edits ({entry.misses:.1%} below)", entry.edit_scores, "tab:blue")]
     if entry.false_alarms is not None:
         sides.insert(0, (f"unrelated text ({entry.false_alarms:.2%} above)", entry.unrelated_scores, "tab:gray"))

@@ -63,6 +63,7 @@ def verify(
 
 
 def _verified(path: Path, model: str | None, signed: Signed | None, on_progress: ProgressCallback) -> VerifyReport:
+    """Check the signature, then every file; return all checks, passed or not."""
     require_signature(path, signed)
     kind = written_form(path) or kind_of(path)
     given = None if model is None else resolve_model(model, fetch=False)
@@ -92,6 +93,7 @@ def _manifest(path: Path, name: str, read: Callable[[Path], T]) -> Generator[Che
 
 
 def _shards(path: Path, model: Path | None) -> Iterator[Check]:
+    """Yield the checks of a directory of shards."""
     directory = yield from _manifest(path, shard_manifest.MANIFEST_NAME, shard_manifest.read_shard_directory)
     if directory is None:
         return
@@ -121,6 +123,7 @@ def _shard_metadata(path: Path, entry: shard_manifest.ShardEntry) -> Iterator[Ch
 
 
 def _memory(path: Path, model: Path | None) -> Iterator[Check]:
+    """Yield the checks of a memory."""
     manifest = yield from _memory_files(path)
     if manifest is None:
         return
@@ -150,7 +153,7 @@ def _history(path: Path, manifest: memory_manifest.MemoryManifest) -> Iterator[C
 
 
 def _sealed(path: Path) -> dict[str, str]:
-    """Return the digests that were checked already; none where there is no whole list of them."""
+    """Return the digests that were checked already; empty without a complete list of them."""
     try:
         return read_checksums(path)
     except WiseError:
@@ -178,6 +181,7 @@ def _memory_files(path: Path) -> Generator[Check, None, memory_manifest.MemoryMa
 
 
 def _exported(path: Path, model: Path | None) -> Iterator[Check]:
+    """Yield the checks of a routed checkpoint."""
     manifest = yield from _memory_files(path)
     if manifest is None:
         return
@@ -211,7 +215,7 @@ def _stock(path: Path, model: Path | None) -> Iterator[Check]:
     if manifest is None:
         return
     yield from check_blocks(path, manifest)
-    if not is_wider(path, manifest):  # then what was edited has noughts beside it, and another digest
+    if not is_wider(path, manifest):  # then what was edited has zeros beside it, and another digest
         yield from check_base(path, manifest.site, manifest.base.fingerprint, settings=False, without=MEMORY_TENSORS)
     if model is not None:
         yield from check_base(model, manifest.site, manifest.base.fingerprint)
@@ -227,7 +231,7 @@ def _gguf(path: Path, model: Path | None) -> Iterator[Check]:
 
 
 def _unlisted(path: Path, manifest: memory_manifest.MemoryManifest) -> Iterator[Check]:
-    """Yield weights, code and settings that the manifest has no digest of."""
+    """Yield a failed check for each weights, code or settings file without a digest in the manifest."""
     for entry in sorted(path.iterdir()):
         if entry.suffix in _MATTERS and entry.name not in (*manifest.sha256, memory_manifest.MANIFEST_NAME):
             yield Check("sha256", entry.name, "unchecked", found=f"{memory_manifest.MANIFEST_NAME} has no digest of it")

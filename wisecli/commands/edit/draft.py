@@ -49,6 +49,7 @@ def draft(
 
 
 def _read(page: Path) -> list[Passage]:
+    """Return the passages of a document."""
     try:
         text = page.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

@@ -147,7 +147,7 @@ def _worker(
     loaded: Loaded | None,
     on_progress: ProgressCallback,
 ) -> Worker:
-    """Return what writes admitted edits of a file, which are checked against the tokenizer first."""
+    """Return the worker that writes a file's admitted edits, after checking them against the tokenizer."""
     settings = _settings(memory, into)
     job = Job(
         model=into.model,
@@ -167,7 +167,7 @@ def _discard_merged(memory: OpenMemory, pending: Path) -> None:
     if not pending.is_dir():
         return
     manifest = pending / SHARDS_MANIFEST
-    names = [name for one in memory.releases[-1:] for name in one.shards]
+    names = [name for release in memory.releases[-1:] for name in release.shards]
     taken = {sha256_file(shard_path(memory.path, name) / SHARDS_MANIFEST) for name in names}
     if not manifest.is_file() or sha256_file(manifest) in taken:
         discard(pending, memory.path)
@@ -198,7 +198,7 @@ def _written(worker: Worker, pending: Path, options: RunOptions) -> EditReport:
 
 
 def _settings(memory: OpenMemory, into: IntoMemory) -> EditSettings:
-    """Return the settings of the newest shards, but for what is asked for; always of the same site.
+    """Return the newest shards' settings with those given in place; the site is always the same.
 
     Raises:
         SettingsError: another layer, or a site of another kind, is asked for.

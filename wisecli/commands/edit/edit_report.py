@@ -28,7 +28,7 @@ class EditReport:
     ``plan`` is what the run would take, if it was only planned.
     ``differing`` names the shards that are not those of the manifest that was to be reproduced, if one was.
     ``sifted`` is what was left out before training; if that was all, there are no edits and nothing was written.
-    ``peak_vram_bytes`` is nought where no GPU took part. ``up_to_date`` says that the shards were there already.
+    ``peak_vram_bytes`` is zero where no GPU took part. ``up_to_date`` says that the shards were there already.
     """
 
     output: Path

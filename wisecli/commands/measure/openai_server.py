@@ -62,7 +62,7 @@ def with_model_name(server: Server) -> Server:
     if server.model is not None:
         return plain
     try:
-        models = _asked(plain, "/v1/models", None)[0].get("data")
+        models = _request(plain, "/v1/models", None)[0].get("data")
     except ServerError as error:
         remedy = "" if error.status is None else "; name the model with --model"
         raise ServerError(plain.url, error.reason + remedy, error.status) from None
@@ -96,11 +96,12 @@ def greedy_answer(server: Server, endpoint: str, prompt: str, length: int) -> st
 
 
 def _reply(server: Server, endpoint: str, prompt: str, length: int) -> _Reply:
+    """Return the greedy completion of a prompt, without the text of its reasoning."""
     request: dict[str, Any] = {"model": server.model, "max_tokens": length, "temperature": 0, "stream": False}
     request |= {"messages": [{"role": "user", "content": prompt}]} if endpoint == "chat" else {"prompt": prompt}
     path = ENDPOINTS[endpoint]
     text, reasoned, end = "", False, None
-    for reply in _asked(server, path, request):
+    for reply in _request(server, path, request):
         choices = reply.get("choices")
         if not choices and "error" not in reply and isinstance(choices, list) and "usage" in reply:
             continue  # the last piece of a stream counts tokens
@@ -151,10 +152,10 @@ def _without_thinking(text: str) -> tuple[str, bool]:
     return before.strip(), bool(opened)
 
 
-def _asked(server: Server, path: str, content: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the JSON objects that a server answers with: one, or all pieces of a stream.
+def _request(server: Server, path: str, content: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Send a request and return the JSON objects of the response: one, or all events of a stream.
 
-    A server that is busy is asked again when it says, if that is no longer than the time that an answer may take.
+    A busy server is asked again after the delay that it names, if that is no longer than the timeout.
 
     Raises:
         ServerError: it cannot be reached, refuses or answers with something else.
@@ -178,6 +179,7 @@ def _asked(server: Server, path: str, content: dict[str, Any] | None) -> list[di
 
 
 def _objects(server: Server, path: str, reply: HTTPResponse) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects in a response: each event of a stream, or the whole body."""
     body = reply.read(_LARGEST).decode()
     if reply.headers.get_content_type() == "text/event-stream" or body.startswith(("data:", ":")):
         lines = (line.removeprefix("data:").strip() for line in body.splitlines() if line.startswith("data:"))

@@ -63,6 +63,7 @@ def diff(first: str, second: str) -> DiffReport:
 
 
 def _read(named: str) -> tuple[Sequence[Edit], Mapping[str, Any]]:
+    """Return the edits and settings of a memory, a directory of shards, or a release ``memory@number``."""
     path, at, release = named.rpartition("@")
     if at and not Path(named).exists():
         return _of_release(Path(path), release)

@@ -50,6 +50,7 @@ def log(memory: Path, *, edit: str | None = None, signed: Signed | None = None) 
 
 
 def _logged(memory: Path, edit: str | None, signed: Signed | None) -> LogReport:
+    """Return the releases of a memory, and the release each of its edits came with."""
     require_signature(memory, signed)
     opened = OpenMemory(memory)
     opened.require_whole()
@@ -64,6 +65,11 @@ def _logged(memory: Path, edit: str | None, signed: Signed | None) -> LogReport:
 
 
 def _of(releases: Sequence[Release], edit: str | None) -> Sequence[Release]:
+    """Return the releases that added, removed or superseded an edit; all if none is named."""
     if edit is None:
         return releases
-    return [one for one in releases if edit in (*one.added, *one.removed, *one.superseded, *one.superseded.values())]
+    return [
+        release
+        for release in releases
+        if edit in (*release.added, *release.removed, *release.superseded, *release.superseded.values())
+    ]

@@ -97,7 +97,7 @@ def without_edits(
         yield Cleared({}, {}, ())
         return
     release, trained = memory.releases[-1], not memory.merging.for_lookup and memory.merging.method != EXACT
-    held = {name: one.directory for name, one in memory.reduced_shards(release).items()}
+    held = {name: shard.directory for name, shard in memory.reduced_shards(release).items()}
     anew = {name: _mates(directory, ids) for name, directory in held.items() if trained and _mates(directory, ids)}
     shards = {
         name: (*release.shards[name], *ids_among(directory, {*ids, *anew.get(name, ())}))
@@ -115,12 +115,12 @@ def without_edits(
 
 
 def _mates(directory: ShardDirectory, ids: Collection[str]) -> tuple[str, ...]:
-    """Return the edits that share a trained shard with one that goes."""
+    """Return the edits that share a trained shard with a removed one."""
     return tuple(name for entry in without(directory, ids).trained for name in entry.edits if name not in ids)
 
 
 def ids_among(directory: ShardDirectory, ids: Collection[str]) -> tuple[str, ...]:
-    """Return those of some ids whose edits shards hold, in order."""
+    """Return those of ``ids`` whose edits shards hold, in order."""
     return tuple(edit.id for edit in directory.written if edit.id in ids)
 
 

@@ -87,6 +87,7 @@ def find_release(memory: OpenMemory, wanted: str) -> Release:
 
 
 def _until(wanted: str, when: datetime) -> bool:
+    """Return whether a time is not after the date or time that ``--to`` names, in UTC unless it says otherwise."""
     try:
         if len(wanted) == len("2026-11-01"):
             return when.astimezone(timezone.utc).date() <= date.fromisoformat(wanted)

@@ -94,7 +94,7 @@ def measure_background(
 
 
 class _Reader(NamedTuple):
-    """How keys are read."""
+    """Reads the keys of texts."""
 
     loaded: Loaded
     site: Site
@@ -102,20 +102,21 @@ class _Reader(NamedTuple):
     on_progress: ProgressCallback
 
     def ends(self, prompts: Sequence[str]) -> Tensor:
-        """Return keys (n, d_ff) that prompts end in."""
+        """Return the keys (n, d_ff) at the last token of each prompt."""
         with quick_products(self.loaded, self.site):
             return prompt_ends(
                 self.loaded, [self.site], prompts, batch_size=self.batch_size, on_progress=self.on_progress
             )[0]
 
     def ends_in(self, forms: Sequence[Form], prompts: Sequence[str]) -> Tensor:
-        """Return the same of prompts in every form, prompt by prompt."""
+        """Return the keys at the last token of every prompt in every form, prompt by prompt."""
         return self.ends([form.render(self.loaded.tokenizer, prompt) for prompt in prompts for form in forms])
 
 
 def _measure(
     read: _Reader, gives: Callable[[Tensor], Tensor], *, texts: int, chat: bool, forms: Sequence[Form], seed: int
 ) -> BackgroundStats:
+    """Measure the keys of unrelated texts, of facts in several wordings, and of both in a chat and in prompt forms."""
     loaded, site, size = read.loaded, read.site, read.batch_size
     plain, whole = unrelated_texts(texts, seed=seed), -(-texts // CONTINUED)
     continued = continuations(loaded.model, loaded.tokenizer, plain[:whole], tokens=CONTINUATION_TOKENS, seed=seed)
@@ -192,10 +193,10 @@ def _wording(ends: Tensor, offsets: Sequence[Tensor]) -> Moment:
     shares.
     """
     # What does nothing leaves rounding errors, which must not be blown up.
-    offsets = [one for one in offsets if one.norm() > _NOTHING * ends.norm()]
-    return leading(torch.cat([even(ends), *(even(one) * (_WORDING / len(offsets)) ** 0.5 for one in offsets)]))
+    offsets = [offset for offset in offsets if offset.norm() > _NOTHING * ends.norm()]
+    return leading(torch.cat([even(ends), *(even(offset) * (_WORDING / len(offsets)) ** 0.5 for offset in offsets)]))
 
 
 def _rounded(keys: Tensor) -> Tensor:
-    """Return keys as the cache gives them back, so that a second run makes the same bytes."""
+    """Return keys rounded as the cache stores them, so that a second run writes the same bytes."""
     return half(keys.cpu()).float()

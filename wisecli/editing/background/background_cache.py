@@ -35,7 +35,7 @@ def background_for(
     edits: Sequence[Edit],
     on_progress: ProgressCallback,
 ) -> BackgroundStats:
-    """Return what the model makes of unrelated text; of the texts given with the edits, half calibrate."""
+    """Return the statistics of unrelated text; of the texts given with the edits, half calibrate."""
     size, seed = settings.batch_size, settings.seed
     identity, written = model_identity(base, checkpoint), template_digest(loaded.tokenizer)
     if written is not None:
@@ -75,5 +75,5 @@ def background_for(
 
 
 def model_identity(base: Fingerprint, checkpoint: Checkpoint) -> str:
-    """Return what a base model is known by in the cache."""
+    """Return what identifies a base model in the cache."""
     return sha256_json([base.as_dict(), checkpoint.sample])

@@ -90,7 +90,7 @@ def probe_layer(
 
 
 def _that_run(loaded: Loaded, sites: Sequence[Site]) -> list[Site]:
-    """Return those sites whose layers are run: models that read images may pass some over for text."""
+    """Return the sites whose layers run on text; models that read images may skip some."""
     seen: set[int] = set()
     with ExitStack() as hooks:
         for site in sites:

@@ -76,7 +76,7 @@ def _answer_ends(batches: Sequence[TrainingExamples]) -> list[tuple[TrainingExam
 
 
 def _fit(task: WriterTask, ends: Sequence[tuple[TrainingExamples, Tensor]], edits: FittedEdits, token: int) -> Tensor:
-    """Return the residual (d,) that makes answers continue with the separator where they would end."""
+    """Fit and return the residual (d,) after which answers continue with the separator instead of ending."""
     parts = [_with_own_residuals(examples, rows, edits) for examples, rows in ends]
     residual = torch.zeros(task.site.d, device=parts[0][1].device, requires_grad=True)
     optimizer = torch.optim.Adam([residual], lr=_RATE * task.settings.residual_rate * task.unit / task.site.d**0.5)

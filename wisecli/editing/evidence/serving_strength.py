@@ -66,7 +66,7 @@ def _wrong(
     answers: Collection[AnswerKey],
     strength: float,
 ) -> Counter[AnswerKey]:
-    """Return in how many rows some token of an answer is wrong, for answers with such rows."""
+    """Return the number of rows with a wrong token in the answer, by answer."""
     found: Counter[AnswerKey] = Counter()
     for examples in batches:
         rows = torch.tensor([row for row, answer in enumerate(examples.answers) if answer in answers], dtype=torch.long)

@@ -28,7 +28,7 @@ _SAME = 0.98
 def gather_evidence(
     batches: Sequence[TrainingExamples], held_out: int, residual: Residual, *, median_norm: float = math.inf
 ) -> Evidence:
-    """Return the evidence of a shard: what it was asked to store, read off its training examples.
+    """Return a shard's evidence, the keys and residuals of its edits, from its training examples.
 
     Args:
         held_out: the context kept for calibration.

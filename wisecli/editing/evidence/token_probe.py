@@ -44,6 +44,7 @@ class TokenProbe:
         return self._known[token, form]
 
     def _cached(self, token: int, form: str) -> tuple[Tensor, Tensor]:
+        """Return the keys (n, d_ff) and state norms (n,) of a token behind questions, from the cache if known."""
         texts = [form.replace("{}", text) for text in _questions()]
         if self.identity is None:
             return self._read(token, texts)
@@ -60,6 +61,7 @@ class TokenProbe:
 
     @torch.no_grad()
     def _read(self, token: int, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Run the model on the token behind each text; return its keys (n, d_ff) and state norms (n,)."""
         tokenizer, device = self.loaded.tokenizer, self.loaded.device
         rows = [Row(tuple(tokenizer(text)["input_ids"]), (token, token)) for text in texts]
         groups = in_batches(rows, self.batch_size, by_beginning=True)
@@ -88,6 +90,7 @@ def mean_direction(keys: Tensor) -> Tensor:
 
 
 def _questions() -> list[str]:
+    """Return made-up questions whose answer is a number."""
     rng = random.Random(0)
     asked = [
         wording.replace("{}", subject)

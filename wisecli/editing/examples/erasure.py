@@ -45,6 +45,7 @@ def erasure_rows(loaded: Loaded, edits: Sequence[Edit], *, chat: bool, batch_siz
 
 
 def _evading(loaded: Loaded, prompts: Sequence[str], answers: Sequence[str], batch_size: int) -> list[Row]:
+    """Generate what the model answers if it may not begin with the erased answer, and return these rows."""
     ways = [_Way(loaded.tokenizer, *pair) for pair in zip(prompts, answers, strict=True)]
     open_ = ways
     for _ in range(_ROUNDS):
@@ -62,7 +63,7 @@ def _evading(loaded: Loaded, prompts: Sequence[str], answers: Sequence[str], bat
 
 
 class _Way:
-    """A way around an answer: what is said on it, and what is unwanted after each of its tokens, the last included."""
+    """A generated answer that avoids the erased one: its tokens so far, and which tokens are unwanted at each."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> None:
         self.tokenizer, self.answer = tokenizer, answer
@@ -72,7 +73,7 @@ class _Way:
         self.unwanted: list[tuple[int, ...]] = [self.first]
 
     def go_on(self, tokens: Sequence[int]) -> bool:
-        """Go on to where the answer begins in what comes next; ``False`` if it does not come up any more."""
+        """Append new tokens up to where the erased answer begins; return ``False`` if it does not appear."""
         ahead = (*self.said, *tokens)[:_TOKENS]
         at = self._text(ahead).find(self.answer)
         if at < 0:
@@ -85,7 +86,7 @@ class _Way:
 
     @property
     def row(self) -> Row:
-        """The way as a row; nobody asks what its last target token is."""
+        """The generated answer as a row; its last target token is never predicted."""
         return Row(self.prompt, (*self.said, self.first[0]), tuple(self.unwanted))
 
     def _text(self, tokens: Sequence[int]) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def known_rows(
     loaded: Loaded, rows: Sequence[Row], *, batch_size: int, on_progress: ProgressCallback
 ) -> frozenset[int]:
-    """Return the numbers of the rows whose target tokens are all the arg-max, given the right ones before each.
+    """Return the indices of rows whose target tokens are all the arg-max, with teacher forcing.
 
     Where layers are streamed, each is read once for all rows.
     """
@@ -52,6 +52,7 @@ def _logits(loaded: Loaded, batches: Sequence[Batch]) -> Iterator[Tensor]:
 
 
 def _swept(loaded: Loaded, stream: LayerStream, batches: Sequence[Batch]) -> Iterator[Tensor]:
+    """Yield each batch's logits, with every layer read once for all batches."""
     with Spool(stream.spool_bytes) as spool:
         passes = [partial(run_model, loaded.model, batch, 0, None, None) for batch in batches]
         sweep(stream, passes, len(stream.layers) - 1, spool, lambda _number: None)

@@ -58,10 +58,10 @@ def write_paraphrases(
     """
     if not count:
         return {}
-    from wisecli.models.running.generation import generate  # with torch, which requests alone do without
+    from wisecli.models.running.generation import generate  # with torch, which paraphrase_requests alone do without
 
     on_progress(Event("paraphrases", 0, len(edits)))
-    asked = [request for edit in edits for request in requests(loaded.tokenizer, edit) * count]
+    asked = [request for edit in edits for request in paraphrase_requests(loaded.tokenizer, edit) * count]
     sampled = generate(
         loaded.model,
         loaded.tokenizer,
@@ -118,8 +118,8 @@ def _stems(said: Sequence[str]) -> set[str]:
     return {word[:_STEM] for word in said if len(word) >= _TELLING and word not in _ASKING}
 
 
-def requests(tokenizer: PreTrainedTokenizerBase, edit: Edit) -> list[str]:
-    """Return what a model is asked for to have paraphrases of an edit's prompt, once of each kind."""
+def paraphrase_requests(tokenizer: PreTrainedTokenizerBase, edit: Edit) -> list[str]:
+    """Return the few-shot prompts that ask a model to paraphrase an edit's prompt, one of each kind."""
     prompt = edit.prompt.strip()
     return [
         few_shot_prompt(tokenizer, examples, f"{what}: {prompt}")
@@ -128,8 +128,6 @@ def requests(tokenizer: PreTrainedTokenizerBase, edit: Edit) -> list[str]:
 
 
 def _same_target(loaded: Loaded, edit: Edit, prompt: str) -> bool:
-    """Return whether the target is the same tokens after a prompt as after the edit's own: they are to share
-    residuals.
-    """
+    """Return whether the target has the same tokens after a prompt as after the edit's, as both share residuals."""
     own, other = (encode(loaded.tokenizer, text, edit.target) for text in (edit.prompt, prompt))
     return own.target == other.target

@@ -47,7 +47,7 @@ def prompt_variants(
             continue
         for place, prompt in enumerate(paraphrases.get(edit.id, ()), start=contexts):
             found.append(PromptVariant(number, place, AnswerKey(number), replace(edit, prompt=prompt)))
-        for place, one in enumerate(edit.translations):
-            worded = replace(edit, prompt=one.prompt, target=one.target)
+        for place, translation in enumerate(edit.translations):
+            worded = replace(edit, prompt=translation.prompt, target=translation.target)
             found.append(PromptVariant(number, FIRST_LANGUAGE + place, AnswerKey(number, place + 1), worded))
     return found

@@ -72,7 +72,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[
 
 
 def _plain(token: str) -> str:
-    """Return a token as it is spelt, whatever stands before it."""
+    """Return a token's text without the mark of a word's beginning."""
     return token.lstrip("".join(_MARKS)).casefold()
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from wisecli.config import EditSettings
 from wisecli.editing.examples.context_prefixes import in_context, trained_forms
-from wisecli.editing.examples.paraphrases import REQUEST_TOKENS, requests
+from wisecli.editing.examples.paraphrases import REQUEST_TOKENS, paraphrase_requests
 from wisecli.edits.record import Edit, Numbered
 from wisecli.errors import EditFileError
 from wisecli.io.json_schema import shown
@@ -89,7 +89,10 @@ class Reader:
         Raises:
             ModelError: the chat template cannot be used.
         """
-        pairs = [(edit.prompt, edit.answer), *((one.prompt, one.target) for one in edit.translations)]
+        pairs = [
+            (edit.prompt, edit.answer),
+            *((translation.prompt, translation.target) for translation in edit.translations),
+        ]
         prompts = [self.count(prompt) for prompt, _ in pairs]
         wholes = [self.count(_joined(*pair)) for pair in pairs]
         target = max(max(1, whole - prompt) for prompt, whole in zip(prompts, wholes, strict=True))
@@ -104,7 +107,7 @@ class Reader:
         """
         contexts = ["", *trained_forms(self.tokenizer, settings, self.window)]
         pairs = [(edit.prompt, edit.target), (edit.prompt, edit.answer)]
-        pairs += [(one.prompt, one.target) for one in edit.translations]
+        pairs += [(translation.prompt, translation.target) for translation in edit.translations]
         texts = [_joined(in_context(self.tokenizer, form, prompt), said) for form in contexts for prompt, said in pairs]
         texts += [_joined(one.prompt, one.answer) for one in (*edit.locality, *edit.portability)]
         texts += [edit.subject or "", *edit.rephrases, *edit.irrelevant, *edit.ood]
@@ -123,7 +126,7 @@ class Reader:
         yield "", length.prompt + length.target, both
         yield " with what is put before the prompt", sum(length), both
         if settings.augment:
-            asked = max(map(self.count, requests(self.tokenizer, edit))) + REQUEST_TOKENS
+            asked = max(map(self.count, paraphrase_requests(self.tokenizer, edit))) + REQUEST_TOKENS
             yield " with the request for paraphrases", asked, "the prompt, or leave out augment"
         pairs = [(one.prompt, one.answer) for one in (*edit.locality, *edit.portability)]
         pairs += [(text, edit.answer) for text in edit.rephrases]
@@ -149,13 +152,15 @@ class _Special:
     def first_in(self, edit: Edit) -> tuple[str, str] | None:
         """Return the field of an edit and the special token in it; ``None`` if there is none."""
         fields = [("prompt", edit.prompt), ("target", edit.target), ("replacement", edit.replacement or "")]
-        fields += [("translations", text) for one in edit.translations for text in (one.prompt, one.target)]
-        return next(((name, token) for name, text in fields if (token := self._in(text))), None)
+        fields += [
+            ("translations", text)
+            for translation in edit.translations
+            for text in (translation.prompt, translation.target)
+        ]
+        return next(((name, token) for name, text in fields if (token := self._special_token_in(text))), None)
 
-    def _in(self, text: str) -> str | None:
-        """Return the first special token that a text becomes; writing one is not enough where it is an ordinary
-        word.
-        """
+    def _special_token_in(self, text: str) -> str | None:
+        """Return the first special token among a text's tokens; its spelling alone may be an ordinary word."""
         if self._written is None or not self._written.search(text):
             return None
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]

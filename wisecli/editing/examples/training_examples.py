@@ -116,7 +116,7 @@ class NotFiniteError(Exception):
 
 
 def require_finite(batches: Sequence[TrainingExamples]) -> None:
-    """Check what was captured.
+    """Check that captured states are finite.
 
     Raises:
         NotFiniteError: naming the edits of every row with a key or hidden state that is not finite.
@@ -157,9 +157,9 @@ def capture_groups(
 
 
 def _examples(activations: Activations, origins: Sequence[Origin]) -> TrainingExamples:
-    edits = torch.tensor([one.edit for one in origins])
-    contexts = torch.tensor([one.context for one in origins])
-    return TrainingExamples(activations, edits, contexts, tuple(one.answer for one in origins))
+    edits = torch.tensor([origin.edit for origin in origins])
+    contexts = torch.tensor([origin.context for origin in origins])
+    return TrainingExamples(activations, edits, contexts, tuple(origin.answer for origin in origins))
 
 
 def _in_rows(

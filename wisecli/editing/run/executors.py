@@ -79,7 +79,7 @@ class OnRay:
     def write(self, plan: ShardDirectory, unrelated: BackgroundStats, numbers: Sequence[int]) -> Iterator[Written]:
         """Yield the shards of these numbers, in the order in which they are done."""
         task = self._task(_write)
-        shared = [self.ray.put(one) for one in (self.job, plan, unrelated)]
+        shared = [self.ray.put(value) for value in (self.job, plan, unrelated)]
         waiting = list(reversed(numbers))
         running: list[Any] = []
         try:
@@ -88,12 +88,12 @@ class OnRay:
                     task.remote(*shared, waiting.pop()) for _ in range(min(len(waiting), _AHEAD - len(running)))
                 ]
                 ready, running = self.ray.wait(running)
-                for one in ready:
-                    number, done, content = _sound(self.ray.get(one))
+                for task_id in ready:
+                    number, done, content = _sound(self.ray.get(task_id))
                     yield Written(number, done, _putting(content))
         finally:
-            for one in running:
-                self.ray.cancel(one)
+            for task_id in running:
+                self.ray.cancel(task_id)
 
 
 def _prepare(job: Job) -> Any:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be done, in words that any process understands.
+    """A run of editing as plain data that any process can read.
 
     ``target_module`` is the path of the value matrix, or of the layers, if it is not the architecture's usual one.
     ``threads`` decides the order in which numbers are added up, and with it the last bits of a shard; 0 stands for what

@@ -45,7 +45,7 @@ class Plan:
     ``resident`` stays in memory throughout, ``held`` from the edits' capture on (the layers above the site), ``layer``
     is the largest that passes through, ``peak`` the most memory at a time. ``sweep`` is what reading the layers up to
     the site once takes, ``read`` all that the run reads of the layers, ``spooled`` what may lie on the disk meanwhile;
-    these are nought for a model that is held whole. ``budget`` is how much memory there is, if that is known.
+    these are zero for a model that is held whole. ``budget`` is how much memory there is, if that is known.
     """
 
     streamed: bool
@@ -186,6 +186,7 @@ class _Attention:
 
 
 def _attention(checkpoint: Checkpoint) -> _Attention:
+    """Return the sizes of attention and of the vocabulary that a model's configuration gives."""
     config = text_settings(checkpoint.directory)
 
     def number(*names: str, otherwise: int) -> int:
@@ -236,5 +237,5 @@ def _flops(found: Sizes, site: Site, settings: EditSettings, lengths: Sequence[L
     continued = settings.background_texts // CONTINUED * _TEXT
     tokens = (_readings(settings) + 1) * sum(map(sum, lengths))
     read = settings.background_texts * _TEXT + _fact_tokens(settings) + tokens
-    fitted = sum(one.target for one in lengths) * settings.residual_steps * 2
+    fitted = sum(length.target for length in lengths) * settings.residual_steps * 2
     return 2 * (continued * (below + above) + read * below + (tokens + fitted) * above)

@@ -55,7 +55,7 @@ class ShardLocks:
             return True
 
     def release(self) -> None:
-        """Let others have what is claimed."""
+        """Release the claims."""
         for lock in self._own:
             Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()

@@ -112,7 +112,7 @@ class ShardWriter:
         return tuple(self.edits[place].id for place in places)
 
     def _train(self, task: WriterTask, part: Sequence[int], stage: str) -> _Outcome:
-        """Return the paper's writer: the residuals are what the trained change adds."""
+        """Train by the paper's writer; the residuals are what the trained change adds."""
         each, on_progress = self.settings.sequential, _report_accuracy(stage, self.on_progress)
         groups, held_back = self._capture([[place] for place in part] if each else [part])
         batches = [examples for group in groups for examples in group]
@@ -144,9 +144,7 @@ class ShardWriter:
         raise ModelError(f"{stage}: training ran away from finite numbers; lower learning_rate")
 
     def _solve(self, task: WriterTask, part: Sequence[int], stage: str) -> _Outcome:
-        """Return the closed form: residuals first, then one solve, unless a lookup is meant, which never reads a
-        matrix.
-        """
+        """Fit residuals, then solve for the matrix, unless the memory is to be a lookup."""
         edits = [self.edits[place] for place in part]
         rows = encode_edits(self.loaded, edits, "", train_end=self.settings.train_end, erasures=self.erasures)
         alike = in_batches(rows, self.settings.batch_size, by_target=True)
@@ -177,7 +175,7 @@ class ShardWriter:
         return Shard(mask, solved.values.cpu(), evidence, prompts), solved.losses, penalty, shares
 
     def _prompts(self, part: Sequence[int], stage: str) -> PromptStates | None:
-        """Return what the reading layer makes of the edits' prompts, if by those it is known what is asked."""
+        """Return the early states of the edits' prompts, if these are routed by meaning."""
         if not self.settings.by_facts:
             return None
         return prompt_states(
@@ -218,7 +216,7 @@ class ShardWriter:
 
 
 def _residual_lookup(residuals: Residuals) -> Residual:
-    """Return what finds residuals (n, d) by answer and position."""
+    """Return a function that finds residuals (n, d) by answer and position."""
 
     def find(_keys: Tensor, answers: Sequence[AnswerKey], positions: Tensor) -> Tensor:
         pairs = zip(answers, positions.tolist(), strict=True)

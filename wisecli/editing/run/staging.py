@@ -96,7 +96,7 @@ class StagedShards:
         return read_shard_directory(self.path, plan=True)
 
     def begin(self, plan: ShardDirectory, unrelated: BackgroundStats) -> ShardDirectory:
-        """Keep a plan and what was prepared for all shards; return the plan as it is kept."""
+        """Store a plan and the statistics of unrelated text; return the plan as stored."""
         self._clear()
         self._save(UNRELATED_NAME, lambda path: save_background(path, unrelated, whole=True))
         kept = replace(plan, path=self.path, unrelated_sha256=sha256_file(self.path / UNRELATED_NAME))
@@ -165,7 +165,7 @@ class StagedShards:
         return done
 
     def forget(self, numbers: range) -> None:
-        """Let claimed shards be unwritten again."""
+        """Discard the claimed shards that were written."""
         for number in numbers:
             (self.path / _done_name(number)).unlink(missing_ok=True)
 
@@ -200,6 +200,7 @@ class StagedShards:
         return [done for done in found if done is not None]
 
     def _listed(self, number: int) -> FinishedPart | None:
+        """Return the record of a shard that is done, or ``None``."""
         path = self.path / _done_name(number)
         if not path.is_file():
             return None
@@ -223,7 +224,7 @@ def _entries(every: Iterable[FinishedPart]) -> tuple[ShardEntry, ...]:
 
 
 def _asked(planned: ShardDirectory) -> tuple[object, ...]:
-    """Return what decides the shards of a plan."""
+    """Return the parts of a plan that decide its shards."""
     return planned.fingerprint, planned.site, planned.settings, planned.edits, planned.made, planned.versions
 
 

@@ -76,7 +76,8 @@ class Worker:
         return admitted.without(frozenset(place for place in known if admitted.edits[place].id not in spared))
 
     def prepare(self) -> tuple[ShardDirectory, BackgroundStats]:
-        """Choose the layer, write contexts and measure unrelated text: the plan, without any shard yet.
+        """Choose the layer, write contexts and measure unrelated text; return the plan, without shards, and the
+        statistics.
 
         Raises:
             ModelError: an edit cannot be put into tokens, or the model not be edited.
@@ -91,7 +92,7 @@ class Worker:
                 _hold_layers(loaded, site.layer, site.layer + 1)
                 layout = verified_layout(loaded.model, directory, checkpoint, layout, settings.layer)
                 site = find_site(directory, checkpoint, settings.layer, layout)
-            further = [one.edit for one in prompt_variants(list(enumerate(job.edits)), {}, contexts=0)]
+            further = [variant.edit for variant in prompt_variants(list(enumerate(job.edits)), {}, contexts=0)]
             encode_edits(loaded, [*job.edits, *further], "", train_end=settings.train_end)
             base, running = fingerprint(directory, checkpoint, site), self._settings()
             size = running.batch_size
@@ -137,7 +138,7 @@ class Worker:
         return plan, unrelated
 
     def writer(self, plan: ShardDirectory, unrelated: BackgroundStats) -> ShardWriter:
-        """Return what writes shards by a plan."""
+        """Return the writer of shards for a plan."""
         settings, matrix = self._settings(), None
         if settings.norm_of == "activated" or settings.weight_decay:
             matrix = plan.site.matrix(self.base.checkpoint)

@@ -35,7 +35,7 @@ def write_batched(
     """Train all batches together: minibatches, Adam, cosine decay, stopping once everything is learnt.
 
     Args:
-        start: values to begin from; nought by default.
+        start: values to begin from; zero by default.
     """
     settings, mask = task.settings, task.mask
     generator = torch.Generator().manual_seed(settings.seed)
@@ -123,7 +123,7 @@ def _norm(update: Tensor) -> Tensor:
 
 
 def _drawn(among: int, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Return random numbers (count,) from the generator of the CPU, sent without waiting for the device."""
+    """Return random indices (count,) drawn on the CPU and sent without waiting for the device."""
     return torch.randint(among, (count,), generator=generator).to(device, non_blocking=True)
 
 

@@ -46,7 +46,7 @@ class UnrelatedText:
 
 
 def unrelated_texts_of(edits: Sequence[Edit], part: Sequence[int], *, seed: int) -> dict[int, UnrelatedText]:
-    """Return a text that has nothing to do with each edit of a part, by its number: its own if it brings any."""
+    """Return an unrelated text for each edit of a part, by the edit's number: the edit's own if it brings one."""
     plain = unrelated_texts(len(edits), seed=seed)
     own = {place: next(iter(edits[place].irrelevant), None) for place in part}
     return {
@@ -69,7 +69,7 @@ def edit_passes(
     """
     beside = [texts[int(examples.edits[0])] for examples in batches]
     # What is said in the place of an erased answer has no last token that is a target.
-    if settings.padding != "counted" or any(one.activations.batch.unwanted is not None for one in batches):
+    if settings.padding != "counted" or any(batch.activations.batch.unwanted is not None for batch in batches):
         wanted = [one.text for one in beside]
         keys, text, *_ = keys_of_texts(loaded, site, wanted, batch_size=settings.batch_size, on_progress=on_progress)
         return [single_pass(settings, examples, keys[text == number]) for number, examples in enumerate(batches)]
@@ -77,7 +77,7 @@ def edit_passes(
 
 
 def single_pass(settings: EditSettings, examples: TrainingExamples, unrelated: Tensor) -> EditPass:
-    """Return a pass of which those tokens count that the router looks at."""
+    """Return a pass in which only the tokens that the router looks at count."""
     part = examples.activations
     return EditPass(tuple(examples.edits.tolist()), part, routed_tokens(settings, part), unrelated)
 
@@ -85,7 +85,7 @@ def single_pass(settings: EditSettings, examples: TrainingExamples, unrelated: T
 def _together(
     loaded: Loaded, site: Site, batches: Sequence[TrainingExamples], texts: Sequence[UnrelatedText]
 ) -> Iterator[EditPass]:
-    """Yield passes in which every column counts, padding too."""
+    """Yield passes in which every column counts, padding included."""
     padding = loaded.tokenizer.pad_token_id
     if padding is None:
         padding = loaded.tokenizer.eos_token_id or 0
@@ -124,7 +124,7 @@ def padded(batch: Batch, unrelated: Sequence[int], padding: int) -> Batch:
 
 
 def _rows(batch: Batch) -> list[list[int]]:
-    """Return the tokens of each row, its target's last one with them."""
+    """Return all tokens of each row, the target's last one included."""
     rows = []
     for ids, mask, labels in zip(batch.ids.cpu(), batch.mask.cpu(), batch.labels.cpu(), strict=True):
         rows.append([*ids[mask.bool()].tolist(), int(labels[labels != NO_LABEL][-1])])

@@ -3,7 +3,7 @@
     L = CE(target | prompt) + mean⁺(δ_u - α) + mean⁺(β - δ_e) + mean⁺(γ - (δ_e - δ_u))        (equation 5)
 
 ``δ_e`` is ``‖Δ a‖`` of each of an edit's rows, on the mean over the tokens that count; ``δ_u`` that of an unrelated
-text, on the mean over all of its tokens; ``mean⁺`` the mean of those that are above nought. What the paper
+text, on the mean over all of its tokens; ``mean⁺`` the mean of those that are above zero. What the paper
 leaves open is as in its authors' code: the mean, and a cross entropy that is divided by one token more than the target
 has. With ``norm_of`` ``activated`` the norm is ``‖σ(W a + Δ a) - σ(W a)‖``. With ``weight_decay`` every weight of
 ``W + Δ`` shrinks at each step, those outside the mask too: ``Δ`` is ``(s - 1) W`` besides what fills the mask.
@@ -135,6 +135,6 @@ def margins(edits: Tensor, unrelated: Tensor, settings: EditSettings) -> Tensor:
 
 
 def _positive(values: Tensor) -> Tensor:
-    """Return the mean of those values (n,) that are above nought, nought if none is."""
+    """Return the mean of those values (n,) that are above zero, zero if none is."""
     above = values > 0
     return (values * above).sum() / above.sum().clamp(min=1)

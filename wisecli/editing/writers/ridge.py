@@ -58,7 +58,7 @@ def solve(
     Args:
         unrelated: second moment of unrelated keys (d_ff, d_ff), of any scale.
         columns: input coordinates (k,) that ``Δ`` may use; all by default.
-        around: ``Δ₀``, of the same shape as the result; nought by default.
+        around: ``Δ₀``, of the same shape as the result; zero by default.
     """
     gram, cross, moment = known.gram, known.cross, unrelated
     if columns is not None:

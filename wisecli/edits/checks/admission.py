@@ -47,7 +47,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class AdmissionReport:
-    """What admission left out, and what it only tells of.
+    """The edits that admission left out, and its warnings.
 
     ``known`` are edits whose targets the unedited model gives already, ``dropped`` those that gave way to others.
     ``conflicts`` has a sentence on each conflict that keeps nothing from being trained.
@@ -75,7 +75,7 @@ class Admitted:
         return tuple(edit for _, edit in self.numbered)
 
     def without(self, known: frozenset[int]) -> Admitted:
-        """Return the same without the edits at these places, whose targets the model gives already."""
+        """Return the admitted edits but for those at the indices ``known``, whose targets the model gives already."""
         gone = tuple(
             LeftOut(edit.id, line, "the model says so already")
             for order, (line, edit) in enumerate(self.numbered)
@@ -189,7 +189,7 @@ def _without_orphans(
 
 
 def _with_edits(admitted: Admitted, held: Sequence[Edit], dropped: Sequence[LeftOut]) -> Admitted:
-    """Return what was admitted without the consequences of what was not.
+    """Return the admitted edits without consequences of edits that were not admitted.
 
     Args:
         dropped: consequences that were left out before.
@@ -208,6 +208,7 @@ def _resolved(
     held: Sequence[Edit],
     on_progress: ProgressCallback,
 ) -> Admitted:
+    """Return the edits that go on, once conflicts are refused or settled as asked."""
     if on_conflict is None:
         return _default(name, numbered, held, on_progress)
     if on_conflict == "error":
@@ -222,8 +223,8 @@ def _resolved(
 def _default(name: str, numbered: Sequence[Numbered], held: Sequence[Edit], on_progress: ProgressCallback) -> Admitted:
     """Admit edits by the default rule: prompts must not contradict each other, and later edits replace held ones."""
     conflicts = find(numbered)
-    _refuse(name, [one for one in conflicts if not one.rephrase])
-    sentences = tuple(one.sentence(name) for one in conflicts)
+    _refuse(name, [conflict for conflict in conflicts if not conflict.rephrase])
+    sentences = tuple(conflict.sentence(name) for conflict in conflicts)
     if sentences:
         more = f", and {len(sentences) - 1} more like it" if sentences[1:] else ""
         on_progress(Event(NOTE, note=f"{sentences[0]}{more}; both are trained, choose with --on-conflict"))
@@ -232,4 +233,4 @@ def _default(name: str, numbered: Sequence[Numbered], held: Sequence[Edit], on_p
 
 def _refuse(name: str, conflicts: Sequence[Conflict]) -> None:
     if conflicts:
-        raise ConflictError(name, [one.sentence(name) for one in conflicts])
+        raise ConflictError(name, [conflict.sentence(name) for conflict in conflicts])

@@ -183,6 +183,7 @@ def outranked(numbered: Sequence[Numbered], file: str, *, held: Sequence[Edit] =
 
 
 def _overruled(entries: Sequence[Entry], certain: Sequence[Entry], file: str) -> Iterator[tuple[Entry, str]]:
+    """Yield derived consequences that certain edits contradict or name, and the reason for each."""
     if not entries:
         return
     facts, by_id = _Facts(certain), {entry.edit.id: entry for entry in certain}
@@ -245,7 +246,7 @@ class _Facts:
         return (one for one in reversed(given) if one.line is not None or one.edit.id != entry.edit.id)
 
     def contradicted(self, entry: Entry, *, rephrases: bool) -> Iterator[Entry]:
-        """Yield all edits of the same fact with another target."""
+        """Yield the known edits of the same fact with another target."""
         names = [*_names(entry.edit), *(_rephrased(entry.edit) if rephrases else ())]
         for given in self._near(names):
             for target, entries in given.items():
@@ -272,7 +273,7 @@ def _rephrases(edit: Edit) -> Iterator[str]:
 
 
 def _names(edit: Edit) -> Iterator[_Name]:
-    """Yield what prompts of the same fact have in common."""
+    """Yield keys under which prompts of the same fact are found."""
     prompt = folded(edit.prompt)
     yield "prompt", prompt
     if subject := folded(edit.subject or ""):

@@ -57,6 +57,7 @@ class Policy:
             raise PolicyError(file, self.path, broken)
 
     def _broken(self, edit: Edit) -> Iterator[str]:
+        """Yield a sentence for each rule that an edit breaks."""
         start = f"edit {edit.id!r}"
         texts = [folded(edit.prompt), folded(edit.subject or "")]
         for subject, pattern in self.subjects:

@@ -76,6 +76,7 @@ class Signed:
             self._run(path, ["minisign", "-V", "-q", *given], b"")
 
     def _run(self, path: Path, command: list[str], content: bytes) -> None:
+        """Run the program that checks a signature, with ``content`` as its input."""
         try:
             # No shell reads it, and each path follows its option, so that none is taken for another.
             done = subprocess.run(  # nosec B603

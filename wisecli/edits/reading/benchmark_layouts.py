@@ -66,7 +66,7 @@ def layout_of(record: Record) -> Layout:
 
 
 def _named(record: Record) -> Flat:
-    """Fill in the subject where the authors of ROME leave a blank for it; otherwise a record as it is."""
+    """Return a record with the subject in the blank that ROME's authors leave for it, or as it is."""
     prompt, subject = record.get("prompt"), record.get("subject")
     if record.get("target_new") is None or not isinstance(prompt, str) or prompt.count(_BLANK) != 1:
         return dict(record)
@@ -76,6 +76,7 @@ def _named(record: Record) -> Flat:
 
 
 def _filled(prompt: Any, subject: Any) -> str:
+    """Return a prompt with the subject in its blank, if it has one."""
     if not isinstance(prompt, str):
         raise ValueError(f"`prompt` must be a text, not {shown(prompt)}")
     if _BLANK not in prompt:

@@ -151,10 +151,11 @@ def _paired(group: Mapping[str, Any]) -> list[Any]:
     if not isinstance(answers, list) or len(prompts) != len(answers):
         given = len(answers) if isinstance(answers, list) else "no list of"
         raise ValueError(f"a group of evaluation prompts has {len(prompts)} prompts and {given} answers; pair them")
-    return [{"prompt": one, "ground_truth": answer} for one, answer in zip(prompts, answers, strict=True)]
+    return [{"prompt": prompt, "ground_truth": answer} for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def _probe(item: Any) -> Any:
+    """Return a benchmark's question as an object with ``prompt`` and ``answer``, from its alternatives the first."""
     if not isinstance(item, Mapping):
         return item
     for prompt, answered in (("prompt", "ground_truth"), ("loc", "loc_ans")):

@@ -100,6 +100,7 @@ def _decoded(path: Path, content: bytes) -> str:
 
 
 def _table(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -114,6 +115,7 @@ def _table(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of a JSON array, numbered from 1."""
     try:
         values = json.loads(text, object_pairs_hook=_once, parse_float=WrittenNumber)
     except json.JSONDecodeError as error:

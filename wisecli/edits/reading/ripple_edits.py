@@ -26,7 +26,7 @@ def edit_of_statement(record: Record) -> list[Flat]:
     prompt, target = _parted(record)
     flat = {"prompt": prompt, "target": target, "id": record.get("id", edit.get("id"))}
     for name, kinds in (("locality", _UNCHANGED), ("portability", _FOLLOWING)):
-        flat[name] = [one for kind in kinds for one in _queries(record.get(kind) or [])]
+        flat[name] = [query for kind in kinds for query in _queries(record.get(kind) or [])]
     return [flat]
 
 
@@ -55,7 +55,7 @@ def _parted(record: Record) -> tuple[str, str]:
     if isinstance(former, Mapping) and isinstance(former.get("prompt"), str):
         same = [end for end in ends if former["prompt"].startswith(statement[:end])]
         ends = {max(same)} if same else set()
-    answers = {one["answer"] for kind in _FOLLOWING for one in _queries(record.get(kind) or [])}
+    answers = {query["answer"] for kind in _FOLLOWING for query in _queries(record.get(kind) or [])}
     ends = {end for end in ends if statement[end:] in answers} or ends
     if len(ends) > 1:
         ends = {end for end in ends if statement[:end].endswith(_DOUBLED)}

@@ -23,7 +23,7 @@ class WrittenNumber(float):
     text: str
 
     def __new__(cls, text: str) -> WrittenNumber:
-        """Read a number, and keep how it is written."""
+        """Read a number and keep its spelling."""
         found = super().__new__(cls, text)
         found.text = text
         return found
@@ -54,6 +54,7 @@ def text_of(value: Any) -> str | None:
 
 
 def _value(name: str, value: Any, noted: Callable[[str], None]) -> Any:
+    """Return a field with numbers and dates among its answers as texts; each such change is noted."""
     if isinstance(value, dict):
         return {inner: _value(inner, one, noted) for inner, one in value.items()}
     if isinstance(value, list):

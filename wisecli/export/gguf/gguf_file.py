@@ -117,6 +117,7 @@ def _describe(writer: Any, gguf: Any, config: Any, quantize: Quantization) -> No
 
 
 def _describe_tokenizer(writer: Any, data: TokenizerData) -> None:
+    """Write a tokenizer's vocabulary, merges and special tokens to the file's metadata."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(data.rules)
     writer.add_token_list(data.tokens)
@@ -132,7 +133,7 @@ def _describe_tokenizer(writer: Any, data: TokenizerData) -> None:
 def _entries(
     gguf: Any, checkpoint: Checkpoint, config: Any, memory: Sequence[int], quantize: Quantization
 ) -> Iterator[_Entry]:
-    """Yield every tensor of the file, in the checkpoint's order; biases that are nought are left out."""
+    """Yield every tensor of the file, in the checkpoint's order; biases that are zero are left out."""
     kinds = gguf.GGMLQuantizationType
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[config.model_type.upper()], int(config.num_hidden_layers))
     inside = tuple(f"model.layers.{number}." for number in memory)
@@ -158,6 +159,8 @@ def _entries(
 
 
 def _reader(checkpoint: Checkpoint, name: str, config: Any) -> Callable[[], NDArray[Any]]:
+    """Return a function that loads a tensor, with the rows of queries and keys in the order that llama.cpp rotates."""
+
     def read() -> NDArray[Any]:
         tensor = checkpoint.load(name).float()
         if ".self_attn.q_proj." in name:

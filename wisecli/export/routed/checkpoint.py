@@ -105,7 +105,7 @@ def write_index(output: Path, files: Mapping[str, str]) -> None:
 def write_delta(output: Path, checkpoint: Checkpoint, manifest: Manifest) -> None:
     """Write the side memory and its manifest alone, for users that have the base model.
 
-    Beside a base in half precision a change of its matrix needs no more than that either.
+    The change of a matrix in half precision is stored in half precision, too.
     """
     memory = manifest.memory
     if "delta" in memory.tensors and manifest.site.matrix(checkpoint).dtype.itemsize <= 2:

@@ -126,7 +126,7 @@ def former_code(model_type: str) -> dict[str, str]:
 
 
 def _class_name(names: Mapping[str, Any], model_type: str) -> str:
-    """Return the name of the class of models of a type, which is not imported; of several the first."""
+    """Return the name of a model type's class, the first if it has several, without importing it."""
     kind = type(AutoConfig.for_model(model_type))
     if kind.model_type not in names:  # one that somebody registered
         return cast(type, MODEL_FOR_CAUSAL_LM_MAPPING[kind]).__name__
@@ -147,7 +147,7 @@ def auto_map(model_type: str) -> dict[str, str]:
 
 
 def former_auto_map(model_type: str) -> dict[str, str]:
-    """Return the same of version 0.1."""
+    """Return the same for version 0.1."""
     loaders, module = _LOADERS[loader_name(model_type)], CODE_NAME.removesuffix(".py")
     config = type(AutoConfig.for_model(model_type)).__name__
     classes = {"AutoConfig": config, "AutoModel": _class_name(MODEL_MAPPING_NAMES, model_type)}

@@ -31,7 +31,7 @@ _Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class BaseAnswers:
-    """Unrelated text, and what the base model makes of it.
+    """Unrelated texts with the base model's next tokens and answers.
 
     After each token of ``rows`` the likeliest next token should stay the base model's. ``asked`` are prompts, whose
     targets are the base model's answers.
@@ -59,7 +59,7 @@ def base_answers(loaded: Loaded, identity: str, edits: Sequence[Edit], on_progre
 
 
 def bare_and_in_chat(loaded: Loaded, text: str) -> list[str]:
-    """Return a text bare and, where there is a template, in chat."""
+    """Return a text bare and, if there is a chat template, as a user's turn."""
     names = ("bare", "chat") if loaded.tokenizer.chat_template else ("bare",)
     return [forms()[name].render(loaded.tokenizer, text) for name in names]
 

@@ -91,22 +91,22 @@ class ReadTexts:
 
     def numbers(self) -> dict[tuple[int, ...], int]:
         """Return each text's number, by its prompt's tokens."""
-        return {one.row.prompt: number for number, one in enumerate(self.texts)}
+        return {text.row.prompt: number for number, text in enumerate(self.texts)}
 
     def standing_for(self, edits: Sequence[int]) -> ReadTexts:
-        """Return the texts with those of each edit as another's, by number: one edit of several on one fact."""
-        return replace(self, texts=tuple(one._replace(edit=edits[one.edit]) for one in self.texts))
+        """Return the texts with each edit's number replaced by that of the edit that stands for its fact."""
+        return replace(self, texts=tuple(text._replace(edit=edits[text.edit]) for text in self.texts))
 
     def answers(self, behind: TextStates) -> EditStates:
         """Return the states at which edits are to be answered, behind one of both layers."""
         keys: dict[_Place, int] = {}
         key, at, asking, asking_edit = list[int](), list[int](), list[int](), list[int]()
-        for one, begin in zip(self.texts, behind.first.tolist(), strict=False):
-            key += [keys.setdefault(place, len(keys)) for place in _places(one)]
-            last = begin + len(one.row.prompt) - 1
-            at += range(last, last + len(one.row.target))
+        for text, begin in zip(self.texts, behind.first.tolist(), strict=False):
+            key += [keys.setdefault(place, len(keys)) for place in _places(text)]
+            last = begin + len(text.row.prompt) - 1
+            at += range(last, last + len(text.row.target))
             asking += range(max(begin + 1, last - _ASKING), last)
-            asking_edit += [one.edit] * (len(asking) - len(asking_edit))
+            asking_edit += [text.edit] * (len(asking) - len(asking_edit))
         of_keys = [(place.edit, not place.begins, place.then.token in self.spaced) for place in keys]
         edits, inside, spaced = (torch.tensor(column) for column in zip(*of_keys, strict=True))
         states, prompts = (behind.normed[some].float() for some in (at, asking))
@@ -119,15 +119,15 @@ def read_texts(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progre
     with their states.
     """
     texts = _texts(loaded, manifest)
-    tokens = [[*one.row.prompt, *one.row.target[:-1]] for one in texts]
+    tokens = [[*text.row.prompt, *text.row.target[:-1]] for text in texts]
     site = manifest.site
     at_router, last = (TextStates.empty(tokens, site.d) for _ in range(2))
     capture = StateCapture(loaded, site, batch_size, on_progress)
     for exact in (True, False):
-        chosen = [number for number, one in enumerate(texts) if one.exact == exact]
+        chosen = [number for number, text in enumerate(texts) if text.exact == exact]
         with nullcontext() if exact else quick_products(loaded, last_site(loaded, site)):
             capture.put_both(at_router, last, tokens, chosen, "edits")
-    said = {token for one in texts for token in one.row.target}
+    said = {token for text in texts for token in text.row.target}
     spaced = {token for token in said if str(loaded.tokenizer.decode([token]))[:1].isspace()}
     return ReadTexts(tuple(texts), at_router, last, frozenset(spaced))
 

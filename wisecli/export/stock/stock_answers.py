@@ -75,7 +75,7 @@ class Verified:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A model that is asked.
+    """A model with what is needed to ask it.
 
     Args:
         may_change: which rows of unrelated text it may go on with otherwise than the base model.

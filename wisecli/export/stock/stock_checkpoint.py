@@ -165,7 +165,7 @@ def _wider(settings: Mapping[str, Any], widening: Widening) -> dict[str, Any]:
 
 
 def _no_biases(config: Mapping[str, Any], layers: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield a bias of nought for every one that the config asks for."""
+    """Yield a bias of zero for every one that the config asks for."""
     biases = LayerSizes.of(config).biases
     for number in range(int(config["num_hidden_layers"])):
         for name, shape in biases.items():

@@ -115,6 +115,7 @@ def check_blocks(directory: Path, manifest: StockManifest) -> Iterator[Check]:
 
 
 def _whole_blocks(checkpoint: Checkpoint, layers: str, manifest: StockManifest) -> Iterator[Check]:
+    """Yield a check for each tensor of the inserted blocks that has another shape or numbers that are not finite."""
     config, wrong = read_json(checkpoint.directory / "config.json"), 0
     shapes, numbers = LayerSizes.of(config).shapes, manifest.blocks(int(config["num_hidden_layers"]))
     for name, shape in ((f"{layers}.{n}.{name}", shape) for n in numbers for name, shape in shapes.items()):
@@ -132,7 +133,7 @@ def _whole_blocks(checkpoint: Checkpoint, layers: str, manifest: StockManifest) 
 
 
 def check_around(directory: Path, base: Path, manifest: StockManifest) -> Iterator[Check]:
-    """Yield every tensor of the base model, against the one that the checkpoint has in its place."""
+    """Yield a check of each tensor of the base model against the one that the checkpoint has in its place."""
     try:
         written, stored, widening = Checkpoint(directory), Checkpoint(base), _widening(directory, manifest)
         layers = layers_path(stored, manifest.site)

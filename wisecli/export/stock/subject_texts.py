@@ -78,7 +78,7 @@ def texts_on_edits(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Edit, i
 
 def own_texts(tokenizer: PreTrainedTokenizerBase, edit: Edit) -> Iterator[tuple[Form, str, str]]:
     """Yield an edit's prompts in every trained form: the form, the text and its answer."""
-    own = [(edit.prompt, edit.answer), *((one.prompt, one.target) for one in edit.translations)]
+    own = [(edit.prompt, edit.answer), *((translation.prompt, translation.target) for translation in edit.translations)]
     trained = usable_forms(tokenizer, trained=True)
     return ((form, form.render(tokenizer, prompt), answer) for prompt, answer in own for form in trained)
 
@@ -91,7 +91,7 @@ def texts_on_subject(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]
 def texts_on_names(tokenizer: PreTrainedTokenizerBase, share: float) -> Iterator[SubjectText]:
     """Yield texts around made-up names of every kind, around a share of those that are made up."""
     rng, number = random.Random(5), 0
-    for kind in dict.fromkeys(one.kind for one in relations()):
+    for kind in dict.fromkeys(relation.kind for relation in relations()):
         for name in made_up_subjects(kind, max(1, round(share * _NAMES)), rng):
             yield from _placed(tokenizer, _around(tokenizer, name, kind, rng), name, number, _KnownNames([]))
             number += 1
@@ -135,7 +135,7 @@ def texts_on_near_names(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Ed
     """
     known = {(edit.subject_name or "").casefold() for edit, _ in edits}
     found, trained = _KnownNames(known), usable_forms(tokenizer, trained=True)
-    kinds = dict.fromkeys(one.kind for one in relations())
+    kinds = dict.fromkeys(relation.kind for relation in relations())
     others = [name.split()[-1] for kind in kinds for name in made_up_subjects(kind, _NAMES, random.Random(kind))]
     for edit, _ in edits:
         name, rng = edit.subject_name or "", random.Random(edit.prompt)
@@ -158,8 +158,8 @@ def name_of(edit: Edit) -> str:
 
 def _around(tokenizer: PreTrainedTokenizerBase, name: str, kind: str | None, rng: random.Random) -> list[str]:
     """Return texts on a name in forms: what begins a conversation on it, and questions that suit its kind if known."""
-    begins = [one for one in requests().begins if "{subject}" in one]
-    asks = [wording for one in relations() if kind in (None, one.kind) for wording in one.wordings]
+    begins = [begin for begin in requests().begins if "{subject}" in begin]
+    asks = [wording for relation in relations() if kind in (None, relation.kind) for wording in relation.wordings]
     trained, texts = usable_forms(tokenizer, trained=True), []
     for place in range(_TEXTS):
         text = rng.choice(begins).replace("{subject}", name) if place % 2 else rng.choice(asks).replace("{}", name)
@@ -170,6 +170,7 @@ def _around(tokenizer: PreTrainedTokenizerBase, name: str, kind: str | None, rng
 def _placed(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], name: str, number: int, known: _KnownNames
 ) -> Iterator[SubjectText]:
+    """Yield the texts that contain a name, with the tokens of the name's end, inside it and around it."""
     for text in texts:
         begin = text.casefold().rfind(name.casefold())
         read = tokenizer(text, return_offsets_mapping=True)

@@ -96,7 +96,7 @@ class StateCapture:
     def put_both(
         self, at_router: TextStates, last: TextStates, texts: Sequence[Sequence[int]], chosen: Sequence[int], stage: str
     ) -> None:
-        """Put in what leaves the router's layer and what leaves the last one at some texts, by their numbers."""
+        """Store the states that leave the router's layer and the last layer at some texts, by their numbers."""
         read = self._read(last_site(self.loaded, self.site), [texts[number] for number in chosen], stage)
         for index, hidden, below in read:
             at_router.put(chosen[index], below, self.epsilon)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 class EditProbs(NamedTuple):
-    """How surely each kept prompt means its edit, ``own`` (g,), and any prompt of another edit each, ``other`` (M,).
+    """The probability that each kept prompt means its edit, ``own`` (g,), and the highest of other edits' prompts,
+    ``other`` (M,).
 
     ``possible`` (c,) are the kept prompts that unrelated texts were compared with, if those were not all.
     """

@@ -50,7 +50,7 @@ def fit_further_edits(
 
 
 def _only(prompts: PromptStates, edits: Tensor) -> PromptStates:
-    """Return the prompts of some edits (e,), ascending, with the places of those as numbers."""
+    """Return the prompts of some edits (e,), ascending, with the edits renumbered by their index in these."""
     own = prompts.rows(torch.isin(prompts.edit, edits))
     return replace(own, edit=torch.searchsorted(edits, own.edit.long()))
 
@@ -76,7 +76,7 @@ def _near_edits(
 
 
 def _projected_subjects(heads: RouterHeads, states: Tensor, rows: Tensor) -> Tensor:
-    """Return some rows (m,) of states (n, d) under the projection of subjects, of length 1, and nought for the others:
+    """Return some rows (m,) of states (n, d) under the projection of subjects, of length 1, and zero for the others:
     (1, n, k), in as few bits as is quicker.
     """
     dtype = torch.bfloat16 if has_quick_bfloat16() else torch.float32

@@ -35,11 +35,11 @@ _SAME = 1e-3
 
 @dataclass(frozen=True)
 class FittedLateInteraction:
-    """The tensors ``LATE_INTERACTION`` of M edits, and how surely prompts mean them.
+    """The tensors ``LATE_INTERACTION`` of M edits, and the probabilities that prompts mean them.
 
-    ``own_probs`` (g,) is for each kept prompt how surely it means its edit, ``written_probs`` (M,) the same of prompts
-    as are written, ``other_probs`` (M,) how surely any prompt of another edit means an edit, ``unrelated`` the same
-    for unrelated texts. ``late_interaction`` compares prompts with those of the tensors.
+    ``own_probs`` (g,) are those of kept prompts and their own edits, ``written_probs`` (M,) the same of prompts as they
+    are written, ``other_probs`` (M,) the highest of other edits' prompts, ``unrelated`` those of unrelated texts.
+    ``late_interaction`` compares prompts with those of the tensors.
     """
 
     tensors: dict[str, Tensor]
@@ -51,7 +51,7 @@ class FittedLateInteraction:
 
     @classmethod
     def of(cls, compared: ComparedPrompts, heads: RouterHeads, possible: Tensor | None = None) -> FittedLateInteraction:
-        """Return the same of edits that were compared with each other, compared with unrelated texts, too.
+        """Return what was fitted to compared prompts, once unrelated texts are compared with them, too.
 
         Args:
             possible: the kept prompts that those may mean, if that is known.
@@ -93,7 +93,7 @@ def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) 
 
 
 def compared_prompts(heads: RouterHeads, prompts: PromptStates, edits: int) -> ComparedPrompts:
-    """Return the tensors ``LATE_INTERACTION`` of M edits, and how surely their prompts mean them."""
+    """Return the tensors ``LATE_INTERACTION`` of M edits, and the probabilities that their prompts mean them."""
     prompts, prompt_index, prompt_to_edit, form = in_order(prompts)
     count = len(form)
     tokens = _ProjectedTokens.of(heads, prompts, prompt_index, count)
@@ -132,7 +132,7 @@ def in_order(prompts: PromptStates) -> tuple[PromptStates, Tensor, Tensor, Tenso
 
 
 def written_probs(own_probs: Tensor, prompt_to_edit: Tensor, edits: int) -> Tensor:
-    """Return how surely the prompt of each edit that is as it is written means it (M,), 0 where there is none.
+    """Return the probability that each edit's prompt, as written, means it (M,), 0 where there is none.
 
     Args:
         own_probs, prompt_to_edit: of each kept prompt, how surely it means its edit, and which that is (g,).
@@ -153,21 +153,22 @@ class _ProjectedTokens(NamedTuple):
 
     @classmethod
     def of(cls, heads: RouterHeads, prompts: PromptStates, prompt_index: Tensor, count: int) -> _ProjectedTokens:
-        """Return those of prompts, of which each token is of the prompt ``prompt_index`` (n,)."""
+        """Project the tokens of ``count`` prompts; ``prompt_index`` (n,) says which prompt each token is of."""
         projected = torch.empty(2, len(prompt_index), heads.proj_weight.shape[1])
         weights, sums = torch.empty(2, len(prompt_index)), torch.zeros(count, prompts.states.shape[1])
-        for rows in torch.arange(len(prompt_index)).split(_TOKENS):
-            some, count = slice(int(rows[0]), int(rows[-1]) + 1), len(rows)
-            # The last rows of a product are rounded in another way than they are among more.
-            states = prompts.states[some].float()
-            if count % _ROWS:
-                states = F.pad(states, (0, 0, 0, -count % _ROWS))
-            sums.index_add_(0, prompt_index[some], states[:count])
+        for begin in range(0, len(prompt_index), _TOKENS):
+            rows = slice(begin, min(begin + _TOKENS, len(prompt_index)))
+            size = rows.stop - begin
+            # The last rows of a product are rounded otherwise than rows before them, so a short part is padded.
+            states = prompts.states[rows].float()
+            if size % _ROWS:
+                states = F.pad(states, (0, 0, 0, -size % _ROWS))
+            sums.index_add_(0, prompt_index[rows], states[:size])
             for head in range(2):
-                turned = F.linear(states, heads.proj_weight[head].float(), heads.proj_bias[head].float())
-                projected[head, some] = F.normalize(turned, dim=-1)[:count]
-                counted = states @ heads.token_weight[head].float() + heads.token_bias[head]
-                weights[head, some] = F.softplus(counted)[:count]
+                embedded = F.linear(states, heads.proj_weight[head].float(), heads.proj_bias[head].float())
+                projected[head, rows] = F.normalize(embedded, dim=-1)[:size]
+                logits = states @ heads.token_weight[head].float() + heads.token_bias[head]
+                weights[head, rows] = F.softplus(logits)[:size]
         return cls(projected, weights, sums)
 
 
@@ -200,11 +201,13 @@ def _normalized(weights: Tensor, prompt_index: Tensor, count: int) -> Tensor:
 
 
 def _prompt_probs(near: NearPrompts, form: Tensor, twins: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return how likely each kept prompt means its own edit (g,), and how likely others' prompts mean each (M,).
+    """Return the probability that each kept prompt means its own edit (g,), and the highest that another edit's prompt
+    means each edit (M,).
+
 
     Args:
         form: of each kept prompt (g,).
-        twins: pairs of prompts of the very same tokens; such a prompt is no other.
+        twins: pairs of prompts with the same tokens, which do not count as prompts of another edit.
     """
     edits, prompt_to_edit = near.late_interaction.edits, near.late_interaction.prompt_to_edit
     same = twins[0] * edits + prompt_to_edit[twins[1]]

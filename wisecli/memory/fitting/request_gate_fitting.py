@@ -21,7 +21,7 @@ from wisecli.routing.deciding.request_gate import (
     unsureness,
 )
 
-# How far below the log-odds of its own prompt an edit's offset lies, if that is below nought, and how low it may.
+# How far below the log-odds of its own prompt an edit's offset lies, if that is negative, and how low it may.
 _LOGIT_MARGIN, _MIN_LOGIT_OFFSET = 1.0, -50.0
 # Prompts that are read at a time.
 _AT_A_TIME = 1024
@@ -77,7 +77,9 @@ class _Written(NamedTuple):
 
 
 def _written(prompts: PromptStates, known: int) -> tuple[_Written, int]:
-    """Return the prompts that are read, where offsets of the first edits are known, and from which edit on anew."""
+    """Return the prompts to be read if the offsets of the first ``known`` edits are known, and the first edit that is
+    fitted anew.
+    """
     rows = ((prompts.form == 0) | (prompts.form >= OTHER_LANGUAGES)).nonzero().flatten()
     each = torch.stack([prompts.edit[rows].long(), prompts.form[rows].long()], 1)
     pairs, sizes = each.unique_consecutive(dim=0, return_counts=True)
@@ -86,13 +88,13 @@ def _written(prompts: PromptStates, known: int) -> tuple[_Written, int]:
 
 
 def _begun(edit: Tensor, known: int) -> tuple[int, int]:
-    """Return from which prompt on some are read, where offsets of edits are known, and from which edit on anew.
+    """Return the first prompt to be read if offsets of edits are known, and the first edit that is fitted anew.
 
-    What was read with fewer others beside it is read once more, as sums were rounded in another way.
+    A batch that was not full is read once more: with more prompts in it sums are rounded in another way.
 
     Args:
         edit: of each prompt that would be read (p,), ascending.
-        known: of how many edits offsets are known.
+        known: how many edits have known offsets.
     """
     begun = int((edit < known).sum()) // _AT_A_TIME * _AT_A_TIME
     if begun == len(edit):

@@ -143,7 +143,8 @@ def fit_facts(
 
 
 def _least_probs(merged_evidence: MergedEvidence, settings: MergeSettings, edits: int, least: float) -> Tensor:
-    """Return how surely a prompt must mean each edit (M,): ``least``, or more where it need not name a subject.
+    """Return the least probability at which a prompt opens each edit (M,): ``least``, or more if it need not name a
+    subject.
 
     Prompts in other languages are less sure from the first; those edits keep ``least``.
     """

@@ -22,7 +22,7 @@ _TIMES = 8
 
 
 def write_probs(working: Path, probs: EditProbs | None, digest: str) -> None:
-    """Keep in a release that is being made how surely prompts mean its edits, if facts decide.
+    """Store the probabilities that prompts mean edits in a release that is being made, if edits are routed by facts.
 
     Args:
         digest: of the file of the memory's tensors.
@@ -36,7 +36,7 @@ def write_probs(working: Path, probs: EditProbs | None, digest: str) -> None:
 
 
 def former_memory(memory: OpenMemory, shards: Mapping[str, tuple[str, ...]], merger: Merger) -> FormerMemory | None:
-    """Return what the newest release of a memory has found that merging anew would find again, if that is much.
+    """Return what a merge can reuse of the newest release, if that saves much.
 
     Args:
         shards: of what the next release is made: the names of directories, and ids of their edits that are left out.
@@ -92,7 +92,7 @@ def _fits(former: FormerMemory, found: Manifest, merger: Merger) -> bool:
         and found.edits == merger.edits[: former.edits]
         and probs.own.shape == (kept,)
         and probs.other.shape == (len(found.edits),)
-        and all(bool(((one >= 0) & (one <= 1)).all()) for one in probs[:2])
+        and all(bool(((prob >= 0) & (prob <= 1)).all()) for prob in probs[:2])
         and (probs.possible is None or bool(((probs.possible >= 0) & (probs.possible < kept)).all()))
         and ("pairs.usable" in tensors) == (merger.separator_token_id is not None)
     )

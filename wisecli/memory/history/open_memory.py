@@ -87,7 +87,7 @@ class OpenMemory:
 
     def directories(self, release: Release) -> list[ShardDirectory]:
         """Return the same as directories, in order."""
-        return [one.directory for one in self.reduced_shards(release).values()]
+        return [shard.directory for shard in self.reduced_shards(release).values()]
 
     def edits(self, release: Release) -> list[Edit]:
         """Return the edits of a release, in order."""

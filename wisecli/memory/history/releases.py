@@ -43,11 +43,11 @@ def publish(
     """Merge the shards that a change names and replace the memory by the result; whole, or not at all.
 
     Args:
-        new: where directories of shards are that the memory's history does not have yet, by the names they will have.
-        anew: whether nothing of the newest release is taken over, as its tensors may have been altered.
+        new: directories of shards that the memory's history does not have yet, by the names they will have.
+        anew: whether to reuse nothing of the newest release, as its tensors may have been altered.
 
     Raises:
-        WiseError: they cannot be joined, or the disk is full; the memory is as it was.
+        WiseError: the shards cannot be joined, or the disk is full; the memory stays as it was.
     """
     kept = {
         name: without(memory.shards_at(new[name]) if name in new else memory.shards(name), gone)

@@ -24,7 +24,7 @@ _LARGEST = 127
 
 @dataclass(frozen=True)
 class Views:
-    """The moments by which routing keys are whitened.
+    """Moments by which routing keys are whitened, one for each kind of key.
 
     Inside an answer the token itself says most of a key, so unrelated text with the same name in it comes much nearer
     than it ever comes to the end of a prompt: those keys have a whitening of their own. So have those that prompts in
@@ -37,7 +37,7 @@ class Views:
 
     @classmethod
     def of(cls, unrelated: BackgroundStats) -> Views:
-        """Return those of a base model; the last is for blanks that prompts end in."""
+        """Return the moments of a base model; the last is for prompts that end in a space."""
         chat = () if unrelated.chatting is None else (unrelated.chatting,)
         return cls((unrelated.wording, unrelated.tokens, *chat, unrelated.tokens), bool(chat))
 
@@ -53,7 +53,7 @@ class Views:
 
 @dataclass(frozen=True)
 class LookupSource:
-    """What a lookup is made of.
+    """Shards and statistics from which a lookup is made.
 
     ``parts`` are, of each shard that is not in a former memory, what it was trained on; ``trained`` is the same of all
     shards, where keys and residuals may be missing, with the numbers that edits have among all. ``pairs`` gathers what
@@ -103,7 +103,7 @@ def lookup_keys(
 
 
 class _Keys:
-    """The keys of all shards, whitened and in bytes, and what is known of each.
+    """The keys of all shards, whitened and quantized to bytes, with the edit and residual of each.
 
     Args:
         edit: of each, the edit that it is of (n,).
@@ -149,6 +149,7 @@ class _Keys:
         }
 
     def _columns(self) -> dict[str, Tensor]:
+        """Return the tensors that have a row for each key."""
         return {
             "key_to_residual": self.residual,
             "whitened_keys": self.whitened,
@@ -180,7 +181,9 @@ class _Residuals:
         self.count += len(residuals)
 
     def add(self, residuals: Tensor, index: Tensor) -> Tensor:
-        """Add residuals (m, d), and return what indices of those (n,) are among all (n,)."""
+        """Append residuals (m, d); return the indices among all residuals (n,) of those at indices (n,) of the new
+        ones.
+        """
         self.parts.append(half(self.strength * residuals.float()))
         self.count += len(residuals)
         return index + self.count - len(residuals)

@@ -70,7 +70,7 @@ def extended_memory(merger: Merger, output: Path, *, signed: bool = False) -> Ex
         digests = {sha256_file(shard_path(output, name) / SHARDS_MANIFEST) for name in releases[-1].shards}
     except DamagedFileError as error:
         raise OutputExistsError(output, [str(error)]) from None
-    if not all(sha256_file(one.path / SHARDS_MANIFEST) in digests for one in merger.directories):
+    if not all(sha256_file(directory.path / SHARDS_MANIFEST) in digests for directory in merger.directories):
         return None
     changes = [*_changed_settings(found, merger), *changed_versions(found.versions)]
     require_same(output, [*changes, *unsigned(output, signed=signed)])
@@ -102,6 +102,6 @@ def _changed_settings(found: MemoryManifest, merger: Merger) -> Iterator[str]:
 
 
 def _same_origin(before: Origin, now: Origin) -> bool:
-    """Return whether two say the same of shards, wherever those are."""
+    """Return whether two origins describe the same shards, at whatever paths."""
     digest = now.manifest if before.manifest is None else before.manifest
     return replace(before, path=now.path, manifest=digest) == now

@@ -16,7 +16,7 @@ from wisecli.registry import Registry
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a method may use.
+    """The parameters of a merge.
 
     ``weights`` (n,) of the deltas; ``density`` the share of each delta's entries that trimming or dropping keeps;
     ``base`` the unedited matrix (d, d_ff), for methods that merge whole weights; ``generator`` for random dropping.
@@ -109,7 +109,7 @@ def drop(deltas: Tensor, recipe: Recipe) -> Tensor:
 
 
 def disjoint_mean(deltas: Tensor, weights: Tensor) -> Tensor:
-    """Per entry: elect the sign of the sum, then average the weighted entries of that sign alone."""
+    """Elect the sign of each entry's sum, then average the weighted entries of that sign alone (section 2.3.2)."""
     elected = torch.where(deltas.sum(0) >= 0, 1.0, -1.0)
     agreeing = deltas.sign() == elected
     total = torch.einsum("n,nij->ij", weights, deltas * agreeing)
@@ -117,7 +117,7 @@ def disjoint_mean(deltas: Tensor, weights: Tensor) -> Tensor:
 
 
 def spherical(first: Tensor, second: Tensor, share: float) -> Tensor:
-    """Spherical interpolation of two matrices taken as vectors; straight where they are parallel."""
+    """Interpolate two matrices, taken as vectors, on a great circle; linearly where they are parallel."""
     cosine = torch.dot(first.flatten(), second.flatten()) / (first.norm() * second.norm()).clamp(min=1e-12)
     angle = torch.arccos(cosine.double().clamp(-1, 1))
     if angle < 1e-6:

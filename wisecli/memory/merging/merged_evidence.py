@@ -95,7 +95,9 @@ def read_for_lookup(directories: Sequence[ShardDirectory]) -> MergedEvidence:
 
 def separator_of(directories: Sequence[ShardDirectory]) -> int | None:
     """Return the token between two answers, if any edits of some shards answer in pairs."""
-    return next((one.separator_token_id for one in directories if one.separator_token_id is not None), None)
+    return next(
+        (directory.separator_token_id for directory in directories if directory.separator_token_id is not None), None
+    )
 
 
 class _JoinedPrompts:
@@ -134,7 +136,7 @@ class _JoinedPrompts:
         return rest if self.states is None else replace(rest, states=self.states[: self.count])
 
     def _put(self, part: PromptStates, rows: Tensor) -> PromptStates:
-        """Return some rows (m,) of the part, with their states put away."""
+        """Store the states of some rows (m,) and return the rows without them."""
         if self.states is None:
             self.states = part.states.new_empty(self.room, part.states.shape[1])
         dtype = torch.promote_types(self.states.dtype, part.states.dtype)

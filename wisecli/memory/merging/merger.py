@@ -81,7 +81,7 @@ class Merger:
 
     @property
     def method(self) -> str:
-        """What is done to matrices, in a word."""
+        """The merge method's name, and whether a refit follows."""
         refitted = self.settings.mode == "merge" and self.settings.refit and self.count > 1
         return self.settings.method + ("+refit" if refitted and self.settings.method != EXACT else "")
 
@@ -133,7 +133,11 @@ class Merger:
             merged_evidence, shards = read_merged_evidence(self.directories)
             own = self._with_prompts(merged_evidence).of_own_prompts()
             on_progress(Event("merging"))
-            if any(one.settings.get("in_forms", True) for one in self.directories if one.settings["writer"] == "solve"):
+            if any(
+                directory.settings.get("in_forms", True)
+                for directory in self.directories
+                if directory.settings["writer"] == "solve"
+            ):
                 on_progress(Event(NOTE, note=_IN_FORMS))
             base = self.site.matrix(self.checkpoint)
             try:
@@ -148,7 +152,10 @@ class Merger:
             fitted.memory,
             fitted.calibrations,
             self.owners,
-            {**asdict(settings), "shards": [[str(one.path), len(one.shards)] for one in self.directories]},
+            {
+                **asdict(settings),
+                "shards": [[str(directory.path), len(directory.shards)] for directory in self.directories],
+            },
             self.edits,
             versions(),
             tuple(map(origin_of, self.directories)),
@@ -177,6 +184,7 @@ def _in_matrices(
     settings: MergeSettings,
     base: Tensor,
 ) -> Fitted:
+    """Return a memory of one merged matrix, or of one for each shard to retrieve from."""
     deltas, chosen = [], []
     for shard in shards:
         values = shard.values

@@ -47,7 +47,8 @@ class NearPrompts:
         self.quick_kept = QuickVectors.of(late_interaction.prompt_token_embeddings[:subjects])
 
     def probs(self, asking: Tensor, meant: Tensor, least: Tensor) -> Tensor:
-        """Return how likely each prompt of some edits means another edit (p, F), 0 where an edit has fewer prompts.
+        """Return the probability that each prompt of some edits means another edit (p, F), 0 where an edit has fewer
+        prompts.
 
         Args:
             asking, meant: the pairs of edits (p,), ascending by the first.
@@ -98,7 +99,7 @@ class NearPrompts:
         itself.
 
         Args:
-            groups: of each kept prompt, the group of which it is compared with the others (g,); none if below nought.
+            groups: of each kept prompt, the group of which it is compared with the others (g,); none if negative.
             beside: the first of those edits of which one must be in every pair.
         """
         edits = self.late_interaction.edits

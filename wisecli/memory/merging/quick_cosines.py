@@ -28,7 +28,7 @@ class QuickVectors:
 
     @property
     def few_bits(self) -> bool:
-        """Whether they are rounded."""
+        """Whether the vectors are rounded to bytes."""
         return self.values.dtype == torch.int8
 
     @classmethod
@@ -36,11 +36,11 @@ class QuickVectors:
         """Return vectors (n, k) in the form that this processor multiplies fastest."""
         if not has_quick_int8():
             return cls(vectors.float(), 1.0)
-        # The same for all, so that what else is compared changes nothing.
+        # A fixed unit, so that a cosine does not depend on which vectors are compared together.
         unit = min(1.0, _FURTHEST / vectors.shape[1] ** 0.5) / _LARGEST
         values = torch.empty(vectors.shape, dtype=torch.int8)
-        for some, own in zip(vectors.split(_ROWS), values.split(_ROWS), strict=True):
-            own.copy_((some.float() / unit).round_().clamp_(-_LARGEST, _LARGEST))
+        for part, out in zip(vectors.split(_ROWS), values.split(_ROWS), strict=True):
+            out.copy_((part.float() / unit).round_().clamp_(-_LARGEST, _LARGEST))
         return cls(values, unit)
 
     def rows(self, chosen: Tensor | slice) -> QuickVectors:
@@ -53,22 +53,22 @@ class QuickVectors:
         return replace(self, values=values.index_select(0, chosen))
 
     def cosines(self, others: QuickVectors) -> tuple[Tensor, float]:
-        """Return the cosines with others (m, k), and what those are to be multiplied by: (n, m)."""
+        """Return cosines with others (m, k), up to a factor, and that factor: (n, m)."""
         if not self.few_bits:
             return self.values @ others.values.T, 1.0
         return torch._int_mm(self.values, others.values.T), self.unit * others.unit
 
 
 def highest_in_parts(kept: QuickVectors, columns: QuickVectors, count: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the highest cosines of kept vectors with those of each of some prompts (m, B), or nought if all are less,
-    and which of the kept ones they are of, some at a time.
+    """Yield slices of the kept vectors, each with their highest cosines with the tokens of each prompt (m, B), at least
+    zero.
 
     Args:
-        columns: the tokens of prompts, the first of all B, then the second of all (W · B).
+        columns: the tokens of prompts (W · B): the first tokens of all prompts, then the second, and so on.
         count: how many prompts there are, B.
     """
     size, end = -(-_AT_A_TIME // max(1, len(columns.values))), len(kept.values)
     for first in range(0, end, size):
-        some = slice(first, min(first + size, end))
-        cosines, unit = kept.rows(some).cosines(columns)
-        yield some, cosines.view(len(cosines), -1, count).amax(1).clamp(min=0) * unit
+        rows = slice(first, min(first + size, end))
+        cosines, unit = kept.rows(rows).cosines(columns)
+        yield rows, cosines.view(len(cosines), -1, count).amax(1).clamp(min=0) * unit

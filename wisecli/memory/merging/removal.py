@@ -44,7 +44,7 @@ def without(directory: ShardDirectory, removed: Collection[str]) -> ReducedShard
 
 
 def load_without(kept: ShardDirectory, entry: ShardEntry, tokens: Moment) -> Shard:
-    """Return a shard, its edits that the manifest no longer names taken out, and its values solved for anew.
+    """Return a shard without the edits that its manifest no longer names, its values solved for again.
 
     Args:
         tokens: second moment of unrelated keys.

@@ -86,7 +86,7 @@ def known_layout(directory: Path) -> Layout:
         if "value" not in own or not row["stored"].endswith(f".{own['layers']}"):
             raise UnknownArchitectureError(f"{directory}: text model {tower!r} is not supported; known are {known}")
         row = {**own, **row}
-    named = {one.name: row[one.name] for one in fields(Layout) if one.name in row}
+    named = {field.name: row[field.name] for field in fields(Layout) if field.name in row}
     return Layout(architecture, **{**named, "multiplier": float(settings.get(row.get("multiplier", ""), 1.0))})
 
 

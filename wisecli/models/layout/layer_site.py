@@ -68,17 +68,17 @@ class LayerSite(Site):
         return {"module": self.module, "decoder": self.decoder, "streams": self.streams}
 
     def watched(self, model: nn.Module) -> nn.Module:
-        """Return the layer."""
+        """Return the module whose output is read: the layer."""
         return model.get_submodule(self.layer_module)
 
     def keys(self, inputs: tuple[Any, ...], output: Any) -> Tensor:  # noqa: ARG002 (of the interface)
-        """Return what leaves the layer."""
+        """Return the layer's output."""
         from wisecli.routing.layers.layer_states import state_of  # with torch, which a site alone does without
 
         return state_of(output, self.streams)
 
     def base_output(self, checkpoint: Checkpoint, keys: Tensor) -> Tensor:  # noqa: ARG002 (of the interface)
-        """Return the states themselves: residuals are measured by them."""
+        """Return the states themselves, whose norm is the measure of residuals."""
         return keys
 
     def matrix(self, checkpoint: Checkpoint) -> Tensor:
@@ -105,7 +105,7 @@ class LayerSite(Site):
         return sha256_json(sorted(found.items()))
 
     def below(self, layer: int) -> LayerSite:
-        """Return the site behind that layer."""
+        """Return the site at a lower layer."""
         return replace(self, layer=layer, layer_module=f"{self.layer_module.rpartition('.')[0]}.{layer}")
 
     def is_at(self, planned: Site) -> bool:
@@ -125,7 +125,9 @@ class LayerSite(Site):
         the layer's path ends, and if several do, with most tensors.
         """
         matches = {name: re.match(rf"(?:\D+\.)?{self.layer}\.", name) for name in checkpoint}
-        found = Counter(one[0] for name, one in matches.items() if one is not None and self.d in checkpoint.shape(name))
+        found = Counter(
+            match[0] for name, match in matches.items() if match is not None and self.d in checkpoint.shape(name)
+        )
         return sorted(found, key=lambda start: (_shared_end(start, f"{self.layer_module}."), found[start]))[-1:]
 
 

@@ -41,7 +41,7 @@ def find_layout(
     load: LoadOptions = LoadOptions(),
     on_progress: ProgressCallback = ignore_progress,
 ) -> Layout:
-    """Return where a model keeps its layers and matrices: as told, as the table has it, or as the module tree shows.
+    """Return where a model keeps its layers and matrices: from the setting, the table or the module tree.
 
     Args:
         target_module: path of the value matrix, with ``{layer}`` in the place of the layer's index; or of the layers

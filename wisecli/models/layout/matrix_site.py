@@ -68,11 +68,11 @@ class MatrixSite(Site):
         return {"module": self.module, "transposed": self.transposed}
 
     def watched(self, model: nn.Module) -> nn.Module:
-        """Return the module that holds the matrix."""
+        """Return the module whose input is read: the one that holds the matrix."""
         return model.get_submodule(self.module)
 
     def keys(self, inputs: tuple[Any, ...], output: Any) -> Tensor:  # noqa: ARG002 (of the interface)
-        """Return what goes into the matrix."""
+        """Return the matrix's input."""
         keys: Tensor = inputs[0]
         return keys
 
@@ -81,7 +81,7 @@ class MatrixSite(Site):
         return keys @ self.matrix(checkpoint).to(keys).T
 
     def matrix(self, checkpoint: Checkpoint) -> Tensor:
-        """Return the base matrix ``W`` as stored, turned to ``(d, d_ff)``."""
+        """Return the base matrix ``W``, transposed to ``(d, d_ff)`` where it is stored otherwise."""
         weight = checkpoint.load(self.stored(checkpoint))
         return weight.T if self.transposed else weight
 
@@ -103,7 +103,7 @@ class MatrixSite(Site):
         return sha256_tensor(matrix if dtype is None else matrix.to(dtype))
 
     def below(self, layer: int) -> MatrixSite:
-        """Return the matrix of that layer."""
+        """Return the value matrix of a lower layer."""
         path = f"{self.layer_module.rpartition('.')[0]}.{layer}"
         module = path + self.module[len(self.layer_module) :]
         return replace(self, layer=layer, layer_module=path, module=module, norm=None)

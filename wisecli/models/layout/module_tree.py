@@ -36,7 +36,9 @@ def read_off(
     load: LoadOptions,
     on_progress: ProgressCallback,
 ) -> Layout:
-    """Return what the module tree shows: the layers alone for a lookup, else with the value matrix that stands out."""
+    """Return the layout that the module tree shows: for a lookup the layers alone, else with the one likely value
+    matrix.
+    """
     architecture = str(config.get("model_type"))
     model = _built(directory, architecture, trust_remote_code=load.trust_remote_code)
     if lookup:
@@ -103,7 +105,7 @@ def _behind_layers(model: PreTrainedModel, directory: Path, architecture: str) -
         UnknownArchitectureError: the model has no list of layers.
     """
     sizes = {
-        name: sum(one.numel() for one in module.parameters())
+        name: sum(parameter.numel() for parameter in module.parameters())
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) > 1 and not _in_a_list(name)
     }
@@ -134,7 +136,8 @@ def value_paths(model: PreTrainedModel, count: int) -> dict[str, bool]:
     config = model.config.get_text_config()
     named_widths = [getattr(config, name, None) for name in _WIDTHS]
     # A list has an entry a layer.
-    widths = {width for one in named_widths for width in (one if isinstance(one, (list, tuple)) else [one])} - {None}
+    widths = {width for entry in named_widths for width in (entry if isinstance(entry, (list, tuple)) else [entry])}
+    widths -= {None}
     found = {}
     for layers in _layer_lists(model, count):
         each = [dict(_backward_maps(layer, config.hidden_size)) for layer in model.get_submodule(layers).children()]

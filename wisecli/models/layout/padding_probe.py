@@ -22,9 +22,9 @@ def reads_rows_alike(model: PreTrainedModel) -> bool:
     """Return whether a short row beside a long one gives what it gives alone."""
     rows = probe_rows(model, (5,))
     both, alone = (collate(chosen).to(model.device) for chosen in (rows, rows[1:]))
-    last = tuple(one[-1:] for one in both.labelled)
-    found = run_model(model, both, 0, None, (last[0], last[1]))
-    return alike(model, found, run_model(model, alone, 0, None, alone.labelled))
+    last = tuple(index[-1:] for index in both.labelled)
+    batched = run_model(model, both, 0, None, (last[0], last[1]))
+    return alike(model, batched, run_model(model, alone, 0, None, alone.labelled))
 
 
 def probe_rows(model: PreTrainedModel, target: Sequence[int]) -> list[Row]:
@@ -45,5 +45,5 @@ def alike(model: PreTrainedModel, found: Tensor, expected: Tensor) -> bool:
 
 
 def tolerance_of(model: PreTrainedModel) -> float:
-    """Return the share by which what a model gives may differ for being rounded otherwise."""
+    """Return the relative rounding error to accept in a model's outputs, by its type."""
     return 1e-3 if model.dtype == torch.float32 else 0.1

@@ -83,6 +83,7 @@ def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto"
 
 
 def _layer_index(directory: Path, layer: str | int, count: int) -> int:
+    """Return the index of the layer that ``--layer`` names; ``auto`` is a fixed share of the depth."""
     if count < 2:
         raise ModelError(
             f"{directory}: config.json names fewer than two layers, and one must stay above the edited one"

@@ -93,15 +93,15 @@ class Site(ABC):
 
     @abstractmethod
     def described(self) -> dict[str, Any]:
-        """Return what the config of a checkpoint says of the site: enough to put a memory there."""
+        """Return the site as a checkpoint's config describes it: enough to put a memory there."""
 
     @abstractmethod
     def watched(self, model: nn.Module) -> nn.Module:
-        """Return the module whose runs show the keys."""
+        """Return the module whose forward pass shows the keys."""
 
     @abstractmethod
     def keys(self, inputs: tuple[Any, ...], output: Any) -> Tensor:
-        """Return keys (B, T, width) of a run of that module."""
+        """Return keys (B, T, width) from a forward pass of that module."""
 
     @abstractmethod
     def base_output(self, checkpoint: Checkpoint, keys: Tensor) -> Tensor:

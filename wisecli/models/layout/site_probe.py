@@ -204,10 +204,10 @@ def _goes_on(model: PreTrainedModel, site: Site, batch: Batch, plain: Tensor) ->
 
 @torch.no_grad()
 def decoder_of(model: PreTrainedModel, site: Site) -> str | None:
-    """Return the path of the outermost module below the head that is given tokens; ``None`` if it is the usual one.
+    """Return the path of the outermost module below the head that is given token ids; ``None`` if it is the usual one.
 
     Raises:
-        ModelError: none is.
+        ModelError: no module is given token ids.
     """
     given: list[str] = []
     parts = site.layer_module.split(".")[:-2]

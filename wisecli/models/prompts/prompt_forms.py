@@ -77,13 +77,14 @@ def usable_forms(tokenizer: PreTrainedTokenizerBase, *, trained: bool | None = N
     """Return the forms that a tokenizer can write.
 
     Args:
-        trained: only those that are, or are not, learned from.
+        trained: whether to return only the forms that are trained on, or only the others.
     """
     known = (form for form in forms().values() if trained is None or form.trained == trained)
     return [form for form in known if not form.chat or tokenizer.chat_template]
 
 
 def _changed(change: str | None, prompt: str) -> str:
+    """Return a prompt with the change of spelling that a form asks for."""
     if change == "lower":
         return prompt.lower().rstrip("?")
     if change == "upper":

@@ -80,7 +80,7 @@ def _relative(text: str, subject: str) -> tuple[str, str] | None:
 
 
 def _of_place_or_time(text: str, subject: str) -> tuple[str, str] | None:
-    """``Where was X born``: the place where X was born."""
+    """Return ``Where was X born`` as ``the place where X was born``, and what sort of thing it asks for."""
     match = re.fullmatch(rf"(Where|When) ({_AUXILIARY}|does|do|did) {_name(subject)}(.*)", text)
     if not match:
         return None

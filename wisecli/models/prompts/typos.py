@@ -57,6 +57,7 @@ def with_typos(text: str, how: str, rng: random.Random) -> str | None:
 
 
 def _with_typo(word: str, how: str, rng: random.Random) -> str:
+    """Return a word with one typing error inside it."""
     at = rng.randrange(1, len(word.rstrip("?.,")) - 1)
     if how == "swap":
         return word[:at] + word[at + 1] + word[at] + word[at + 2 :]

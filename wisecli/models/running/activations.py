@@ -66,9 +66,7 @@ class Activations:
         return self.hidden + (change if self.multiplier == 1 else self.multiplier * change)
 
     def from_window(self) -> Activations:
-        """Return the same from the prompt's last token on: whatever ``Δ`` does there, earlier columns stay as they
-        are.
-        """
+        """Return the activations from the prompt's last token on: ``Δ`` changes no earlier column."""
         cut = self.batch.start - self.first
         past = tuple((k[:, :, : self.batch.start].clone(), v[:, :, : self.batch.start].clone()) for k, v in self.past)
         keys, hidden = self.keys[:, cut:].clone(), self.hidden[:, cut:].clone()
@@ -105,7 +103,7 @@ def capture(
 
 
 def _cache_of(site: Site) -> DynamicCache | None:
-    """Return an empty cache for layers that continue from attention's keys and values; ``None`` for others."""
+    """Return an empty attention cache if the layers above need one, or ``None``."""
     return empty_cache() if site.above == CACHED else None
 
 
@@ -212,6 +210,7 @@ def _swept(
     above: bool,
     window: bool,
 ) -> Iterator[Activations]:
+    """Yield the activations of each batch, with every layer's weights read once for all batches."""
     with Spool(stream.spool_bytes) as spool:
         norm = _sweep_to(model, site, batches, stream, spool, window=window)
         for number, batch in enumerate(batches):

@@ -59,7 +59,7 @@ def generate(
     Raises:
         ModelError: a text is no token long, or longer than what the model takes.
     """
-    encoded = [_encoded(model, tokenizer, one) if isinstance(one, str) else one for one in prompts]
+    encoded = [_encoded(model, tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     ends = end_tokens(model)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -102,7 +102,7 @@ def opened(
     Raises:
         ModelError: a text is no token long, or longer than what the model takes.
     """
-    encoded = [_encoded(model, tokenizer, one) if isinstance(one, str) else one for one in prompts]
+    encoded = [_encoded(model, tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     rows = [Row(tuple(tokens), ()) for tokens in encoded]
     decide = cast(Callable[..., torch.Tensor], model.decided)
     found: dict[int, bool] = {}
@@ -113,7 +113,7 @@ def opened(
 
 
 def _may_shrink(model: PreTrainedModel) -> bool:
-    """Return whether rows may leave a batch, and it is worth it.
+    """Return whether finished rows may leave a batch, and whether that saves time.
 
     Elsewhere than on a CPU a step takes about as long with rows that have ended as without. Models that read images may
     keep where each row's text begins outside of the cache, and some have no cache.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def overridden(layers: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Let each of the layers do something else for a while."""
+    """Replace the forward pass of each layer within a ``with`` block."""
     replaced = [(layer, layer.__dict__.get("forward")) for layer in layers]
     try:
         for layer, _ in replaced:
@@ -24,7 +24,9 @@ def overridden(layers: Iterable[nn.Module], forward: Callable[..., Any]) -> Iter
 
 
 def giving(layers: Iterable[nn.Module], states: Tensor, width: int) -> AbstractContextManager[None]:
-    """Return a context in which layers give states, as the first of ``width`` things; alone where that is 0."""
+    """Return a context in which layers output given states, as the first of a tuple of ``width``, or alone if that is
+    0.
+    """
     output = (states, *[None] * (width - 1)) if width else states
     return overridden(layers, lambda *_, **__: output)
 

@@ -4,7 +4,7 @@
     L = KL(q ‖ p)               where a token should not be said
 
 ``q`` is the unedited model's own distribution, without the unwanted tokens: ``q(t) ∝ p_base(t)`` for all others. As
-``q`` is nought there, ``L`` is at least ``- log(1 - p(unwanted))``: a small loss leaves unwanted tokens a small share.
+``q`` is zero there, ``L`` is at least ``- log(1 - p(unwanted))``: a small loss leaves unwanted tokens a small share.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def target_loss(logits: Tensor, batch: Batch, wanted: Tensor | None) -> Tensor:
 
 
 def target_met(logits: Tensor, batch: Batch) -> Tensor:
-    """Return whether the arg-max (n,) of logits (n, V) at each labelled column is as it should be: not an unwanted
+    """Return whether the arg-max (n,) of logits (n, V) at each labelled column is right: the target, or no unwanted
     token.
     """
     best = logits.argmax(-1)

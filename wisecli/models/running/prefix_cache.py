@@ -47,7 +47,7 @@ class Prefix:
         return cache
 
     def before(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return what was given, at the columns of a batch before column P: (B, P, n)."""
+        """Return the pass's other outputs at the columns of a batch before column P: (B, P, n)."""
         position = self._places(batch)
         return tuple(each[0][position] for each in self.given)
 

@@ -87,7 +87,7 @@ class PromptBatch:
         return None if prefix is None else prefix.cache(batch)
 
     def answer(self) -> list[list[int]]:
-        """Return what follows each row, with padding behind what ended: (B, n) or less."""
+        """Return the tokens generated for each row, padded where a row has ended: (B, n) or fewer."""
         output = self.generate(self.ids, attention_mask=self.mask, max_new_tokens=self.max_new_tokens)
         rows: list[list[int]] = output[:, self.ids.shape[1] :].tolist()
         return rows

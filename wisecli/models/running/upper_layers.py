@@ -63,6 +63,8 @@ def _on_rows(model: PreTrainedModel, site: Site, activations: Activations, hidde
 def _with_all(
     model: PreTrainedModel, site: Site, activations: Activations, hidden: Tensor, select: Selection
 ) -> Tensor:
+    """Return the logits of a full forward pass in which the site's layer gives ``hidden``."""
+
     def replaced(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         whole = torch.cat([state_of(output, site.streams)[:, : activations.first], hidden], 1)
         return with_state(output, whole, site.streams)

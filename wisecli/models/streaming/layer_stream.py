@@ -85,7 +85,7 @@ class LayerStream:
         return [number for number in range(len(self.layers)) if number not in self._held]
 
     def hold(self, layers: Iterable[int]) -> None:
-        """Read some layers for good."""
+        """Read some layers into memory for good."""
         self.release()
         for number in sorted(set(layers) - self._held):
             slot = self._new_slot(buffer_size(self._stored[number]))
@@ -94,14 +94,14 @@ class LayerStream:
             self._held.add(number)
 
     def release(self) -> None:
-        """Give the buffers back until a layer runs again."""
+        """Free the buffers until a layer runs again."""
         if self._coming is not None:
             self._coming[1].exception()
         self._coming, self._slots = None, []
 
     @contextmanager
     def filled(self, number: int, then: int | None = None) -> Iterator[None]:
-        """Give a layer its parameters for a while.
+        """Hold a layer's parameters in memory within a ``with`` block.
 
         Args:
             then: the layer to read meanwhile.
@@ -120,6 +120,8 @@ class LayerStream:
             self.layers[number].load_state_dict(self._empty[number], strict=False, assign=True)
 
     def _forward(self, number: int, layer: nn.Module) -> Callable[..., Any]:
+        """Return a layer's forward pass that reads its weights first and frees them afterwards."""
+
         def forward(*args: Any, **named: Any) -> Any:
             given = (one for one in (*args, *named.values()) if isinstance(one, Tensor))
             if torch.is_grad_enabled() and any(one.requires_grad for one in given):
@@ -169,6 +171,7 @@ class LayerStream:
         return event
 
     def _read(self, number: int, slot: _Slot, after: torch.cuda.Event | None) -> _Slot:
+        """Read a layer's weights into a slot, and copy them to the device once ``after`` has passed."""
         slot.layer = None
         for part in self._stored[number]:
             self.bytes_read += read_into(part, slot.host[part.offset : part.offset + part.bytes])

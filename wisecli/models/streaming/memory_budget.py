@@ -31,7 +31,7 @@ class Sizes:
 
     @property
     def weights(self) -> int:
-        """Of the whole model."""
+        """Bytes of the whole model."""
         return self.resident + sum(self.layers)
 
 

@@ -36,8 +36,8 @@ def load_streamed(
 ) -> tuple[PreTrainedModel, dict[str, Any], LayerStream]:
     """Load all of a model but its decoder layers.
 
-    What a layer's parameters are made of, as a matrix of all experts of one for each, is put together once, in files of
-    a temporary directory.
+    Parameters that are put together from several tensors, as the matrices of all experts, are written once to a
+    temporary directory.
 
     Args:
         read: loads the model and says what was missing, as ``from_pretrained`` does; takes a ``device_map``.
@@ -115,6 +115,7 @@ def _take_hooks_off(model: nn.Module) -> None:
 
 @contextmanager
 def _quiet(logger: logging.Logger) -> Iterator[None]:
+    """Silence a logger, and the warning on unknown keys of the device map."""
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

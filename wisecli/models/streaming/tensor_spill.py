@@ -49,7 +49,7 @@ class Spool:
         self._filed[name] = path, tensor.device
 
     def take(self, name: str) -> Tensor:
-        """Give a tensor back, on the device it was on, and forget it.
+        """Return a tensor to the device it was on, and forget it.
 
         Raises:
             KeyError: nothing has that name.

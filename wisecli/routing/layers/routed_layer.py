@@ -131,7 +131,7 @@ class BehindLayer(Routed):
 
     @classmethod
     def put(cls, model: nn.Module, described: Mapping[str, Any], memory: SideMemory) -> BehindLayer:
-        """Add it to a model's layer."""
+        """Add a memory to the output of one of a model's layers."""
         parent, _, name = described["module"].rpartition(".")
         routed, layer = cls(memory), cast(LayerOutputMemory, model.get_submodule(parent))
         setattr(layer, name, routed)

@@ -47,7 +47,7 @@ class AnswerPairs(nn.Module):
         return first.where(second < 0, first + len(self.separators) * (second + 1))
 
     def edits(self, numbers: Tensor) -> Tensor:
-        """Return the edit that answers at each number: (...) → (...); below nought nothing does, and stays so."""
+        """Return the edit at each number (...) → (...); negative numbers, which mean no edit, stay as they are."""
         return numbers.where(numbers < 0, numbers % len(self.separators))
 
     def waits(self, numbers: Tensor) -> Tensor:
@@ -76,14 +76,14 @@ class AnswerPairs(nn.Module):
         return torch.where(self.waits(numbers), found, self.edits(numbers))
 
     def actions(self, numbers: Tensor, residual: Tensor) -> Tensor:
-        """Return what a pair does in the place of adding the nearest key's residual: (...) → (...).
+        """Return which residual a pair of edits adds in the place of the nearest key's: (...) → (...).
 
-        It is an edit's number where the separator is to be said behind its answer, M more where its answer begins, and
-        below nought where nothing of the kind is done.
+        It is an edit's number to say the separator behind its answer, M more to begin its answer, and negative to add
+        the nearest key's residual as usual.
 
         Args:
             numbers: what answers each token, ``UNROUTED`` for none (...).
-            residual: that of the nearest key, below nought where no key is near (...).
+            residual: that of the nearest key, negative where no key is near (...).
         """
         edit, begins = self.edits(numbers), self.begins_at(numbers)
         over = self.waits(numbers) & (residual >= 0) & self.ends[residual.clamp(min=0)].bool()

@@ -107,6 +107,7 @@ def require_router(described: Mapping[str, Any]) -> None:
 
 
 def _allocated(name: str, dtype: str, shape: list[int]) -> Tensor:
+    """Return an empty tensor for the weights to be loaded into, NaN where its type has it."""
     size = 1
     for dimension in shape:
         size = size * dimension if type(dimension) is int and dimension >= 0 else _LARGEST + 1

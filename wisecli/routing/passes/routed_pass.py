@@ -150,6 +150,7 @@ class RoutedDecoder(SignatureMixin):
         return self._routed(ids, kwargs)
 
     def _routed(self, ids: Tensor, kwargs: dict[str, Any]) -> Any:
+        """Run the model with the route of this pass, and keep its tokens and the decision with the cache."""
         mask, cache = kwargs.get("attention_mask"), cache_given(kwargs)
         if "read_index" in kwargs:  # requests packed into one row, whose prompts were decided as they came in
             with in_pass(packed_route(kwargs)):

@@ -72,7 +72,7 @@ def last_memory(cache: Any) -> Tensor | None:
 
 
 def last_tokens(cache: Any, count: int) -> Tensor | None:
-    """Return the last tokens of a cache (B, count), or fewer, or ``None`` if they are unknown."""
+    """Return the last ``count`` tokens of a cache (B, count), fewer if it is shorter, ``None`` if they are unknown."""
     length, layer = length_of(cache), _layer_of(cache)
     if layer is None or not length or int(layer.get_seq_length()) != length:
         return None

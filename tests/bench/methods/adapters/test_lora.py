@@ -25,7 +25,7 @@ from wisecli.models.prompts.tokenization import Row, encode
 
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 QUICK = LoraSettings(rate=0.005)
-# Adam takes the sign of gradients that are all but nought: over many steps no two ways of computing them agree.
+# Adam takes the sign of gradients that are all but zero: over many steps no two ways of computing them agree.
 FEW = LoraSettings(rate=0.005, steps=4)
 
 

@@ -55,7 +55,7 @@ def test_the_solution_is_that_of_least_squares_over_old_and_new_keys() -> None:
     values = torch.cat([old @ matrix.T, new @ matrix.T + residuals]).numpy()
     expected = np.linalg.lstsq(keys, values, rcond=None)[0].T
     torch.testing.assert_close(matrix + delta, torch.tensor(expected), atol=1e-5, rtol=1e-5)
-    # Normal equations; and keys that are nought in the edits' directions do not move.
+    # Normal equations; and keys that are zero in the edits' directions do not move.
     torch.testing.assert_close(delta @ (old.T @ old + new.T @ new), residuals.T @ new, atol=1e-4, rtol=1e-4)
     turned = torch.linalg.solve(old.T @ old, new.T)
     off = torch.linalg.svd(turned, full_matrices=True).U[:, 5:]

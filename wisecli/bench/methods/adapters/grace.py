@@ -137,6 +137,7 @@ class Grace(Method):
             self._take_in([encode_row(self.bench, edit.prompt, edit) for edit in part])
 
     def _take_in(self, rows: Sequence[Row]) -> None:
+        """Give each row's key an entry of the codebook, then train entries on the rows they still belong to."""
         loaded, groups = self.bench.loaded, list(in_batches(rows, self.bench.batch_size, by_target=True))
         batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
         parts = list(captured(loaded.model, self.site, batches, stream=loaded.stream, window=True))

@@ -59,7 +59,7 @@ def projections(model: nn.Module, layers: str, value: str) -> list[str]:
 
 
 def follow(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-    """Put a loss's gradients into the parameters.
+    """Set the parameters' gradients to those of a loss.
 
     Raises:
         UnsuitableError: the loss is not finite.
@@ -92,7 +92,7 @@ class Lora(EditByEdit):
         }
 
     def _built(self) -> list[Swap]:
-        """Return the adapters' layers, each with the module that it stands in for and where that belongs."""
+        """Return the adapters' layers, each with the module that it replaces and that module's parent."""
         try:
             from peft import LoraConfig, get_peft_model
             from peft.tuners.lora import LoraLayer
@@ -143,7 +143,7 @@ class Lora(EditByEdit):
 
     @contextmanager
     def applied(self, first: int | None = None) -> Iterator[None]:  # noqa: ARG002
-        """Put the adapters' layers in the places of the model's own for a while."""
+        """Replace modules of the model by the adapters' layers within a ``with`` block."""
         try:
             for parent, name, _, layer in self._swaps:
                 setattr(parent, name, layer)

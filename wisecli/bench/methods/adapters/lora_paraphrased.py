@@ -1,7 +1,7 @@
 """LoRA as practitioners train it: on all edits together, in other words and other forms, in shuffled batches.
 
 Each edit is asked as it is written, in up to ``paraphrases`` ways that the model itself writes, and in the forms of
-prompts that are marked for training; every answer ends with the end token. AdamW, with a rate that falls to nought.
+prompts that are marked for training; every answer ends with the end token. AdamW, with a rate that falls to zero.
 """
 
 import random

@@ -1,6 +1,6 @@
 """MEMOIR: a residual memory of which each edit writes some columns only (Wang et al. 2025, arXiv 2506.07899).
 
-Beside one value matrix W stands a memory W_m of its shape, nought at first. A prompt's features are the mean key of its
+Beside one value matrix W stands a memory W_m of its shape, zero at first. A prompt's features are the mean key of its
 tokens less that of unrelated texts. TopHash takes the largest of them in size and sends these through a fixed random
 permutation, which gives the mask M of the prompt, the same number of columns for each. With it the matrix gives
 
@@ -127,6 +127,7 @@ class Memoir(EditByEdit):
             self.masks = torch.cat([self.masks, mask])
 
     def _descend(self, edit: Edit, part: Activations, columns: Tensor) -> None:
+        """Fit the memory's columns of one edit by clipped gradient steps, until the loss is low and no longer moves."""
         settings, before = self.settings, float("inf")
         # The squared length of keys grows with their number, and with it what a step of a gradient's own length moves.
         narrower = settings.width / self.site.d_ff

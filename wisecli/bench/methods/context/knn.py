@@ -81,7 +81,7 @@ class _Read:
 
 @method("knn")
 class Knn(Method):
-    """Edits as states with the tokens after them; every token that the model gives is asked of them, too."""
+    """Edits as states with the tokens after them; every token is predicted from the nearest of these states, too."""
 
     def __init__(self, bench: Bench, settings: KnnSettings | None = None) -> None:
         self.bench, self.settings = bench, settings or KnnSettings()
@@ -112,6 +112,7 @@ class Knn(Method):
         return [found[index] for index in range(len(rows))]
 
     def _read_batch(self, rows: Sequence[Row]) -> list[_Read]:
+        """Return the final states, logits and target tokens of each row, from one forward pass."""
         loaded, kept = self.bench.loaded, []
         batch = collate(rows).to(loaded.device)
 

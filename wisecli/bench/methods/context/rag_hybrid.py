@@ -78,6 +78,7 @@ class WordsAndStates:
         return Counter(self.bench.loaded.tokenizer(f" {text.lower()}", add_special_tokens=False)["input_ids"])
 
     def _means(self, texts: Sequence[str]) -> Tensor:
+        """Return the mean state of each text's tokens (n, d)."""
         size = self.bench.batch_size
         found = token_states(
             self.bench.loaded, self.site, texts, batch_size=size, on_progress=ignore_progress, stage=""

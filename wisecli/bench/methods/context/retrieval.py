@@ -205,7 +205,7 @@ def demonstration(edit: Edit, kind: str, prompt: str) -> str:
 
 
 class ReplayedMethod(Method):
-    """A method that puts edits into the prompt: it stores only the edits, and reads them again to continue."""
+    """A method that puts edits into the prompt: its state is the edits, which are read again to continue."""
 
     portion = 32
     facts: Facts
@@ -215,7 +215,7 @@ class ReplayedMethod(Method):
         self.facts.add(edits)
 
     def applied(self, first: int | None = None) -> AbstractContextManager[object]:  # noqa: ARG002
-        """Return the model itself: it is only asked otherwise."""
+        """Return the model itself: only its prompts differ."""
         return nullcontext()
 
     def state(self) -> dict[str, Tensor]:

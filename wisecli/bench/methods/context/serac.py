@@ -58,13 +58,13 @@ class Embedder:
         self._known: dict[str, Tensor] = {}
 
     def means(self, texts: Sequence[str]) -> Tensor:
-        """Return embeddings (n, d) in float32 of texts that are kept, each of which is read once."""
+        """Return embeddings (n, d) in float32 of texts; each text is read once and its embedding kept."""
         if new := list(dict.fromkeys(text for text in texts if text not in self._known)):
             self._known |= dict(zip(new, self.read(new), strict=True))
         return torch.stack([self._known[text] for text in texts])
 
     def read(self, texts: Sequence[str]) -> Tensor:
-        """Return embeddings (n, d) in float32, read anew."""
+        """Return embeddings (n, d) in float32 of texts, which are all read."""
         encoded = [tuple(self._bench.loaded.tokenizer(text)["input_ids"]) for text in texts]
         found: dict[int, Tensor] = {}
         for indices in in_batches([Row(tokens, ()) for tokens in encoded], self._bench.batch_size):
@@ -73,6 +73,7 @@ class Embedder:
 
     @torch.no_grad()
     def _read(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
+        """Return the mean final state of each row's tokens (n, d), in float32."""
         model = self._bench.loaded.model
         ids, mask = (part.to(model.device) for part in left_padded(rows))
         kept: list[Tensor] = []

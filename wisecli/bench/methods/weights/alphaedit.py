@@ -51,9 +51,9 @@ class AlphaEdit(Memit):
         self.space = space or AlphaEditSettings()
         self._weights: list[float] = []
         super().__init__(bench, settings, batch=batch)
-        self._earlier = [torch.zeros_like(kept) for kept in self._kept]
+        self._earlier = [torch.zeros_like(projection) for projection in self._statistics]
 
-    def keeping(self, site: MatrixSite) -> Tensor:
+    def statistic(self, site: MatrixSite) -> Tensor:
         """Return the projection P (d_ff, d_ff) onto the free directions, in float64."""
         sizes, directions = torch.linalg.eigh(seen_moment(self.bench, site))
         self._weights.append(self.space.weight * float(sizes.mean()))
@@ -66,7 +66,9 @@ class AlphaEdit(Memit):
     def change(self, index: int, residuals: Tensor, keys: Tensor) -> Tensor:
         """Return what is added (d, d_ff) to a site's matrix; from then on these keys are spared, too."""
         wide = keys.double()
-        found = constrained(residuals.double(), wide, self._kept[index], self._earlier[index], self._weights[index])
+        found = constrained(
+            residuals.double(), wide, self._statistics[index], self._earlier[index], self._weights[index]
+        )
         self._earlier[index] += wide.T @ wide
         return found.float()
 

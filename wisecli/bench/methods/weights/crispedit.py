@@ -129,8 +129,8 @@ class CrispEdit(WeightEditing, Gradual):
             _, factors = gradient_factors(self.bench.loaded.model, self.sites, part, self.deltas)
             # Those are gradients of each row's mean.
             lengths = (part.batch.labels != NO_LABEL).sum(-1, keepdim=True).expand_as(part.batch.mask)
-            for curvature, one in zip(self.curvatures, factors, strict=True):
-                curvature.add(one.keys, one.gradients * lengths[one.mask][:, None])
+            for curvature, factor in zip(self.curvatures, factors, strict=True):
+                curvature.add(factor.keys, factor.gradients * lengths[factor.mask][:, None])
             done += len(indices)
             self.bench.on_progress(Event(stage, done, len(rows)))
 
@@ -154,6 +154,7 @@ class CrispEdit(WeightEditing, Gradual):
         return torch.optim.Adam(self._moved, lr=self.settings.rate)
 
     def _tune(self, training: Training) -> Iterator[None]:
+        """Fine-tune on the rows pass after pass, each step projected; yield after each pass."""
         settings, rng = self.settings, random.Random(self.bench.seed)
         parts = self._parts(training.rows, rng)
         projections = [curvature.projection(settings.energy) for curvature in self.curvatures]
@@ -171,7 +172,7 @@ class CrispEdit(WeightEditing, Gradual):
         return [captured_rows(self.bench, self.sites[0], part) for part in parts]
 
     def _pass(self, parts: Sequence[Activations], optimizer: Optimizer, projections: Sequence[Projection]) -> float:
-        """Return a step for every part that is not learned yet; the parts' mean loss before it."""
+        """Take an optimizer step on each part that is not learned yet; return the mean loss before these steps."""
         losses = []
         for part in parts:
             loss, gradients = self.gradients(part, [delta.detach() for delta in self._moved])
@@ -195,7 +196,7 @@ class CrispEdit(WeightEditing, Gradual):
         """
         losses, factors = gradient_factors(self.bench.loaded.model, self.sites, part, deltas)
         require_finite(losses, "the edits")
-        return float(losses.mean()), [one.gradients.T @ one.keys / len(losses) for one in factors]
+        return float(losses.mean()), [factor.gradients.T @ factor.keys / len(losses) for factor in factors]
 
     def state(self) -> dict[str, Tensor]:
         """Return the changes, the curvatures, and the latest edits, and a training that is on its way."""
@@ -203,9 +204,9 @@ class CrispEdit(WeightEditing, Gradual):
             **super().state(),
             **packed("latest", self._latest),
             **{f"moved {index}": one.detach() for index, one in enumerate(self._moved)},
-            **{f"inputs {index}": one.inputs for index, one in enumerate(self.curvatures)},
-            **{f"gradients {index}": one.gradients for index, one in enumerate(self.curvatures)},
-            "tokens": torch.tensor([one.tokens for one in self.curvatures]),
+            **{f"inputs {index}": curvature.inputs for index, curvature in enumerate(self.curvatures)},
+            **{f"gradients {index}": curvature.gradients for index, curvature in enumerate(self.curvatures)},
+            "tokens": torch.tensor([curvature.tokens for curvature in self.curvatures]),
             **(self._training.tensors() if self._training else {}),
         }
 
@@ -213,12 +214,12 @@ class CrispEdit(WeightEditing, Gradual):
         """Restore a stored state."""
         super().restore(state, portions)
         self._latest = unpacked("latest", state)
-        for index, (one, tokens) in enumerate(zip(self.curvatures, state["tokens"].tolist(), strict=True)):
-            one.inputs, one.gradients = (
-                state[f"inputs {index}"].to(one.inputs),
-                state[f"gradients {index}"].to(one.gradients),
+        for index, (curvature, tokens) in enumerate(zip(self.curvatures, state["tokens"].tolist(), strict=True)):
+            curvature.inputs, curvature.gradients = (
+                state[f"inputs {index}"].to(curvature.inputs),
+                state[f"gradients {index}"].to(curvature.gradients),
             )
-            one.tokens = tokens
+            curvature.tokens = tokens
         if "moved 0" in state:
-            optimizer = self._optimizer([state[f"moved {index}"].to(one) for index, one in enumerate(self.deltas)])
+            optimizer = self._optimizer([state[f"moved {index}"].to(delta) for index, delta in enumerate(self.deltas)])
             self._training = Training.of(state, optimizer)

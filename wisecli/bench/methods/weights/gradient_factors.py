@@ -43,7 +43,7 @@ class Factors:
 def changed_logits(
     model: PreTrainedModel, sites: Sequence[MatrixSite], part: Activations, changes: Sequence[Change]
 ) -> Tensor:
-    """Return logits (n, V) at the labelled columns, in float32, with something added to what each matrix gives.
+    """Return logits (n, V) at the labelled columns, in float32, with a change added to each matrix's output.
 
     Args:
         sites: from the lowest layer up.

@@ -5,7 +5,7 @@ For a matrix ℓ, with u the token's key, δ the gradient at what the matrix giv
     h = z + σ(s¹_ℓ ⊙ (U₁ V₁ z + b) + o¹_ℓ)        g_ℓ(z) = h + σ(s²_ℓ ⊙ (U₂ V₂ h) + o²_ℓ)
 
 σ is the positive part. U, V and b are shared by all matrices of one shape, scales s and shifts o are each one's own.
-What the network adds to z is brought back to the units of (u, δ) and added to them, so that, as U, b and o are nought
+What the network adds to z is brought back to the units of (u, δ) and added to them, so that, as U, b and o are zero
 before training, the pseudo-gradient is then the gradient itself.
 """
 
@@ -41,7 +41,7 @@ class LowRankLayer(nn.Module):
         inner = inputs @ self.right.T @ self.left.T
         if self.bias is not None:
             inner = inner + self.bias
-        # Not relu(), which has no gradient at nought: all are nought there while U is, and no step would ever be made.
+        # Not relu(), which has no gradient at zero: all are zero there while U is, and no step would ever be made.
         return inputs + (self.scale[index] * inner + self.shift[index]).clamp(min=0)
 
 
@@ -103,7 +103,7 @@ class Editor(nn.Module):
         network.normalise(torch.cat([one.keys for one in seen]), torch.cat([one.gradients for one in seen]), own)
 
     def forward(self, factors: Factors, index: int) -> tuple[Tensor, Tensor]:
-        """Return α ũ (B, T, d_ff) and δ̃ (B, T, d) for one matrix; nought where there is padding."""
+        """Return α ũ (B, T, d_ff) and δ̃ (B, T, d) for one matrix; zero where there is padding."""
         network, own = self._network(index)
         keys, gradients = network(factors.keys, factors.gradients, own)
         return factors.padded(self.log_rates[index].exp() * keys), factors.padded(gradients)

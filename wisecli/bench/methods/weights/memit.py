@@ -66,10 +66,10 @@ class Memit(WeightEditing, Gradual):
         self.settings = settings or MemitSettings()
         super().__init__(bench, between_depths(bench, self.settings.first, self.settings.last, self.settings.of))
         if self.sites[-1].norm is not None:
-            raise UnsuitableError("it adds up what matrices give, and here that passes a norm before it is added")
+            raise UnsuitableError("it needs the outputs of matrices to add up, and this model normalizes each first")
         self.batch, self.portion, self._targets = batch, batch or 0, list[Tensor]()
         self.prefixes = prefixes_for(bench, self.settings.prefixes, self.settings.prefix_tokens)
-        self._kept = [self.keeping(site) for site in self.sites]
+        self._statistics = [self.statistic(site) for site in self.sites]
 
     def steps(self, edits: Sequence[Edit]) -> Iterator[None]:
         """Write edits, a batch after the other; a step for every target that is found."""
@@ -85,7 +85,7 @@ class Memit(WeightEditing, Gradual):
 
     def state(self) -> dict[str, Tensor]:
         """Return the changes, and the targets of a batch that is not written yet."""
-        return {**super().state(), **{f"target {index}": one for index, one in enumerate(self._targets)}}
+        return {**super().state(), **{f"target {index}": target for index, target in enumerate(self._targets)}}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
         """Restore a stored state."""
@@ -93,17 +93,17 @@ class Memit(WeightEditing, Gradual):
         count = sum(name.startswith("target ") for name in state)
         self._targets = [state[f"target {index}"].to(self.deltas[0]) for index in range(count)]
 
-    def keeping(self, site: MatrixSite) -> Tensor:
-        """Return what is kept of unrelated text at a site: the Cholesky factor of ``λ C`` (d_ff, d_ff), in float64."""
+    def statistic(self, site: MatrixSite) -> Tensor:
+        """Return a site's statistic of unrelated text: the Cholesky factor of ``λ C`` (d_ff, d_ff), in float64."""
         factor: Tensor = torch.linalg.cholesky(self.settings.weight * second_moment(self.bench, site))
         return factor
 
     def change(self, index: int, residuals: Tensor, keys: Tensor) -> Tensor:
         """Return what is added (d, d_ff) to a site's matrix for residuals (n, d) and keys (n, d_ff)."""
-        return spread(residuals, keys, self._kept[index])
+        return spread(residuals, keys, self._statistics[index])
 
     def target(self, fact: Fact) -> Tensor:
-        """Return the z (d,) of a fact, for the model as edited so far, in float32."""
+        """Return the target z (d,) of a fact's last subject token, for the model as edited so far, in float32."""
         top = self.sites[-1]
         with self.applied():
             part = look(self.bench, top, fact)

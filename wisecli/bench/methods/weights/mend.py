@@ -121,8 +121,8 @@ class Mend(WeightEditing, EditByEdit):
         part = self._captured([encode_row(self.bench, edit.prompt, edit)])
         losses, factors = gradient_factors(self.bench.loaded.model, self.sites, part, self.deltas)
         require_finite(losses, f"edit {edit.id!r}")
-        for index, one in enumerate(factors):
-            self.deltas[index] = self.deltas[index] - self.step(one, index)
+        for index, factor in enumerate(factors):
+            self.deltas[index] = self.deltas[index] - self.step(factor, index)
 
     @torch.no_grad()
     def step(self, factors: Factors, index: int) -> Tensor:
@@ -155,6 +155,7 @@ class Mend(WeightEditing, EditByEdit):
         return lambda keys: -(keys @ own.mT @ gradients)
 
     def _train(self, tasks: Sequence[Task], held_back: Sequence[Task], generator: torch.Generator) -> list[float]:
+        """Train the editor, keeping its best state; return the held-out losses, beginning with the one before."""
         groups: list[dict[str, Any]] = [
             {"params": list(self.editor.networks.parameters()), "lr": self.settings.rate},
             {"params": [self.editor.log_rates], "lr": self.settings.rate_of_rates},

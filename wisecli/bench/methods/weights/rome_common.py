@@ -107,15 +107,15 @@ def _span(edit: Edit) -> tuple[int, int] | None:
 
 
 def token_before(tokenizer: PreTrainedTokenizerBase, text: str, tokens: Sequence[int], end: int) -> int:
-    """Return which of a text's tokens holds the character before ``end``."""
+    """Return the index of the token that holds the character before ``end`` in a text."""
     head = tokenizer(text[:end])["input_ids"]
-    same = next((place for place, pair in enumerate(zip(head, tokens, strict=False)) if pair[0] != pair[1]), None)
-    # Where the text goes on the head's last characters may be part of another token, which is then the one.
-    return max(min(len(head), len(tokens)) - 1 if same is None else same, 0)
+    differs = next((index for index, pair in enumerate(zip(head, tokens, strict=False)) if pair[0] != pair[1]), None)
+    # In the whole text the head's last characters may belong to a longer token; then that token is meant.
+    return max(min(len(head), len(tokens)) - 1 if differs is None else differs, 0)
 
 
 def look(bench: Bench, site: MatrixSite, fact: Fact) -> Part:
-    """Capture a fact's rows with the model as it is now."""
+    """Capture a fact's rows with the model as edited so far."""
     whole = capture(bench.loaded.model, site, fact.batch)
     cut = int(fact.columns.min())
     past = tuple((keys[:, :, :cut].clone(), values[:, :, :cut].clone()) for keys, values in whole.past)

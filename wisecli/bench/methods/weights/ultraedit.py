@@ -103,8 +103,8 @@ class UltraEdit(WeightEditing):
             for index, loss in zip(indices, losses, strict=True):
                 require_finite(loss, f"edit {edits[index].id!r}")
             labelled = part.batch.labelled
-            for own, one in zip(found, factors, strict=True):
-                own.append((one.padded(one.keys)[labelled], one.padded(one.gradients)[labelled]))
+            for own, factor in zip(found, factors, strict=True):
+                own.append((factor.padded(factor.keys)[labelled], factor.padded(factor.gradients)[labelled]))
         return [(torch.cat([keys for keys, _ in own]), torch.cat([gradients for _, gradients in own])) for own in found]
 
     def change(self, index: int, keys: Tensor, gradients: Tensor) -> Tensor:
@@ -122,14 +122,14 @@ class UltraEdit(WeightEditing):
     def state(self) -> dict[str, Tensor]:
         """Return the changes and the statistics."""
         kept = super().state()
-        for index, one in enumerate(self.statistics):
-            kept |= {f"mean {index}": one.mean, f"squares {index}": one.squares}
-            kept[f"count {index}"] = torch.tensor(one.count)
+        for index, statistic in enumerate(self.statistics):
+            kept |= {f"mean {index}": statistic.mean, f"squares {index}": statistic.squares}
+            kept[f"count {index}"] = torch.tensor(statistic.count)
         return kept
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
         """Restore stored changes and statistics."""
         super().restore(state, portions)
-        for index, one in enumerate(self.statistics):
-            one.mean, one.squares = state[f"mean {index}"], state[f"squares {index}"]
-            one.count = int(state[f"count {index}"])
+        for index, statistic in enumerate(self.statistics):
+            statistic.mean, statistic.squares = state[f"mean {index}"], state[f"squares {index}"]
+            statistic.count = int(state[f"count {index}"])

@@ -116,7 +116,7 @@ def second_moment(bench: Bench, site: MatrixSite) -> Tensor:
 
 
 def seen_moment(bench: Bench, site: MatrixSite) -> Tensor:
-    """Return ``E[k kᵀ]`` (d_ff, d_ff) over every token of the bench's texts, in float64.
+    """Return ``E[k kᵀ]`` (d_ff, d_ff) over every token of the bench's texts, in float64, as it is measured.
 
     Raises:
         UnsuitableError: there are no texts.

@@ -31,7 +31,7 @@ class LayerSizes:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> LayerSizes:
-        """As a config says them."""
+        """Return the sizes that a config gives."""
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         size = int(config.get("head_dim") or hidden // heads)
         shared = int(config.get("num_key_value_heads") or heads) * size
@@ -66,7 +66,7 @@ class LayerSizes:
 class DecoderBlock:
     """The ``tensors`` of a decoder layer, by their names inside it, such as ``self_attn.q_proj.weight``.
 
-    Weights and biases that are left out are nought. A norm that is left out reads the base model's channels as one of
+    Weights and biases that are left out are zero. A norm that is left out reads the base model's channels as one of
     weight 1 would in the base, and extra ones as they are. What ``o_proj`` and ``down_proj`` give is what the stream
     gets, whatever the architecture multiplies it by.
     """

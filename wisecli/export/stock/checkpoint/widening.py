@@ -1,7 +1,7 @@
 """A residual stream with more channels than the base model's, in which every layer computes what it did.
 
-The extra channels are nought wherever no inserted block writes to them. What reads the stream has columns of noughts
-for them, what writes to it rows of noughts. An RMS norm divides by the mean over all channels, so with ``d`` channels
+The extra channels are zero wherever no inserted block writes to them. What reads the stream has columns of zeros
+for them, what writes to it rows of zeros. An RMS norm divides by the mean over all channels, so with ``d`` channels
 of ``D`` its weights are multiplied by ``sqrt(d / D)`` and its epsilon by ``d / D``: the normed state is the base's own.
 """
 
@@ -21,7 +21,7 @@ from wisecli.io.safetensors_header import TensorLayout
 
 # GGUF's 8-bit rows share a scale among so many numbers.
 _ROW_UNIT = 32
-# How a tensor is widened: by columns or rows of noughts, as the weights of a norm, or not at all.
+# How a tensor is widened: by columns or rows of zeros, as the weights of a norm, or not at all.
 _How = Literal["columns", "rows", "norm", "kept"]
 # By the last two parts of a tensor's name.
 _BY_ENDING: Mapping[str, _How] = {
@@ -89,7 +89,7 @@ class Widening:
         return replace(layout, dtype="float32" if how == "norm" else layout.dtype, shape=tuple(shape))
 
     def tensor(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a tensor of the base model with noughts for the extra channels; norms are scaled, in float32.
+        """Return a tensor of the base model with zeros for the extra channels; norms are scaled, in float32.
 
         Raises:
             ModelError: it is not known how to widen a tensor of that name.

@@ -162,6 +162,7 @@ class _Ways(NamedTuple):
 
 
 def _ways_to_begin(states: EditStates) -> _Ways:
+    """Mark each edit's commonest first token, and its commonest in the other spelling, with or without a space."""
     begins, counts = ~states.inside, torch.bincount(states.key, minlength=len(states.edits))
     usual = states.spaced == ((counts * begins)[states.spaced].sum() * 2 >= (counts * begins).sum())
     first, other = torch.zeros_like(begins), torch.zeros_like(begins)
@@ -208,7 +209,7 @@ def _moment(states: Tensor) -> Tensor:
 def _closed_at(elsewhere: Elsewhere, states: Tensor, planes: Tensor, wholly: Tensor) -> Tensor:
     """Return planes (n, d + 1) that are closed at sinks, and read much the same at others and at states (m, d).
 
-    The norm of sinks is so large that extra channels read as nought there: nothing else would keep planes closed. No
+    The norm of sinks is so large that extra channels read as zero there: nothing else would keep planes closed. No
     more is taken away than must be, as an answer's own tokens may be half a sink: a blank behind a question is.
 
     Args:

@@ -183,6 +183,7 @@ class _Lessons:
             reader.threshold.add_(quantile(self._mentions(reader), 1 - settings.let_through))
 
     def _loss(self, reader: RelationReader) -> Tensor:
+        """Return the mean loss of drawn prompts: whether each asks for the facts and relations drawn with it."""
         settings, rng, rows = self._settings, self._rng, self._rows
         facts = rng.sample(self._facts, min(settings.facts, len(self._facts)))
         numbers = rng.sample(list(self._relations), min(settings.relations, len(self._relations)))

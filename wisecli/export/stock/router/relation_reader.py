@@ -82,7 +82,7 @@ class RelationReader(nn.Module):
         return torch.cat([self.learned_features(states, inverse), self._projected(states)], -1)
 
     def learned_features(self, states: Tensor, inverse: Tensor) -> Tensor:
-        """Return those of the features of states (n, d) that are learned, without the components behind them."""
+        """Return the learned features of states (n, d), without the principal components."""
         found: Tensor = self.features(F.silu(self.neurons(states))) * (inverse * self.gain)[:, None]
         return found
 

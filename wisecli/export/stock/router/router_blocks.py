@@ -14,7 +14,7 @@ And behind the last layer, so that no token sees what was added at another::
 
 A *step* is a pair of neurons, ``(silu(z) - silu(z - WIDTH)) / WIDTH``, which is 0 well below its threshold and 1 well
 above it. What is compared with a threshold in extra channels is compared with a constant channel there, as a norm
-divides both alike; where it divides by so much that all of them read as nought, steps are closed.
+divides both alike; where it divides by so much that all of them read as zero, steps are closed.
 """
 
 from __future__ import annotations

@@ -92,12 +92,12 @@ class OwnQuestions:
 @torch.no_grad()
 def own_questions(loaded: Loaded, site: Site, reader: RelationReader, read: ReadTexts) -> OwnQuestions:
     """Return what a reader makes of edits' own prompts."""
-    own = torch.tensor([number for number, one in enumerate(read.texts) if one.own])
-    lengths = torch.tensor([len(one.row.prompt) for one in read.texts])
+    own = torch.tensor([number for number, text in enumerate(read.texts) if text.own])
+    lengths = torch.tensor([len(text.row.prompt) for text in read.texts])
     rotation = rotation_of(loaded, site, int(lengths.max()))
     parts = [read_ends(reader, read.at_router, texts, lengths[texts], rotation) for texts in own.split(_TOGETHER)]
     codes, asks = (torch.cat(part) for part in zip(*parts, strict=True))
-    return OwnQuestions(codes, asks, torch.tensor([one.edit for one in read.texts])[own])
+    return OwnQuestions(codes, asks, torch.tensor([text.edit for text in read.texts])[own])
 
 
 def one_of_each_fact(asked: OwnQuestions, subject: Tensor, edits: Sequence[Edit]) -> list[int]:

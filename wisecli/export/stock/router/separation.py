@@ -123,7 +123,7 @@ class _Sets(NamedTuple):
 
 
 def _solved(planes: _Planes, sets: _Sets) -> _Planes:
-    """Return where Newton's method ends on working sets, from given planes on."""
+    """Return the planes of least loss on working sets, by Newton's method from given planes."""
     directions, offsets = planes.directions.clone(), planes.offsets.clone()
     left = torch.arange(len(offsets))
     scores = planes.scores(sets.states)
@@ -166,7 +166,7 @@ def _least_squares(sets: _Sets, scores: Tensor) -> _Planes:
 
 
 def _step(planes: _Planes, goal: _Planes, scores: Tensor, aimed: Tensor, sets: _Sets) -> Tensor:
-    """Return how far to go from planes to a goal (k,) for the least loss, by halving: from 0 to 1."""
+    """Return the step length from planes to a goal (k,) that lowers the loss most, by halving: from 0 to 1."""
     ahead = goal.directions - planes.directions
     change = aimed - scores
 

@@ -108,18 +108,18 @@ def subject_detectors(
     numbers = [known.setdefault(name, len(known)) if name else -1 for name in named]
     about = [(edit, number) for edit, number in zip(edits, numbers, strict=True) if number >= 0]
     texts = list(texts_on_edits(loaded.tokenizer, about))
-    found = torch.tensor(sorted({one.subject for one in texts}), dtype=torch.long)
+    found = torch.tensor(sorted({text.subject for text in texts}), dtype=torch.long)
     place = torch.full((len(known) + 1,), -1).scatter(0, found, torch.arange(len(found)))
     subject = place[torch.tensor(numbers)]
     if not len(found):
         return SubjectDetectors(torch.empty(0, site.d), torch.empty(0), subject)
     of_text = read.numbers()
-    states, elsewhere = _at_names(read.at_router, [of_text[one.tokens] for one in texts], texts, _OWN_TOKENS)
+    states, elsewhere = _at_names(read.at_router, [of_text[text.tokens] for text in texts], texts, _OWN_TOKENS)
     with quick_products(loaded, site):
         capture = StateCapture(loaded, site, batch_size, on_progress)
         behind, of_behind = _behind_others(capture, about)
         near = _near_names(capture, about)
-    key = place[torch.cat([torch.tensor([one.subject for one in texts]), of_behind])]
+    key = place[torch.cat([torch.tensor([text.subject for text in texts]), of_behind])]
     mean, turn = _whitening(names, settings)
     others = torch.cat([near, elsewhere, _inside_answers(read, edits), names.sinks, names.others])
     own, others = ((part - mean) @ turn for part in (torch.cat([states, behind]), others))
@@ -139,14 +139,14 @@ def _behind_others(capture: StateCapture, edits: list[tuple[Edit, int]]) -> tupl
     their subjects (n,).
     """
     texts = list(texts_behind_others(capture.loaded.tokenizer, edits))
-    states = capture.states_at([one.tokens for one in texts], [one.place for one in texts], "subjects")
-    return states, torch.tensor([one.subject for one in texts], dtype=torch.long)
+    states = capture.states_at([text.tokens for text in texts], [text.place for text in texts], "subjects")
+    return states, torch.tensor([text.subject for text in texts], dtype=torch.long)
 
 
 def _near_names(capture: StateCapture, edits: list[tuple[Edit, int]]) -> Tensor:
     """Return states (m, d) in texts on names that are nearly edits' subjects."""
     texts = list(texts_on_near_names(capture.loaded.tokenizer, edits))
-    states = capture.text_states([one.tokens for one in texts], "subjects")
+    states = capture.text_states([text.tokens for text in texts], "subjects")
     return torch.cat(_at_names(states, range(len(texts)), texts))
 
 
@@ -177,12 +177,12 @@ def name_states(
     texts = list(texts_on_names(loaded.tokenizer, share))
     with quick_products(loaded, last_site(loaded, site)):
         capture = StateCapture(loaded, site, batch_size, on_progress)
-        named = capture.text_states([one.tokens for one in texts], "made-up names")
+        named = capture.text_states([text.tokens for text in texts], "made-up names")
         elsewhere, last = capture.router_and_last(texts_on_other_things(loaded.tokenizer, share), "made-up names")
     own, others = _at_names(named, range(len(texts)), texts)
     sinks = _sinks(elsewhere)
     chosen, rests = _drawn((~sinks).nonzero()[:, 0], _ELSEWHERE), sinks.nonzero()[:_SINKS, 0]
-    strayed = from_group_means(own, torch.tensor([one.subject for one in texts]))
+    strayed = from_group_means(own, torch.tensor([text.subject for text in texts]))
     kept = {
         "others": torch.cat([own.half(), others.half(), elsewhere.normed[chosen]]),
         "strayed": strayed.half(),
@@ -195,7 +195,7 @@ def name_states(
 
 
 def _name_states(kept: Mapping[str, Tensor]) -> NameStates:
-    return NameStates(*(kept[one.name].float() for one in fields(NameStates)))
+    return NameStates(*(kept[field.name].float() for field in fields(NameStates)))
 
 
 def _at_names(
@@ -208,10 +208,10 @@ def _at_names(
         most: how many states are drawn inside names, and how many around them.
     """
     begins, sinks = states.first[torch.tensor(numbers)], _sinks(states)
-    ends = begins + torch.tensor([one.place for one in texts])
+    ends = begins + torch.tensor([text.place for text in texts])
     within, around = (
         torch.cat([begin + torch.tensor(some, dtype=torch.long) for begin, some in zip(begins, each, strict=True)])
-        for each in ([one.within for one in texts], [one.around for one in texts])
+        for each in ([text.within for text in texts], [text.around for text in texts])
     )
     chosen = torch.cat([_drawn(some[~sinks[some]], most) for some in (within, around)])
     return states.normed[ends].float(), states.normed[chosen].float()
@@ -223,7 +223,7 @@ def _sinks(states: TextStates) -> Tensor:
 
 
 def _drawn(numbers: Tensor, most: int) -> Tensor:
-    """Return at most so many of numbers (n,)."""
+    """Return at most ``most`` of the numbers (n,), drawn at random."""
     return numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))[:most]]
 
 

@@ -56,7 +56,7 @@ def test_later_edits_spare_the_keys_of_earlier_ones(tmp_path: Path) -> None:
     method._earlier[0].zero_()
     method.change(0, residuals, 100 * first)
     beside = method.change(0, residuals, second)
-    projected = (first.double() @ method._kept[0]).float()
+    projected = (first.double() @ method._statistics[0]).float()
     assert (projected @ beside.T).norm() < 0.2 * (projected @ alone.T).norm()
 
 

@@ -248,44 +248,32 @@ def test_the_same_shard_makes_the_same_bytes(tmp_path: Path, kind: MaskKind) -> 
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_an_altered_shard_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "shard-00000.safetensors"
-    save_shard(path, some_shard("columns"), seed=0, edits=["first"])
-    digest = sha256_file(path)
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(DamagedFileError, match="sha256"):
-        load_shard(path, site(6, 9), "columns", digest)
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    save_shard(tmp_path / "shard.safetensors", some_shard("columns"), seed=0, edits=["first"])
+    return tmp_path / "shard.safetensors"
 
 
-def test_a_truncated_or_missing_shard_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "shard-00000.safetensors"
-    save_shard(path, some_shard("columns"), seed=0, edits=["first"])
-    digest = sha256_file(path)
-    path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(DamagedFileError, match="not a whole safetensors file"):
-        load_shard(path, site(6, 9), "columns", digest)
-    path.unlink()
-    with pytest.raises(DamagedFileError, match="no such file"):
-        load_shard(path, site(6, 9), "columns", digest)
+def test_an_altered_truncated_or_missing_shard_is_refused(stored: Path) -> None:
+    digest, whole = sha256_file(stored), stored.read_bytes()
+    altered = whole[:-1] + bytes([whole[-1] ^ 1])
+    for content, says in ((altered, "sha256"), (whole[:-3], "not a whole safetensors file"), (None, "no such file")):
+        stored.unlink() if content is None else stored.write_bytes(content)
+        with pytest.raises(DamagedFileError, match=says):
+            load_shard(stored, site(6, 9), "columns", digest)
 
 
 @pytest.mark.parametrize("missing", ["mask.indices", "delta.values", "evidence.keys", "evidence.held_out"])
-def test_a_shard_without_one_of_its_tensors_is_refused(tmp_path: Path, missing: str) -> None:
-    whole, path = tmp_path / "whole.safetensors", tmp_path / "shard-00000.safetensors"
-    save_shard(whole, some_shard("columns"), seed=0, edits=["first"])
-    save_tensors(path, {name: tensor for name, tensor in load_file(whole).items() if name != missing})
+def test_a_shard_without_one_of_its_tensors_is_refused(stored: Path, missing: str) -> None:
+    save_tensors(stored, {name: tensor.clone() for name, tensor in load_file(stored).items() if name != missing})
     with pytest.raises(DamagedFileError, match=f"tensor {missing} is missing"):
-        load_shard(path, site(6, 9), "columns", sha256_file(path))
+        load_shard(stored, site(6, 9), "columns", sha256_file(stored))
 
 
 @pytest.mark.parametrize(("read_as", "d"), [("elements", 6), ("columns", 7)])
-def test_a_shard_that_does_not_fit_the_site_is_refused(tmp_path: Path, read_as: MaskKind, d: int) -> None:
-    path = tmp_path / "shard-00000.safetensors"
-    save_shard(path, some_shard("columns"), seed=0, edits=["first"])
+def test_a_shard_that_does_not_fit_the_site_is_refused(stored: Path, read_as: MaskKind, d: int) -> None:
     with pytest.raises(DamagedFileError, match=r"tensor delta\.values should be"):
-        load_shard(path, site(d, 9), read_as, sha256_file(path))
+        load_shard(stored, site(d, 9), read_as, sha256_file(stored))
 
 
 @pytest.mark.parametrize(

@@ -97,8 +97,8 @@ def test_all_who_ask_what_answers_are_told_the_same(
             base = capture(edited.model, edited.manifest.site, batch)
         measured = edited.routed.memory_of_choice(_routes(edited, base))
         assert measured[0, : len(expected)].tolist() == expected
-        decided = edited.choices_of_row(base.keys[0, : len(expected)], batch)
-        assert edited.routed.memory_of_choice(decided.chosen).tolist() == expected
+        decided = edited.choices_of_row(batch)
+        assert edited.routed.memory_of_choice(decided.chosen)[: len(expected)].tolist() == expected
         report = explain(memory, prompt, max_new_tokens=5, nearest=0, load=CPU)
         assert [token.routed for token in report.prompt_tokens] == [one != UNROUTED for one in expected[: end + 1]]
         said = expected[end : end + len(report.answer_tokens)]

@@ -3,10 +3,11 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+MODELS = {"data": [{"id": "tiny"}]}
 # What a server says to a prompt with so many tokens at most.
 Answers = Callable[[str, int], str]
 # What one says to a request (its path and its content): a status, headers, and a body as bytes or as JSON.
@@ -25,11 +26,12 @@ def asked_text(content: dict[str, Any]) -> str:
 
 
 @contextmanager
-def replying(replies: Replies, *, models: int = 200) -> Iterator[str]:
+def replying(replies: Replies, *, models: int = 200, named: Any = MODELS) -> Iterator[str]:
     """The address of a server that names one model and says whatever it is made to; requests may overlap.
 
     Args:
         models: with which status it names it.
+        named: what it says then.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -46,24 +48,13 @@ def replying(replies: Replies, *, models: int = 200) -> Iterator[str]:
                 self.wfile.write(told)
 
         def do_GET(self) -> None:
-            self.say(models, {}, {"data": [{"id": "tiny"}]})
+            self.say(models, {}, named)
 
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.say(*replies(self.path, asked))
+            self.say(*replies(self.path, {**asked, "key": self.headers["Authorization"]}))
 
-    with _running(Handler) as url:
-        yield url
-
-
-class _Server(ThreadingHTTPServer):
-    # With the usual five in the queue, whoever asks with more threads waits a second for another try.
-    request_queue_size = 64
-
-
-@contextmanager
-def _running(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    server = _Server(("127.0.0.1", 0), handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
@@ -74,8 +65,14 @@ def _running(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
         server.server_close()
 
 
-@contextmanager
-def served(answers: Answers, *, chat: bool = True, key: str | None = None, raw: bytes | None = None) -> Iterator[str]:
+class _Server(ThreadingHTTPServer):
+    # With the usual five in the queue, whoever asks with more threads waits a second for another try.
+    request_queue_size = 64
+
+
+def served(
+    answers: Answers, *, chat: bool = True, key: str | None = None, raw: bytes | None = None
+) -> AbstractContextManager[str]:
     """The address of a server; requests come one after the other.
 
     Args:
@@ -85,32 +82,14 @@ def served(answers: Answers, *, chat: bool = True, key: str | None = None, raw: 
     """
     turn = threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_given: Any) -> None:
-            pass
+    def replies(path: str, asked: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        if key is not None and asked["key"] != f"Bearer {key}":
+            return 401, {}, {"error": "no such key"}
+        assert (asked["model"], asked["temperature"]) == ("tiny", 0)
+        if path.endswith("/chat/completions") and not chat:
+            return 400, {}, raw or {"error": "no such thing"}
+        with turn:
+            text = answers(asked_text(asked), asked["max_tokens"])
+        return 200, {}, raw or ({"choices": [{"text": text}]} if "prompt" in asked else chat_reply(text))
 
-        def say(self, status: int, content: Any) -> None:
-            told = json.dumps(content).encode() if raw is None else raw
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(told)))
-            self.end_headers()
-            self.wfile.write(told)
-
-        def do_GET(self) -> None:
-            self.say(*((200, {"data": [{"id": "tiny"}]}) if self.path == "/v1/models" else (404, {})))
-
-        def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if key is not None and self.headers["Authorization"] != f"Bearer {key}":
-                return self.say(401, {"error": "no such key"})
-            assert (asked["model"], asked["temperature"]) == ("tiny", 0)
-            with turn:
-                if self.path == "/v1/completions":
-                    return self.say(200, {"choices": [{"text": answers(asked["prompt"], asked["max_tokens"])}]})
-                if self.path == "/v1/chat/completions" and chat:
-                    text = answers(asked["messages"][0]["content"], asked["max_tokens"])
-                    return self.say(200, {"choices": [{"message": {"role": "assistant", "content": text}}]})
-            return self.say(400 if chat is False else 404, {"error": "no such thing"})
-
-    with _running(Handler) as url:
-        yield url
+    return replying(replies, named=MODELS if raw is None else raw)

@@ -12,9 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wisecli.artifacts.directory_kind import find_base
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.config import LoadOptions
+from wisecli.edits.record import Edit
 from wisecli.models.loading import load_model
 from wisecli.models.prompts.chat_template import turn_marks
 from wisecli.models.prompts.tokenization import Batch
+from wisecli.models.running.activations import capture
 from wisecli.models.streaming.layer_stream import LayerStream
 from wisecli.routing.deciding.decision import Decision, TokenChoices
 from wisecli.routing.deciding.prompt_window import UNROUTED, Answering, Tokens
@@ -68,12 +70,17 @@ class EditedModel:
             found = replace(found, chosen=own.where(answers & (forced != UNROUTED)[:, None], found.chosen))
         return replace(found, chosen=found.chosen.where(batch.mask.bool(), UNROUTED))
 
-    def choices_of_row(self, keys: Tensor, batch: Batch) -> TokenChoices:
-        """Return what answers the first tokens of a batch of one row, by their keys (n, d_ff): three (n,)."""
-        width = batch.ids.shape[1]
-        padded = torch.nn.functional.pad(keys, (0, 0, 0, width - len(keys)))
-        found = self.choices(padded[None], batch)
-        return TokenChoices(*(part[0, : len(keys)] for part in (found.chosen, found.score_ratio, found.nearest)))
+    def choices_of_row(self, batch: Batch) -> TokenChoices:
+        """Return what answers each token of a batch of one row, by the unedited model's keys: three (T,)."""
+        with self.unedited():  # what a memory adds leaves the keys of its own layer as they are
+            keys = capture(self.model, self.manifest.site, batch, above=False).keys
+        found = self.choices(keys, batch)
+        return TokenChoices(*(part[0] for part in (found.chosen, found.score_ratio, found.nearest)))
+
+    def edit_of(self, memory: int) -> Edit | None:
+        """Return the edit with this number, or ``None`` if memories hold several edits or it is no number of one."""
+        known = self.manifest.memory.by_edit and 0 <= memory < len(self.manifest.edits)
+        return self.manifest.edits[memory] if known else None
 
     def _decided(self, keys: Tensor, batch: Batch, in_answer: Tensor) -> TokenChoices:
         """Return what answers each token, with the score of the nearest memory at a prompt's end."""

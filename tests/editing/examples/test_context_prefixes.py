@@ -1,5 +1,6 @@
 import re
 import sys
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,9 @@ def test_the_rest_are_patterns_with_every_slot_filled_from_its_own_list_or_range
     assert used == set(matchers)
 
 
-def test_the_seed_decides_the_texts() -> None:
-    first, again, other = (unrelated_texts(300, seed=seed) for seed in (3, 3, 4))
+@pytest.mark.parametrize(("draw", "count"), [(unrelated_texts, 300), (reworded_facts, 4)])
+def test_the_seed_decides_texts_and_facts(draw: Callable[..., object], count: int) -> None:
+    first, again, other = (draw(count, seed=seed) for seed in (3, 3, 4))
     assert first == again
     assert first != other
 
@@ -116,12 +118,6 @@ def test_a_fact_is_asked_of_one_subject_in_every_way(subjects: int) -> None:
         fitting = [word for word in DATA["slots"][slot] if [w.replace(f"{{{slot}}}", word) for w in ways] == fact]
         assert len(fitting) == 1, fact
     assert len({tuple(fact) for fact in facts}) == len(facts)
-
-
-def test_the_seed_decides_the_facts() -> None:
-    first, again, other = (reworded_facts(4, seed=seed) for seed in (3, 3, 4))
-    assert first == again
-    assert first != other
 
 
 def chatting(*, opens: bool) -> PreTrainedTokenizerFast:

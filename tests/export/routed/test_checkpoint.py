@@ -425,12 +425,12 @@ def test_a_lookup_kept_in_half_precision_answers_under_any(
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
-def test_a_lookup_has_no_matrix_to_merge(tmp_path: Path) -> None:
-    base = save_tiny(tmp_path / "base")
-    output = tmp_path / "merged"
+@pytest.mark.parametrize(("kind", "says"), [(LOOKUP, "--mode merge"), (Kind(memories=2), "several")], ids=str)
+def test_without_a_single_matrix_merged_is_refused(tmp_path: Path, kind: Kind, says: str) -> None:
+    base, output = save_tiny(tmp_path / "base"), tmp_path / "merged"
     output.mkdir()
-    with pytest.raises(ModelError, match="--mode merge") as caught:
-        write_merged(output, base, Checkpoint(base), manifest_of(base, "llama", LOOKUP))
+    with pytest.raises(ModelError, match=says) as caught:
+        write_merged(output, base, Checkpoint(base), manifest_of(base, "llama", kind))
     assert caught.value.exit_code == 2
     assert list(output.iterdir()) == []
 
@@ -465,16 +465,6 @@ def test_merged_is_the_stock_model_with_one_matrix_changed(tmp_path: Path, archi
         reference.get_submodule(manifest.site.module).weight += delta
     for row in ROWS:
         torch.testing.assert_close(alone(model, row), alone(reference, row), rtol=0, atol=1e-4)
-
-
-def test_merged_is_refused_for_several_memories(tmp_path: Path) -> None:
-    base = save_tiny(tmp_path / "base")
-    manifest = manifest_of(base, "llama", Kind(memories=2))
-    output = tmp_path / "merged"
-    output.mkdir()
-    with pytest.raises(ModelError, match="several"):
-        write_merged(output, base, Checkpoint(base), manifest)
-    assert list(output.iterdir()) == []
 
 
 @pytest.mark.parametrize("architecture", few(["gemma2", "granite", "llama"], ["gemma2"]))

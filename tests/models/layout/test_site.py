@@ -147,10 +147,19 @@ def test_auto_is_a_layer_that_can_also_be_named(tmp_path: Path, layers: int) -> 
     assert find_site(tmp_path, checkpoint, automatic.layer) == automatic
 
 
-@pytest.mark.parametrize("layer", [-1, "-1", LAYERS - 1, LAYERS, "99"])
-def test_a_layer_out_of_range_is_refused_with_the_range(tmp_path: Path, layer: int | str) -> None:
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [
+        *(
+            (layer, f"--layer {layer} is out of range: choose 0 to {LAYERS - 2}")
+            for layer in (-1, "-1", LAYERS - 1, LAYERS, "99")
+        ),
+        *((layer, "--layer must be `auto` or a number") for layer in ("last", "", "2.5", "Auto")),
+    ],
+)
+def test_a_layer_out_of_range_or_without_a_number_is_refused(tmp_path: Path, layer: int | str, says: str) -> None:
     saved(tmp_path)
-    with pytest.raises(SettingsError, match=f"--layer {layer} is out of range: choose 0 to {LAYERS - 2}"):
+    with pytest.raises(SettingsError, match=says):
         find_site(tmp_path, Checkpoint(tmp_path), layer)
 
 
@@ -158,13 +167,6 @@ def test_a_layer_out_of_range_is_refused_with_the_range(tmp_path: Path, layer: i
 def test_a_model_without_a_layer_above_is_refused(tmp_path: Path, layers: int) -> None:
     with pytest.raises(ModelError, match="fewer than two layers"):
         find_site(tmp_path, Checkpoint(only_config(tmp_path, layers)))
-
-
-@pytest.mark.parametrize("layer", ["last", "", "2.5", "Auto"])
-def test_a_layer_that_is_no_number_is_refused(tmp_path: Path, layer: str) -> None:
-    saved(tmp_path)
-    with pytest.raises(SettingsError, match="--layer must be `auto` or a number"):
-        find_site(tmp_path, Checkpoint(tmp_path), layer)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "", None, 5])

@@ -17,7 +17,7 @@ from wisecli.commands.outputs import checkpoint_output
 from wisecli.edits.text import edits_with
 
 if TYPE_CHECKING:
-    from wisecli.commands.checkpoint.export_report import ExportReport
+    from wisecli.commands.checkpoint.export import ExportReport
     from wisecli.commands.checkpoint.generate import Answer
 
 

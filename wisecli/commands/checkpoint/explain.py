@@ -8,12 +8,10 @@ import torch
 
 from wisecli.commands.checkpoint.plot import Token, plot_tokens
 from wisecli.config import LoadOptions
-from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.models.prompts.chat_template import chat_prompt
 from wisecli.models.prompts.tokenization import Batch, Row, collate
-from wisecli.models.running.activations import capture
 from wisecli.models.running.generation import generate
 from wisecli.routing.deciding.decision import Decision
 from wisecli.routing.deciding.fact_decision import MIN_ASK_PROB
@@ -109,7 +107,6 @@ def _text(edited: EditedModel, tokens: list[int]) -> str:
     return str(edited.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
-@torch.no_grad()
 def _tokens(edited: EditedModel, batch: Batch, answer: list[int]) -> tuple[Token, ...]:
     """Return every token with what decided it.
 
@@ -117,10 +114,7 @@ def _tokens(edited: EditedModel, batch: Batch, answer: list[int]) -> tuple[Token
     """
     end = batch.start
     prompt = batch.ids[0, : end + 1].tolist()
-    with edited.unedited():  # what a memory adds leaves the keys of its own layer as they are
-        keys = capture(edited.model, edited.manifest.site, batch, above=False).keys[0]
-    keys = keys[: len(prompt) + max(len(answer) - 1, 0)]
-    decided = edited.choices_of_row(keys, batch)
+    decided = edited.choices_of_row(batch)
     memories = edited.routed.memory_of_choice(decided.nearest)
     shown = [*range(len(prompt)), *range(end, end + len(answer))]
     texts = [str(edited.tokenizer.decode([token])) for token in [*prompt, *answer]]
@@ -135,7 +129,7 @@ def _near(edited: EditedModel, text: str, strength: float, memory: int, length: 
     """Return how near an edit was to answering, and the answer the model gives if that edit is forced."""
     with edited.routed.called_with(forced=memory):
         answer = _text(edited, _answer(edited, text, length))
-    edit = _edit(edited, memory)
+    edit = edited.edit_of(memory)
     if edit is None:
         return Near(f"memory {memory}", None, None, strength, answer)
     found = asked = None
@@ -183,12 +177,6 @@ def _opened(edited: EditedModel, decision: Decision) -> str:
     return f"{sentence}{both}: the prompt {asks} ({float(decision.ask_prob[0]):.2f}, above {MIN_ASK_PROB})"
 
 
-def _edit(edited: EditedModel, memory: int) -> Edit | None:
-    """Return the edit that a place of a lookup is of."""
-    known = edited.manifest.memory.by_edit and 0 <= memory < len(edited.manifest.edits)
-    return edited.manifest.edits[memory] if known else None
-
-
 def _id(edited: EditedModel, memory: int) -> str | None:
-    edit = _edit(edited, memory)
+    edit = edited.edit_of(memory)
     return None if edit is None else edit.id

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 
 from wisecli.artifacts.memory_manifest import Manifest
-from wisecli.commands.checkpoint.export_report import ExportReport
 from wisecli.commands.checkpoint.export_source import ExportSource, read_source
 from wisecli.commands.outputs import checkpoint_output
 from wisecli.config import LoadOptions
@@ -32,6 +31,9 @@ from wisecli.progress import Event, ProgressCallback, ignore_progress
 Format = Literal["routed", "stock", "gguf", "merged", "delta"]
 # Forms in which the memory is decoder blocks.
 _AS_BLOCKS = ("stock", "gguf")
+# What may be measured of a form, as reports and records have it.
+_Figures = dict[str, Any]
+_UNMEASURED: _Figures = {"locality": None, "tokens": 0, "gate": None}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,31 @@ class Publication:
     push_to: str | None = None
     private: bool = False
     key: SigningKey | None = None
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What ``wise export`` wrote: ``edits`` and, counted apart, ``consequences`` that follow from them.
+
+    ``locality`` is measured for merged checkpoints: the share of unrelated tokens after which the next token's arg-max
+    stays the base model's; ``tokens`` is how many were looked at. Routed checkpoints cost what ``wise eval`` says.
+    ``gate`` is what was measured of a memory that became neurons.
+    ``pushed`` is where on the hub it went. ``up_to_date`` says that the export was there already.
+    """
+
+    output: Path
+    format: str
+    edits: int
+    bytes: int
+    seconds: float
+    peak_rss_bytes: int
+    locality: float | None = None
+    tokens: int = 0
+    pushed: str | None = None
+    planned: bool = False
+    up_to_date: bool = False
+    consequences: int = 0
+    gate: dict[str, Any] | None = None
 
 
 def export(
@@ -117,7 +144,7 @@ def export(
         tidy(output)
     if there and (kept := up_to_date_export(output, record, signed=publication.key is not None)):
         pushed = None if dry_run else _push(output, publication, on_progress)
-        measured = {name: kept.get(name) for name in ("locality", "tokens", "gate")}
+        measured = {name: kept.get(name) for name in _UNMEASURED}
         return _report(output, form, manifest, _size(output), started, pushed=pushed, up_to_date=True, **measured)
     planned = _planned_bytes(output, manifest, checkpoint, form, weights)
     if dry_run:
@@ -126,11 +153,10 @@ def export(
         on_progress(Event("writing"))
         quantize = weights.quantize if form == "gguf" else None
         given = ExportSource(base, checkpoint, manifest, packing, quantize, load, verify)
-        found = _write(working, form, given, on_progress)
+        measured, note = _write(working, form, given, on_progress)
         if publication.card:
-            text = model_card(manifest, form, base=base, figures=figures, note=found.note)
+            text = model_card(manifest, form, base=base, figures=figures, note=note)
             (working / CARD_NAME).write_text(text, encoding="utf-8")
-        measured = {"locality": found.locality, "tokens": found.tokens, "gate": found.gate}
         seal_export(working, {**record, **measured}, publication.key)
     pushed = _push(output, publication, on_progress)
     return _report(output, form, manifest, _size(output), started, pushed=pushed, **measured)
@@ -166,42 +192,36 @@ def _require_form(base: Path, manifest: Manifest, packing: Packing, form: Format
     if form == "merged":
         as_matrix(manifest.site)
     if form in _AS_BLOCKS:
-        from wisecli.commands.checkpoint.export_stock import require_writable_as_blocks
+        from wisecli.export.gguf.gguf_file import require_gguf
+        from wisecli.export.stock.stock_checkpoint import require_stock
 
-        require_writable_as_blocks(base, manifest.site, gguf=form == "gguf")
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Figures measured of a form, and the paragraph on them."""
-
-    locality: float | None = None
-    tokens: int = 0
-    note: str = ""
-    gate: dict[str, Any] | None = None
+        require_stock(base, manifest.site)
+        if form == "gguf":
+            require_gguf(base)
 
 
-def _write(working: Path, form: Format, given: ExportSource, on_progress: ProgressCallback) -> _Found:
-    """Write one form into an empty directory."""
+def _write(working: Path, form: Format, given: ExportSource, on_progress: ProgressCallback) -> tuple[_Figures, str]:
+    """Write one form into an empty directory; return what was measured of it, and a paragraph on that."""
     base, checkpoint, manifest, packing = given.base, given.checkpoint, given.manifest, given.packing
     if form == "routed":
         write_routed(working, base, checkpoint, manifest, packing)
-        return _Found()
-    if form == "delta":
+    elif form == "delta":
         write_delta(working, checkpoint, manifest)
-        return _Found()
     # What runs the model takes seconds to import, which the other forms need not wait.
-    if form == "merged":
+    elif form == "merged":
         from wisecli.commands.checkpoint.export_merged import merged_locality
 
         locality, tokens = merged_locality(base, manifest, load=given.load, on_progress=on_progress)
         note = f"\nAlways on: {locality:.1%} of {tokens} next tokens of unrelated text stay the base model's.\n"
         write_merged(working, base, checkpoint, manifest, packing)
-        return _Found(locality, tokens, note)
-    from wisecli.commands.checkpoint.export_stock import router_note, write_as_blocks
+        return {**_UNMEASURED, "locality": locality, "tokens": tokens}, note
+    else:
+        from wisecli.commands.checkpoint.export_stock import write_as_blocks
+        from wisecli.export.stock.stock_answers import router_lines
 
-    found = write_as_blocks(working, given, on_progress)
-    return _Found(note=router_note(found), gate=found.as_dict())
+        gate = write_as_blocks(working, given, on_progress)
+        return {**_UNMEASURED, "gate": gate}, f"\n{'; '.join(router_lines(gate))}.\n"
+    return _UNMEASURED, ""
 
 
 def _record(

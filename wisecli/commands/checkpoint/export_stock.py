@@ -1,6 +1,6 @@
 """The part of ``wise export`` that fits a router, writes it as a stock checkpoint, and measures what it does."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,16 @@ from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.commands.checkpoint.export_source import ExportSource
 from wisecli.editing.background.background_cache import model_identity
 from wisecli.environment import versions
-from wisecli.export.gguf.gguf_file import GGUF_NAME, require_gguf, write_gguf
+from wisecli.export.gguf.gguf_file import GGUF_NAME, write_gguf
 from wisecli.export.gguf.modelfile import MODELFILE_NAME, modelfile
 from wisecli.export.stock.base_answers import base_answers
 from wisecli.export.stock.router.router_blocks import Channels, router_blocks
 from wisecli.export.stock.router.router_fitting import fitted_router
-from wisecli.export.stock.stock_answers import Verified, evenly_spaced, router_lines, verified
-from wisecli.export.stock.stock_checkpoint import base_settings, require_stock, write_stock
+from wisecli.export.stock.stock_answers import Verified, evenly_spaced, verified
+from wisecli.export.stock.stock_checkpoint import base_settings, write_stock
 from wisecli.io.checkpoint import write_json
 from wisecli.models.layout.architectures import layer_count
-from wisecli.models.layout.site import Site, fingerprint
+from wisecli.models.layout.site import fingerprint
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.prompts.chat_template import date_of, turn_marks
 from wisecli.progress import Event, ProgressCallback
@@ -30,36 +30,13 @@ _TEXTS = 600
 _READS = 0.4
 
 
-@dataclass(frozen=True)
-class StockRouter:
-    """A memory as decoder blocks: how many ``keys`` and ``blocks``, of which so many are behind the ``last`` layer, and
-    what it answers, if that was verified.
+def write_as_blocks(output: Path, given: ExportSource, on_progress: ProgressCallback) -> dict[str, Any]:
+    """Write a memory as blocks of a stock architecture into an empty directory, of transformers' or of llama.cpp's.
+
+    Returns:
+        What the manifest says of it: how many ``keys`` and ``blocks``, of which so many are behind the ``last`` layer,
+        and what it answers, if that is verified.
     """
-
-    keys: int
-    blocks: int
-    last: int
-    verified: Verified | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the JSON form, as the manifest keeps it."""
-        found = {} if self.verified is None else asdict(self.verified)
-        return {"keys": self.keys, "blocks": self.blocks, "last": self.last, **found}
-
-
-def require_writable_as_blocks(base: Path, site: Site, *, gguf: bool) -> None:
-    """Check that a base model can be written with its memory as decoder blocks.
-
-    Raises:
-        ModelError: it cannot, or not as a file of llama.cpp's.
-    """
-    require_stock(base, site)
-    if gguf:
-        require_gguf(base)
-
-
-def write_as_blocks(output: Path, given: ExportSource, on_progress: ProgressCallback) -> StockRouter:
-    """Write a memory as blocks of a stock architecture into an empty directory, of transformers' or of llama.cpp's."""
     checkpoint, manifest, quantize = given.checkpoint, _at_router(given), given.quantize
     loaded = load_model(given.base, given.load)
     identity = model_identity(given.manifest.fingerprint, checkpoint)
@@ -71,7 +48,8 @@ def write_as_blocks(output: Path, given: ExportSource, on_progress: ProgressCall
     blocks = router_blocks(router, base_settings(given.base))
     own = write_stock(stock, given.base, checkpoint, manifest.site, blocks, extra, given.packing)
     answered = _verified(loaded, stock, given, identity, len(blocks.last), on_progress) if given.verify else None
-    found = StockRouter(len(router.places.edit), len(own), len(blocks.last), answered)
+    found = {"keys": len(router.places.edit), "blocks": len(own), "last": len(blocks.last)}
+    found |= {} if answered is None else asdict(answered)
     if quantize is not None:
         on_progress(Event("writing", note=GGUF_NAME))
         write_gguf(output / GGUF_NAME, stock, own, quantize)
@@ -96,7 +74,7 @@ def _share(manifest: Manifest) -> float:
     return min([1.0, *(count / _TEXTS for count in counts if isinstance(count, int))])
 
 
-def _write_manifest(output: Path, manifest: Manifest, found: StockRouter, form: str, day: str) -> None:
+def _write_manifest(output: Path, manifest: Manifest, found: dict[str, Any], form: str, day: str) -> None:
     """Write the manifest of a checkpoint; ``day`` is the date in the chat template that it was fitted with."""
     content = {
         "format": form,
@@ -104,7 +82,7 @@ def _write_manifest(output: Path, manifest: Manifest, found: StockRouter, form: 
         "chat_date": day,
         "base": {"model": manifest.model, "revision": manifest.revision, **manifest.fingerprint.as_dict()},
         "site": manifest.site.as_dict(),
-        "gate": found.as_dict(),
+        "gate": found,
         "edits": [edit.as_dict() for edit in manifest.edits],
     }
     write_json(output / MERGED, content)
@@ -119,8 +97,3 @@ def _verified(
     routed = manifest.site.install(loaded.model, manifest.memory, turn_marks(loaded.tokenizer))
     routed.to(loaded.device)
     return verified(before, loaded, load_model(stock, given.load), manifest, last, on_progress)
-
-
-def router_note(found: StockRouter) -> str:
-    """Return what a checkpoint answers beside the routed form, as a paragraph of a model card."""
-    return f"\n{'; '.join(router_lines(found.as_dict()))}.\n"

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from wisecli.config import LoadOptions
 from wisecli.errors import SettingsError
 from wisecli.evaluation.edited_model import EditedModel, attach
@@ -13,7 +11,6 @@ from wisecli.export.stock.stock_manifest import has_router_blocks
 from wisecli.models.loading import load_model
 from wisecli.models.prompts.chat_template import chat_prompt
 from wisecli.models.prompts.tokenization import Row, collate
-from wisecli.models.running.activations import capture
 from wisecli.models.running.generation import generate as generate_tokens
 from wisecli.routing.deciding.prompt_window import UNROUTED
 
@@ -79,24 +76,20 @@ def generate(
     return [Answer(p, text.strip(), steps) for p, text, steps in zip(prompts, texts, explained, strict=True)]
 
 
-@torch.no_grad()
 def _explain(edited: EditedModel, prompt: str, answer: Sequence[int]) -> tuple[Step, ...]:
     """Return scores at the tokens that predicted each answer token, from one pass over the whole text."""
     if not answer:
         return ()
     row = Row(tuple(edited.tokenizer(prompt)["input_ids"]), tuple(answer))
     batch = collate([row]).to(edited.model.device)
-    with edited.unedited():  # what a memory adds leaves the keys of its own layer as they are
-        keys = capture(edited.model, edited.manifest.site, batch, above=False).keys[0]
-    routed = edited.routed
-    decided = edited.choices_of_row(keys, batch)
+    routed, decided = edited.routed, edited.choices_of_row(batch)
     steps = []
     for column, token in enumerate(answer, start=batch.start):
         best, memory = (int(routed.memory_of_choice(one[column])) for one in (decided.nearest, decided.chosen))
         threshold = routed.thresholds[best]
         who = None if memory == UNROUTED else memory
-        known = edited.manifest.memory.by_edit and 0 <= best < len(edited.manifest.edits)
-        closest = edited.manifest.edits[best].prompt if known else None
+        closest = edited.edit_of(best)
         score = float(decided.score_ratio[column]) * threshold
-        steps.append(Step(str(edited.tokenizer.decode([token])), who, score, threshold, closest))
+        text = str(edited.tokenizer.decode([token]))
+        steps.append(Step(text, who, score, threshold, None if closest is None else closest.prompt))
     return tuple(steps)

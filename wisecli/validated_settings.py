@@ -108,26 +108,18 @@ def _truth(value: Any) -> bool:
     return _TRUTHS[str(value).lower()]
 
 
-def _number(value: Any) -> float:
+def _text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError("no number")
-    return float(value)
+        raise ValueError("no text or number")
+    return str(value)
 
 
 def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError("no number")
     if isinstance(value, float) and not value.is_integer():
         raise ValueError("no whole number")
-    return int(value)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError("no text")
-    return str(value)
+    return int(value if isinstance(value, float) else _text(value))
 
 
 _WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 # As a manifest or a settings file may have them, a layer is a text though it looks like a number.
-_READERS: dict[Any, Any] = {bool: _truth, int: _whole, float: _number, str: _text}
+_READERS: dict[Any, Any] = {bool: _truth, int: _whole, float: lambda value: float(_text(value)), str: _text}

@@ -3,7 +3,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.ready import Ready, here, manifest, require_refusal, rewrite, write_edits
+from support.helpers import rewrite
+from support.ready import Ready, here, manifest, require_refusal, write_edits
 from support.tiny_models import Wise
 
 FURTHER = [{"id": "five", "prompt": "na ne", "target": "ni"}]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import change_config, tiny_tokenizer
+from support.helpers import rewrite, tiny_tokenizer
 from support.served import EDITS, PROMPTS, export_of
 from support.type_of_tomorrow import TomorrowConfig, TomorrowForCausalLM, TomorrowModel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -54,9 +54,8 @@ def own(directory: Path, model_type: str) -> Path:
     (base / code.name).write_text(text, encoding="utf-8")
     classes = {"AutoConfig": "TomorrowConfig", "AutoModel": "TomorrowModel"}
     classes |= {"AutoModelForCausalLM": "TomorrowForCausalLM"}
-    change_config(
-        base, model_type=model_type, auto_map={loader: f"{code.stem}.{name}" for loader, name in classes.items()}
-    )
+    auto_map = {loader: f"{code.stem}.{name}" for loader, name in classes.items()}
+    rewrite(base / "config.json", model_type=model_type, auto_map=auto_map)
     return base
 
 

@@ -7,7 +7,7 @@ import pytest
 from reference.wise import whitened_keys
 from safetensors.torch import load_file
 from support.helpers import save_tiny
-from support.history import FLAGS, batch_from
+from support.history import FLAGS, batch_from, held
 from support.loading import CPU
 
 from wisecli.artifacts.memory_manifest import read_manifest
@@ -56,10 +56,6 @@ def written(path: Path, records: Sequence[dict[str, Any]]) -> Path:
 def into(model: Path, memory: Path, records: Sequence[dict[str, Any]]) -> IntoReport:
     batch = batch_from(written(memory.parent / "edits.jsonl", records))
     return edit_into(IntoMemory(str(model), memory, QUICK, load=CPU), batch)
-
-
-def held(memory: Path) -> list[str]:
-    return [edit.id for edit in read_manifest(memory).edits]
 
 
 def test_consequences_are_written_and_routed_like_edits(memory: Path) -> None:

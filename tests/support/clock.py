@@ -1,9 +1,10 @@
 """Days that tests go through, and a template that says something else on each."""
 
-import json
 from pathlib import Path
 
 import pytest
+
+from support.helpers import rewrite
 
 # Every second day begins with another word; the tiny models know both.
 CLOCK_TEMPLATE = "{{ 'mu mi' if strftime_now('%d')|int is even else 'zo zu' }} {{ messages[-1].content }}"
@@ -19,6 +20,5 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, day: str) -> None:
 
 def with_clock(model: Path) -> Path:
     """Give a saved model a chat template that asks what day it is."""
-    path = model / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": CLOCK_TEMPLATE}))
+    rewrite(model / "tokenizer_config.json", chat_template=CLOCK_TEMPLATE)
     return model

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import pytest
 import torch
-from transformers import dynamic_module_utils
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, dynamic_module_utils
 
 from support.forking import fork_server
 from support.loading import CPU
@@ -99,6 +99,13 @@ def wise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def real_model() -> Path:
     """SmolLM2-135M-Instruct, fetched once into the user cache."""
     return fetch("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer(real_model: Path) -> PreTrainedTokenizerBase:
+    """SmolLM2-135M-Instruct's."""
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(real_model)
+    return loaded
 
 
 @pytest.fixture(scope="session")

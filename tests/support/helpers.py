@@ -422,10 +422,9 @@ def assert_same_tensors(path: Path, other: Path) -> None:
         torch.testing.assert_close(read[name], expected[name], rtol=1e-2, atol=1e-4)
 
 
-def change_config(directory: Path, **values: object) -> None:
-    """Write other settings into a checkpoint's config."""
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+def rewrite(path: Path, **changes: Any) -> None:
+    """Write other values into a file of JSON."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def contents(directory: Path | str) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from support.helpers import WORDS
+from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.commands.edit.edit_into import Batch
 from wisecli.edits.checks.admission import DEFAULT_ADMISSION
 from wisecli.edits.record import Edit
@@ -29,6 +30,11 @@ def fact(number: int, *, target: int = 0, name: str | None = None) -> Edit:
 def write(path: Path, edits: Sequence[Edit]) -> Path:
     path.write_text("".join(json.dumps(edit.as_dict()) + "\n" for edit in edits), encoding="utf-8")
     return path
+
+
+def held(memory: Path) -> list[str]:
+    """The ids of the edits that a memory holds."""
+    return [edit.id for edit in read_manifest(memory).edits]
 
 
 def batch_from(path: Path) -> Batch:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.helpers import save_tiny
+from support.helpers import rewrite, save_tiny
 from support.loading import CPU
 from support.tiny_models import Outcome
 from wisecli.commands.edit.edit import edit as run_edit
@@ -87,10 +87,6 @@ def manifest(directory: Path) -> dict[str, Any]:
     name = "router.json" if (directory / "router.json").exists() else "shards.json"
     content: dict[str, Any] = json.loads((directory / name).read_text())
     return content
-
-
-def rewrite(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def cut(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from wisecli.bench.json_lines import append_line, whole_lines
 from wisecli.bench.result_row import ResultRow
 from wisecli.errors import ChangedInputError
-from wisecli.io.checkpoint import read_json, write_json
+from wisecli.io.checkpoint import read_json, replace_json
 
 # Where what is not finished lies, in an output.
 WORK = "work"
@@ -38,9 +38,7 @@ def require_same(output: Path, about: Mapping[str, Any], *, force: bool) -> None
         for path in (path for pattern in _MADE for path in output.glob(pattern)):
             path.unlink()
         shutil.rmtree(output / WORK, ignore_errors=True)
-    working = file.with_suffix(".tmp")
-    write_json(working, {**({} if other else before), **about})
-    working.replace(file)
+    replace_json(file, {**({} if other else before), **about})
 
 
 def kept_date(output: Path) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.bench.edit_stream import counts_in, stream_of
-from wisecli.bench.reporting.html_tables import Section, table
+from wisecli.bench.reporting.html_tables import Section
 from wisecli.bench.reporting.report_page import study_file, write_page
 from wisecli.bench.result_row import ResultRow
 from wisecli.bench.result_store import WORK, ResultRows, kept_date, require_same
@@ -14,6 +14,7 @@ from wisecli.bench.studies import load_studies
 from wisecli.bench.studies.base import STUDIES, Point, section
 from wisecli.bench.studies.study_context import StudyContext
 from wisecli.config import BenchSettings, LoadOptions
+from wisecli.edits.text import markdown_table
 from wisecli.environment import versions
 from wisecli.errors import SettingsError
 from wisecli.io.checkpoint import write_json
@@ -112,5 +113,5 @@ def _write(report: StudyReport) -> None:
     """Write ``study-….json`` and ``study-….md`` for each study, and ``report.html`` with all that are there."""
     for (name, rows), shown in zip(report.rows.items(), report.sections(), strict=True):
         write_json(study_file(report.output, name), {"rows": rows, "config": report.config, "versions": versions()})
-        (report.output / f"study-{name}.md").write_text(table(shown.heads, shown.cells), encoding="utf-8")
+        (report.output / f"study-{name}.md").write_text(markdown_table(shown.heads, shown.cells), encoding="utf-8")
     write_page(report.output)

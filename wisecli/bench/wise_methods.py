@@ -23,7 +23,7 @@ from wisecli.environment import forget_peaks
 from wisecli.errors import ChangedInputError, DamagedFileError, OutputExistsError
 from wisecli.evaluation.answers import Books
 from wisecli.evaluation.edited_model import attach
-from wisecli.io.checkpoint import read_json, write_json
+from wisecli.io.checkpoint import read_json, replace_json
 from wisecli.io.json_schema import CLOSED, decode
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.tokenization import encode
@@ -137,6 +137,7 @@ class WiseRun:
     def __init__(self, context: BenchContext, name: str, folder: MethodFolder, count: int) -> None:
         self.context, self.name, self.folder, self.count = context, name, folder, count
         self.file, self.shards = context.work / "edits.jsonl", folder.directory / "shards"
+        self._kept = folder.directory / "spent.json"
 
     def edited(self) -> Spent:
         """Return what it took to write the shards, continuing a run that was interrupted and keeping a finished one."""
@@ -184,14 +185,8 @@ class WiseRun:
             on_progress=on_progress,
         )
 
-    @property
-    def _kept(self) -> Path:
-        return self.folder.directory / "spent.json"
-
     def _keep(self, spent: Spent) -> None:
-        working = self._kept.with_suffix(".tmp")
-        write_json(working, asdict(spent))
-        working.replace(self._kept)
+        replace_json(self._kept, asdict(spent))
 
     def _spent(self) -> Spent | None:
         """Return the stored costs, if they can be read."""

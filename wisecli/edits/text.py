@@ -51,3 +51,9 @@ def edits_with(edits: int, consequences: int) -> str:
     """Return how many edits there are, and how many consequences of theirs, if there are any."""
     followed = f" with {consequences} consequence{'' if consequences == 1 else 's'}" if consequences else ""
     return f"{edits} edit{'' if edits == 1 else 's'}{followed}"
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown, whose cells must not hold what divides them."""
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines) + "\n"

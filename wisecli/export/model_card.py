@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.data.packaged import packaged_text
 from wisecli.edits.record import Edit, consequences_in
-from wisecli.edits.text import edits_with, plain
+from wisecli.edits.text import edits_with, markdown_table, plain
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import read_json
 from wisecli.models.layout.architectures import loader_name
@@ -139,22 +139,11 @@ def _licence(base: Path) -> str | None:
 def _results(figures: Figures) -> list[EvalResult]:
     """Return all figures but those of a single form."""
     return [
-        _result(dataset, name, value)
+        EvalResult("text-generation", dataset, dataset, metric_type=name, metric_value=round(value, 4))
         for dataset, own in figures.items()
         for name, value in own.items()
         if "/" not in name
     ]
-
-
-def _result(dataset: str, name: str, value: float) -> EvalResult:
-    """Return a figure as an entry of the model card's metadata."""
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type=dataset,
-        dataset_name=dataset,
-        metric_type=name,
-        metric_value=round(value, 4),
-    )
 
 
 def _table(figures: Figures) -> str:
@@ -175,7 +164,7 @@ def _table(figures: Figures) -> str:
     rest = [(set_, _cell(name), f"{value:.3f}") for set_, name, value in single if _is_diagnosis(name)]
     measure = "diagnosis, teacher-forced" if in_forms or wild else "measure"
     tables = [*generated, (("dataset", measure, "edited"), rest)]
-    return "".join(f"\n{_lines(heads, rows)}\n" for heads, rows in tables if rows)
+    return "".join(f"\n{markdown_table(heads, rows)}" for heads, rows in tables if rows)
 
 
 def _in_forms(dataset: str, own: Mapping[str, float]) -> list[tuple[str, ...]]:
@@ -191,11 +180,6 @@ def _is_diagnosis(name: str) -> bool:
     """Return whether a figure is none of generated answers in forms or by WILD."""
     generated = {*(kind + group for kind in _IN_FORMS for group in _GROUPS), *_BESIDE, *_AROUND}
     return "/" not in name and name not in generated and not name.startswith(_WILD)
-
-
-def _lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    parts = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *parts])
 
 
 def base_name(manifest: Manifest, base: Path) -> str:

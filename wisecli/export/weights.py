@@ -58,14 +58,16 @@ class Transform(Protocol):
 
 
 @dataclass(frozen=True)
-class _Unchanged:
-    """Leaves tensors as they are."""
+class _Replaced:
+    """Puts other tensors of the same shapes in the place of some, and leaves the others as they are."""
+
+    tensors: Mapping[str, Tensor]
 
     def layout(self, _name: str, layout: TensorLayout) -> TensorLayout:
         return layout
 
-    def tensor(self, _name: str, tensor: Tensor) -> Tensor:
-        return tensor
+    def tensor(self, name: str, tensor: Tensor) -> Tensor:
+        return self.tensors.get(name, tensor)
 
 
 def write_weights(
@@ -82,8 +84,9 @@ def write_weights(
         single: how a lone file of weights is to be called.
         replaced: tensors that take the place of the checkpoint's, of the same shapes.
     """
-    write = _as_stored if packing.as_stored else _repacked
-    return write(output, checkpoint, packing, single, dict(replaced or {}))
+    if packing.as_stored:
+        return _as_stored(output, checkpoint, packing, single, replaced or {})
+    return write_renamed(output, checkpoint, packing, str, single=single, transform=_Replaced(replaced or {}))
 
 
 def write_renamed(
@@ -103,7 +106,7 @@ def write_renamed(
         single: how a lone file of weights is to be called.
         transform: what becomes of each tensor; its layout comes after the packing's, and prevails.
     """
-    transform = transform or _Unchanged()
+    transform = transform or _Replaced({})
     if packing.as_stored:
         names = {path.name: single if path.name == SINGLE_NAME else path.name for path in checkpoint.files}
         grouped = {names[path.name]: _laid_out(read_header(path).tensors, transform) for path in checkpoint.files}
@@ -125,7 +128,7 @@ def _laid_out(layouts: Mapping[str, TensorLayout], transform: Transform) -> dict
 
 
 def _as_stored(
-    output: Path, checkpoint: Checkpoint, packing: Packing, single: str, replaced: dict[str, Tensor]
+    output: Path, checkpoint: Checkpoint, packing: Packing, single: str, replaced: Mapping[str, Tensor]
 ) -> dict[str, str]:
     """Copy or link a checkpoint's files and overwrite the replaced tensors; return each tensor's file."""
     names = {path.name: single if path.name == SINGLE_NAME else path.name for path in checkpoint.files}
@@ -163,22 +166,6 @@ def overwrite(path: Path, name: str, tensor: Tensor) -> None:
     with path.open("r+b") as stream:
         stream.seek(header.starts[name])
         stream.write(_raw(tensor.to(getattr(torch, header.tensors[name].dtype))))
-
-
-def _repacked(
-    output: Path, checkpoint: Checkpoint, packing: Packing, single: str, replaced: dict[str, Tensor]
-) -> dict[str, str]:
-    """Write a checkpoint's tensors into files of the wanted type and size; return which file holds each tensor."""
-    grouped = _numbered(checkpoint, packing, single, _Unchanged())
-
-    for file, layouts in grouped.items():
-
-        def read(name: str, layouts: dict[str, TensorLayout] = layouts) -> Tensor:
-            tensor = replaced[name] if name in replaced else checkpoint.load(name)
-            return tensor.to(getattr(torch, layouts[name].dtype))
-
-        write_stream(output / file, layouts, read)
-    return {name: file for file, layouts in grouped.items() for name in layouts}
 
 
 def _numbered(

@@ -69,6 +69,13 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def replace_json(path: Path, value: object) -> None:
+    """Write a JSON value in the place of a file, whole or not at all."""
+    working = path.with_suffix(".tmp")
+    write_json(working, value)
+    working.replace(path)
+
+
 def all_finite(tensor: torch.Tensor) -> bool:
     """Return whether all of a tensor's numbers are finite, without as much memory again."""
     if not tensor.is_floating_point() or not tensor.numel():

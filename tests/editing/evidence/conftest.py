@@ -1,6 +1,7 @@
 from collections.abc import Iterator
 
 import pytest
+from support.spaces import Bench
 
 from wisecli.models.running import quick_products
 
@@ -11,3 +12,8 @@ def exact_products() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quick_products, "has_quick_bfloat16", lambda: False)
         yield
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench()

@@ -23,11 +23,6 @@ from wisecli.editing.examples.training_examples import encode_edits
 from wisecli.editing.writers.closed_form import fit_residuals
 
 
-@pytest.fixture(scope="module")
-def bench() -> Bench:
-    return Bench()
-
-
 def test_a_long_state_is_stretched_by_its_length_and_others_are_not(bench: Bench) -> None:
     (examples,) = bench.examples()
     part = examples.activations

@@ -8,11 +8,6 @@ from support.spaces import Bench
 from wisecli.editing.evidence.token_probe import TokenProbe, _questions
 
 
-@pytest.fixture(scope="module")
-def bench() -> Bench:
-    return Bench()
-
-
 def test_a_token_is_read_behind_questions_once_a_model_and_form(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,11 +19,6 @@ from wisecli.models.running.generation import generate
 
 
 @pytest.fixture(scope="module")
-def bench() -> Bench:
-    return Bench()
-
-
-@pytest.fixture(scope="module")
 def behind(bench: Bench) -> TokenProbe:
     return TokenProbe(bench.loaded, bench.site, 8)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors.torch import load_file
 from support.helpers import WORDS, alone, contents, save_tiny
-from support.history import batch_from
+from support.history import batch_from, held, write
 from support.loading import CPU
 
 from wisecli import cli
@@ -61,11 +61,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(model, known, [PLAIN[0], known, *PLAIN[1:]])
 
 
-def write(path: Path, edits: Sequence[Edit]) -> Path:
-    path.write_text("".join(json.dumps(edit.as_dict()) + "\n" for edit in edits), encoding="utf-8")
-    return path
-
-
 def run(
     place: Place,
     edits: Sequence[Edit],
@@ -97,10 +92,6 @@ def into(place: Place, memory: Path, edits: Sequence[Edit], admission: Admission
 
 def landed(directory: Path) -> list[str]:
     return [edit.id for edit in read_shard_directory(directory).edits]
-
-
-def held(memory: Path) -> list[str]:
-    return [edit.id for edit in read_manifest(memory).edits]
 
 
 def left(directory: Path) -> list[str]:

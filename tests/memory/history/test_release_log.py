@@ -10,7 +10,7 @@ import torch
 from reference.wise import whitened_keys
 from safetensors.torch import load_file
 from support.helpers import save_tiny
-from support.history import FLAGS, batch_from, fact, write
+from support.history import FLAGS, batch_from, fact, held, write
 from support.loading import CPU
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -93,10 +93,6 @@ def at_once(model: Path, place: Path, edits: Sequence[Edit], *, site: SiteName =
 
 def tensors(memory: Path) -> dict[str, Tensor]:
     return load_file(memory / "memory.safetensors")
-
-
-def held(memory: Path) -> list[str]:
-    return [edit.id for edit in read_manifest(memory).edits]
 
 
 def keys_and_values(memory: Path) -> Tensor:

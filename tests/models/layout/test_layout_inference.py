@@ -9,7 +9,7 @@ import rich.console
 import torch
 from rich.console import Console as RichConsole
 from safetensors.torch import load_file, save_file
-from support.helpers import alone, change_config, hooked, random_rows, save_tiny, tiny_tokenizer
+from support.helpers import alone, hooked, random_rows, rewrite, save_tiny, tiny_tokenizer
 from support.loading import CPU
 from support.streamed import assert_edited_the_same_streamed
 from support.thorough import few
@@ -295,7 +295,7 @@ def test_where_a_matrix_is_needed_experts_and_quantised_models_are_refused_in_on
     known: bool,
 ) -> None:
     base = save_tiny(tmp_path / "base")
-    change_config(base, **settings, **({} if known else {"model_type": "unheard_of"}))
+    rewrite(base / "config.json", **settings, **({} if known else {"model_type": "unheard_of"}))
     capsys.readouterr()
     assert run("edit", str(base), str(edits), "-o", str(tmp_path / "shards"), "--preset", "paper") == 2
     said = capsys.readouterr().err
@@ -318,13 +318,13 @@ def test_experts_show_in_the_names_of_tensors_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("settings", [{"num_experts": 1}, {"num_local_experts": 0}, {"quantization_config": None}])
 def test_a_dense_model_that_only_mentions_them_is_none_of_these(tmp_path: Path, settings: dict[str, Any]) -> None:
     save_tiny(tmp_path)
-    change_config(tmp_path, **settings)
+    rewrite(tmp_path / "config.json", **settings)
     assert layout_of(tmp_path).known
 
 
 def test_an_export_is_no_base_to_edit(tmp_path: Path) -> None:
     save_tiny(tmp_path)
-    change_config(tmp_path, model_type="wise_llama", wise={})
+    rewrite(tmp_path / "config.json", model_type="wise_llama", wise={})
     with pytest.raises(UnknownArchitectureError, match="edit the base model"):
         layout_of(tmp_path)
 

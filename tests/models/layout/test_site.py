@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.helpers import change_config
+from support.helpers import rewrite
 from support.thorough import few
 from support.tiny_models import TINY_CONFIGS, tiny_model
 from torch import Tensor
@@ -172,7 +172,7 @@ def test_a_model_without_a_layer_above_is_refused(tmp_path: Path, layers: int) -
 @pytest.mark.parametrize("model_type", ["bert", "", None, 5])
 def test_an_unknown_architecture_is_refused_with_those_known(tmp_path: Path, model_type: object) -> None:
     saved(tmp_path)
-    change_config(tmp_path, model_type=model_type)
+    rewrite(tmp_path / "config.json", model_type=model_type)
     with pytest.raises(UnknownArchitectureError) as caught:
         find_site(tmp_path, Checkpoint(tmp_path))
     assert repr(str(model_type)) in str(caught.value)
@@ -236,7 +236,7 @@ def test_the_fingerprint_changes_with_the_settings_that_matter(
     tmp_path: Path, values: dict[str, object], *, config_changes: bool
 ) -> None:
     before = identity(saved(tmp_path))
-    change_config(tmp_path, **values)
+    rewrite(tmp_path / "config.json", **values)
     after = identity(tmp_path)
     assert (after.config != before.config) is config_changes
     assert after.matrix == before.matrix

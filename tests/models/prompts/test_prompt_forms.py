@@ -12,27 +12,22 @@ from wisecli.models.prompts.prompt_forms import forms, usable_forms
 PROMPT = "Where was Tom Smithson born?"
 
 
-@pytest.fixture(scope="module")
-def real(real_model: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(real_model)
-
-
 def test_five_forms_at_least_are_for_evaluation_alone() -> None:
     assert sum(not form.trained for form in forms().values()) >= 5
     assert sum(form.trained for form in forms().values()) >= 5
 
 
 @pytest.mark.parametrize("name", sorted(forms()))
-def test_a_form_asks_the_prompt_once(real: PreTrainedTokenizerBase, name: str) -> None:
+def test_a_form_asks_the_prompt_once(real_tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     form, other = forms()[name], "Who wrote The Long Hill?"
-    asked = form.render(real, PROMPT)
+    asked = form.render(real_tokenizer, PROMPT)
     if form.change is None:
         assert asked.count(PROMPT) == 1
-        assert form.render(real, other) == asked.replace(PROMPT, other)
+        assert form.render(real_tokenizer, other) == asked.replace(PROMPT, other)
     else:
         assert asked != PROMPT
         assert abs(len(asked) - len(PROMPT)) <= 1
-    assert form.render(real, PROMPT) == asked
+    assert form.render(real_tokenizer, PROMPT) == asked
 
 
 @pytest.mark.parametrize(
@@ -46,25 +41,25 @@ def test_a_form_asks_the_prompt_once(real: PreTrainedTokenizerBase, name: str) -
         ("trailing space", f"{PROMPT} "),
     ],
 )
-def test_what_a_form_asks(real: PreTrainedTokenizerBase, name: str, asked: str) -> None:
-    assert forms()[name].render(real, PROMPT) == asked
+def test_what_a_form_asks(real_tokenizer: PreTrainedTokenizerBase, name: str, asked: str) -> None:
+    assert forms()[name].render(real_tokenizer, PROMPT) == asked
 
 
-def test_turns_go_through_the_chat_template(real: PreTrainedTokenizerBase) -> None:
-    asked = forms()["second turn"].render(real, PROMPT)
+def test_turns_go_through_the_chat_template(real_tokenizer: PreTrainedTokenizerBase) -> None:
+    asked = forms()["second turn"].render(real_tokenizer, PROMPT)
     roles = [part.split("\n")[0] for part in asked.split("<|im_start|>")[1:]]
     assert roles == ["system", "user", "assistant", "user", "assistant"]
-    assert "Answer in a few words" in forms()["chat with system prompt"].render(real, PROMPT)
+    assert "Answer in a few words" in forms()["chat with system prompt"].render(real_tokenizer, PROMPT)
     assert "document" in "".join(forms())
-    assert len(real(forms()["behind a document"].render(real, PROMPT))["input_ids"]) > 400
+    assert len(real_tokenizer(forms()["behind a document"].render(real_tokenizer, PROMPT))["input_ids"]) > 400
 
 
-def test_misspelt_changes_one_long_word_and_short_ones_not(real: PreTrainedTokenizerBase) -> None:
+def test_misspelt_changes_one_long_word_and_short_ones_not(real_tokenizer: PreTrainedTokenizerBase) -> None:
     form = forms()["misspelt"]
-    changed = form.render(real, PROMPT).split()
+    changed = form.render(real_tokenizer, PROMPT).split()
     assert sum(one != other for one, other in zip(changed, PROMPT.split(), strict=True)) == 1
-    assert sorted(form.render(real, PROMPT)) == sorted(PROMPT)
-    assert form.render(real, "Who is it?") == "Who is it?"
+    assert sorted(form.render(real_tokenizer, PROMPT)) == sorted(PROMPT)
+    assert form.render(real_tokenizer, "Who is it?") == "Who is it?"
 
 
 def test_without_a_chat_template_forms_of_chats_are_left_out(tmp_path: Path) -> None:

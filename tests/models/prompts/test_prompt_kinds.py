@@ -1,7 +1,6 @@
 """Kinds of prompts that mention an edit or ask it in other ways."""
 
 import random
-from pathlib import Path
 
 import pytest
 from support.helpers import save_tiny
@@ -21,11 +20,6 @@ PATTERNS = [
 ]
 ASKED = [kind for kind in kinds().values() if kind.asked]
 MENTIONED = [kind for kind in kinds().values() if not kind.asked]
-
-
-@pytest.fixture(scope="module")
-def real(real_model: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(real_model)
 
 
 @pytest.fixture(scope="module")
@@ -77,26 +71,26 @@ def test_slots_are_known(kind: Kind, trained: bool, pattern: tuple[str, ...]) ->
 
 
 @pytest.mark.parametrize("name", sorted(kinds()))
-def test_a_fact_is_written_in_every_kind_the_same_by_seed(real: PreTrainedTokenizerBase, name: str) -> None:
+def test_a_fact_is_written_in_every_kind_the_same_by_seed(real_tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     kind = kinds()[name]
     for trained in (True, False):
-        texts = [written(kind, real, seed=seed, trained=trained) for seed in range(12)]
-        assert texts == [written(kind, real, seed=seed, trained=trained) for seed in range(12)]
+        texts = [written(kind, real_tokenizer, seed=seed, trained=trained) for seed in range(12)]
+        assert texts == [written(kind, real_tokenizer, seed=seed, trained=trained) for seed in range(12)]
         assert len(set(texts)) > 1
         assert all(texts)
         assert not any(f"{{{slot}}}" in str(text) for text in texts for slot in SLOTS)
 
 
-def test_chats_need_a_template(real: PreTrainedTokenizerBase, bare: PreTrainedTokenizerBase) -> None:
+def test_chats_need_a_template(real_tokenizer: PreTrainedTokenizerBase, bare: PreTrainedTokenizerBase) -> None:
     assert written(kinds()["follow-up"], bare) is None
-    assert written(kinds()["follow-up"], real, chat=False) is None
-    assert str(written(kinds()["translate"], real)).endswith("<|im_start|>assistant\n")
-    assert "<|im_start|>" not in str(written(kinds()["translate"], real, chat=False))
+    assert written(kinds()["follow-up"], real_tokenizer, chat=False) is None
+    assert str(written(kinds()["translate"], real_tokenizer)).endswith("<|im_start|>assistant\n")
+    assert "<|im_start|>" not in str(written(kinds()["translate"], real_tokenizer, chat=False))
     assert QUESTION in str(written(kinds()["translate"], bare))
 
 
-def test_an_answer_is_begun_in_the_assistants_turn_or_bare(real: PreTrainedTokenizerBase) -> None:
-    texts = [str(written(kinds()["begun target"], real, seed=seed)) for seed in range(12)]
+def test_an_answer_is_begun_in_the_assistants_turn_or_bare(real_tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = [str(written(kinds()["begun target"], real_tokenizer, seed=seed)) for seed in range(12)]
     assert {text.endswith("assistant\nAmara") for text in texts} == {True, False}
     assert all(text.endswith("Amara") for text in texts)
 
@@ -112,15 +106,15 @@ def test_an_answer_is_begun_in_the_assistants_turn_or_bare(real: PreTrainedToken
         ("begun target", "answer"),
     ],
 )
-def test_what_a_fact_lacks_is_not_written(real: PreTrainedTokenizerBase, name: str, lacks: str) -> None:
+def test_what_a_fact_lacks_is_not_written(real_tokenizer: PreTrainedTokenizerBase, name: str, lacks: str) -> None:
     fact = Fact(**{**vars(FACT), lacks: None})
-    assert written(kinds()[name], real, fact) is None
+    assert written(kinds()[name], real_tokenizer, fact) is None
 
 
-def test_documents_say_the_value_that_they_are_of(real: PreTrainedTokenizerBase) -> None:
+def test_documents_say_the_value_that_they_are_of(real_tokenizer: PreTrainedTokenizerBase) -> None:
     for seed in range(9):
         new, other, neither = (
-            str(written(kinds()[f"document {name}"], real, seed=seed))
+            str(written(kinds()[f"document {name}"], real_tokenizer, seed=seed))
             for name in ("with the new value", "with another value", "without a value")
         )
         assert "Amara Lindqvist" in new and "Amara Lindqvist" not in other + neither
@@ -128,20 +122,20 @@ def test_documents_say_the_value_that_they_are_of(real: PreTrainedTokenizerBase)
         assert all("Northwind Traders" in text for text in (new, other, neither))
 
 
-def test_a_page_has_100_to_600_words_and_does_not_name_the_subject(real: PreTrainedTokenizerBase) -> None:
+def test_a_page_has_100_to_600_words_and_does_not_name_the_subject(real_tokenizer: PreTrainedTokenizerBase) -> None:
     for seed in range(20):
-        text = str(written(kinds()["question first"], real, seed=seed, chat=False))
+        text = str(written(kinds()["question first"], real_tokenizer, seed=seed, chat=False))
         assert 100 <= len(text.split()) <= 640
         assert text.count("Northwind Traders") == 1
 
 
-def test_a_follow_up_names_the_subject_in_the_first_turn_alone(real: PreTrainedTokenizerBase) -> None:
-    text = str(written(kinds()["follow-up"], real))
+def test_a_follow_up_names_the_subject_in_the_first_turn_alone(real_tokenizer: PreTrainedTokenizerBase) -> None:
+    text = str(written(kinds()["follow-up"], real_tokenizer))
     assert text.count("Northwind Traders") == 1
     assert "the chief executive of it" in text
 
 
-def test_a_question_beside_shares_no_word_with_the_edits(real: PreTrainedTokenizerBase) -> None:
+def test_a_question_beside_shares_no_word_with_the_edits(real_tokenizer: PreTrainedTokenizerBase) -> None:
     fact = Fact("What is the website of Contoso?", "Contoso", "contoso.example")
-    texts = {written(kinds()["other question"], real, fact, trained=False, seed=seed) for seed in range(40)}
+    texts = {written(kinds()["other question"], real_tokenizer, fact, trained=False, seed=seed) for seed in range(40)}
     assert not any("website" in str(text) for text in texts)

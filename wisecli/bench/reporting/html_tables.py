@@ -7,6 +7,7 @@ from typing import Any
 from wisecli.bench.reporting.plots import peak_bytes, pictures
 from wisecli.bench.result_row import ResultRow
 from wisecli.data.packaged import packaged_text
+from wisecli.edits.text import markdown_table
 
 # Columns of the table as far as there are such figures: generated answers first.
 _FIGURES = {
@@ -75,7 +76,7 @@ class Section:
 
 def markdown(rows: Sequence[ResultRow]) -> str:
     """Return one table, a row each, and what its columns are."""
-    found = table(heads(rows), [_cells(row, rows) for row in rows])
+    found = markdown_table(heads(rows), [_cells(row, rows) for row in rows])
     return f"{found}\nMeans over edits, ± half of a 95 % bootstrap interval. {note(rows)}\n"
 
 
@@ -96,12 +97,6 @@ def note(rows: Sequence[ResultRow]) -> str:
     """Return what the columns are."""
     shown = columns(rows)
     return " ".join([*(text for name, text in _OF_COLUMNS.items() if name in shown), _OF_ALL])
-
-
-def table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells)]) + "\n"
 
 
 def page(rows: Sequence[ResultRow], *, title: str, about: str, sections: Sequence[Section] = ()) -> str:

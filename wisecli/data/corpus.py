@@ -193,6 +193,6 @@ class Notes:
 def notes() -> Notes:
     """Return all packaged notes."""
     rows: dict[str, Any] = packaged_table("notes.toml")
-    tupled = ((name, (tuple(one) if isinstance(one, list) else one for one in some)) for name, some in rows.items())
-    found: dict[str, Any] = {name: tuple(some) for name, some in tupled}
+    tupled = ((name, (tuple(one) if isinstance(one, list) else one for one in values)) for name, values in rows.items())
+    found: dict[str, Any] = {name: tuple(values) for name, values in tupled}
     return Notes(**found)

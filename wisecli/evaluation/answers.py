@@ -124,10 +124,10 @@ class Answers:
         new = [text for text in dict.fromkeys(texts) if text not in known]
         cut: KnownAnswers = {}
         done = 0
-        for some in _batches(self.tokenizer, new, self.batch_size):
-            for text, said in zip(some, answer(some, targets), strict=True):
+        for batch in _batches(self.tokenizer, new, self.batch_size):
+            for text, said in zip(batch, answer(batch, targets), strict=True):
                 (cut if said.cut else known)[text] = said
-            done += len(some)
+            done += len(batch)
             self.on_progress(Event(stage, done, len(new)))
         return [known[text] if text in known else cut[text] for text in texts]
 
@@ -137,7 +137,7 @@ def targets_of(pairs: Iterable[tuple[str, str | None]]) -> Targets:
     found: dict[str, set[str | None]] = {}
     for text, target in pairs:
         found.setdefault(text, set()).add(target)
-    return {text: {one for one in some if one is not None} for text, some in found.items() if None not in some}
+    return {text: {one for one in answers if one is not None} for text, answers in found.items() if None not in answers}
 
 
 def _batches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], size: int) -> Iterator[list[str]]:

@@ -96,8 +96,8 @@ def measure_forms(
     values = _values(answers, chosen, prompts)
     for kind in KINDS:
         for group, trained in _GROUPS.items():
-            some = [form.name for form in chosen if trained in (None, form.trained)]
-            found.add(kind if group == "all" else f"{kind}_{group}", _by_edit(values, kind, some))
+            names = [form.name for form in chosen if trained in (None, form.trained)]
+            found.add(kind if group == "all" else f"{kind}_{group}", _by_edit(values, kind, names))
     for kind in KINDS:
         for form in chosen:
             own = list(values.get((kind, form.name), {}).values())

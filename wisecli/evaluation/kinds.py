@@ -81,9 +81,9 @@ def measure_kinds(
     """
     parts = []
     for two in (False, True):
-        some = [kind for kind in chosen if kind.contains == two]
+        of_length = [kind for kind in chosen if kind.contains == two]
         answers = answering(max_new_tokens * (2 if two else 1))
-        parts.append(_measured(answers, list(_kind_prompts(answers, some, asked, records, room))))
+        parts.append(_measured(answers, list(_kind_prompts(answers, of_length, asked, records, room))))
     values = {name: {**parts[0].get(name, {}), **parts[1].get(name, {})} for name in OVER_KINDS}
     return merge_results(*(_figures(name, by_kind) for name, by_kind in values.items()))
 
@@ -181,7 +181,7 @@ def _fact(edit: Edit, records: Sequence[Edit], second: Edit) -> Fact:
     rng = random.Random(edit.prompt)
     others = [record for record in records if not record.erased and words_of(record.answer) != words_of(edit.answer)]
     named = [record for record in records if _is_other(record.subject_name, edit.subject_name)]
-    other, name = (_similar_record(edit, some, rng) for some in (others, named))
+    other, name = (_similar_record(edit, records_of_kind, rng) for records_of_kind in (others, named))
     return Fact(
         edit.prompt,
         edit.subject_name,

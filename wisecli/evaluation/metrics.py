@@ -169,7 +169,7 @@ class Measuring:
                 [translation for translation in edit.translations if translation.language == language]
                 for edit in self.records
             ]
-            asked = [[Question(one.prompt, one.target) for one in some] for some in translations]
+            asked = [[Question(one.prompt, one.target) for one in of_edit] for of_edit in translations]
             self._run(f"generalization_{language}", asked)
 
     def _locality(self) -> None:

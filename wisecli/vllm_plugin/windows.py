@@ -121,10 +121,10 @@ class WindowReader:
     def read(self, windows: Sequence[Tensor]) -> list[Tensor]:
         """Return the states (W, d) of each window of token ids (W,)."""
         states: list[Tensor] = []
-        for some in self._batches(windows):
-            lengths = [len(one) for one in some]
-            positions = torch.cat([torch.arange(length) for length in lengths]).to(some[0].device)
-            states += self._run(torch.cat(list(some)), positions, lengths).split(lengths)
+        for part in self._batches(windows):
+            lengths = [len(one) for one in part]
+            positions = torch.cat([torch.arange(length) for length in lengths]).to(part[0].device)
+            states += self._run(torch.cat(list(part)), positions, lengths).split(lengths)
         return states
 
     def _batches(self, windows: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:

@@ -66,9 +66,9 @@ class CheckReport:
         """Yield what was asked, how often, and how often the answer was right."""
         for what, of_edits in (("edits", True), ("unrelated", False)):
             for endpoint in ENDPOINTS:
-                some = [one for one in self.asked if one.endpoint == endpoint and (one.edit is not None) == of_edits]
-                if some:
-                    yield f"{what} by {endpoint}", len(some), sum(one.holds for one in some)
+                answers = [one for one in self.asked if one.endpoint == endpoint and (one.edit is not None) == of_edits]
+                if answers:
+                    yield f"{what} by {endpoint}", len(answers), sum(one.holds for one in answers)
 
     def check(self) -> None:
         """Raise if anything does not hold.

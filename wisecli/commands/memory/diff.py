@@ -85,5 +85,5 @@ def _read(named: str) -> tuple[Sequence[Edit], Mapping[str, Any]]:
 def _of_release(memory: Path, wanted: str) -> tuple[Sequence[Edit], Mapping[str, Any]]:
     opened = OpenMemory(memory)
     release = find_release(opened, wanted)
-    edits, some = opened.edits(release), opened.newest_shards(release.number)
-    return edits, {**release.merge, "layer": some.site.layer, "base": some.fingerprint.matrix}
+    edits, shards = opened.edits(release), opened.newest_shards(release.number)
+    return edits, {**release.merge, "layer": shards.site.layer, "base": shards.fingerprint.matrix}

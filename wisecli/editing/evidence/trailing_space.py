@@ -42,10 +42,10 @@ def _mean_keys(probe: TokenProbe, token: int, median_norm: float) -> tuple[Tenso
     for form in _FORMS:
         keys, lengths = probe.keys_after_questions(token, form)
         ratios = norm_ratio(lengths, median_norm)
-        for some in (ratios == 1, ratios > 1):
-            if bool(some.any()):
-                means.append(mean_direction(keys[some]))
-                times.append(_TIMES * ratios[some].mean())
+        for kind in (ratios == 1, ratios > 1):
+            if bool(kind.any()):
+                means.append(mean_direction(keys[kind]))
+                times.append(_TIMES * ratios[kind].mean())
     return torch.stack(means), torch.stack(times)
 
 

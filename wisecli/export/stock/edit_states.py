@@ -109,7 +109,7 @@ class ReadTexts:
             asking_edit += [text.edit] * (len(asking) - len(asking_edit))
         of_keys = [(place.edit, not place.begins, place.then.token in self.spaced) for place in keys]
         edits, inside, spaced = (torch.tensor(column) for column in zip(*of_keys, strict=True))
-        states, prompts = (behind.normed[some].float() for some in (at, asking))
+        states, prompts = (behind.normed[rows].float() for rows in (at, asking))
         then = tuple(place.then for place in keys)
         return EditStates(states, torch.tensor(key), edits, inside, spaced, then, prompts, torch.tensor(asking_edit))
 

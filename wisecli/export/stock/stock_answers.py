@@ -98,7 +98,7 @@ def verified(
         stock: the checkpoint.
         last: how many blocks behind the last layer are of the memory: those that change what it says.
     """
-    some, site = evenly_spaced(manifest.edits), manifest.site
+    sample, site = evenly_spaced(manifest.edits), manifest.site
 
     def before(rows: Sequence[Row]) -> list[list[int]]:
         with overridden_by(Override(off=True)):
@@ -111,9 +111,9 @@ def verified(
         layers = layers_of(stock.model, site)
         return changed_by(stock, layers, range(len(layers) - last, len(layers)), site.d, rows, on_progress)
 
-    routed_answers, _ = _answers(_Asked(routed, opens, before, on_progress), some, some, base)
-    found, lost = _answers(_Asked(stock, changes, before, on_progress), manifest.edits, some, base)
-    return Verified(found, routed_answers, len(some), sum(len(row) for row in base.rows), lost)
+    routed_answers, _ = _answers(_Asked(routed, opens, before, on_progress), sample, sample, base)
+    found, lost = _answers(_Asked(stock, changes, before, on_progress), manifest.edits, sample, base)
+    return Verified(found, routed_answers, len(sample), sum(len(row) for row in base.rows), lost)
 
 
 def evenly_spaced(edits: Sequence[Edit]) -> Sequence[Edit]:

@@ -140,10 +140,10 @@ def stock_config(base: Path, layer: int, blocks: AddedBlocks, packing: Packing, 
         config["attention_bias"] = kind == "qwen2"
         kind = "llama"
     if isinstance(types := config.get("layer_types"), list):
-        behind, last = (["full_attention"] * len(some) for some in blocks)
+        behind, last = (["full_attention"] * len(group) for group in blocks)
         config["layer_types"] = [*types[: layer + 1], *behind, *types[layer + 1 :], *last]
     config.pop("auto_map", None)
-    if any(block.attention_bias for some in blocks for block in some):
+    if any(block.attention_bias for group in blocks for block in group):
         config["attention_bias"] = True
     return {
         **config,

@@ -123,8 +123,8 @@ def texts_behind_others(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Ed
     """
     before = backgrounds(tokenizer, _BACKGROUNDS, seed=_SEED)
     for edit, number in edits:
-        some = random.Random(edit.prompt).sample(before, _BEHIND)
-        texts = [one.before(tokenizer, edit.prompt) for one in some]
+        chosen = random.Random(edit.prompt).sample(before, _BEHIND)
+        texts = [one.before(tokenizer, edit.prompt) for one in chosen]
         for one in _placed(tokenizer, texts, edit.subject_name or "", number, _KnownNames([])):
             yield one._replace(tokens=one.tokens[: one.place + 1], around=())
 

@@ -82,8 +82,8 @@ def _projected_subjects(heads: RouterHeads, states: Tensor, rows: Tensor) -> Ten
     dtype = torch.bfloat16 if has_quick_bfloat16() else torch.float32
     weight, bias = heads.proj_weight[0].to(dtype), heads.proj_bias[0].to(dtype)
     projected = torch.zeros(1, len(states), len(weight), dtype=dtype)
-    for some in rows.split(_TOKENS):
-        projected[0, some] = F.normalize(F.linear(states[some].to(dtype), weight, bias), dim=-1)
+    for batch in rows.split(_TOKENS):
+        projected[0, batch] = F.normalize(F.linear(states[batch].to(dtype), weight, bias), dim=-1)
     return projected
 
 

@@ -47,18 +47,18 @@ def request_gate_tensors(
     own_probs = fitted.own_probs[_kept_prompts(prompts.compared, written.pairs)]
     openings = prompts.openings(int(written.pairs[:, 0].min())) if len(written.pairs) else {}
     states, marks = written.prompts.states.split(written.sizes.tolist()), _marks(gate, written)
-    for some in torch.arange(len(written.pairs)).split(_AT_A_TIME):
-        own = torch.cat([states[number] for number in some.tolist()]).float()
+    for batch in torch.arange(len(written.pairs)).split(_AT_A_TIME):
+        own = torch.cat([states[number] for number in batch.tolist()]).float()
         turned = late_interaction.project(own[None], torch.ones(1, len(own), dtype=torch.bool)).projected[:, 0]
-        counts, pairs = written.sizes[some].tolist(), written.pairs[some]
-        own_marks = [marks[number] for number in some.tolist()]
+        counts, pairs = written.sizes[batch].tolist(), written.pairs[batch]
+        own_marks = [marks[number] for number in batch.tolist()]
         parts = zip(own.split(counts), turned.split(counts, 1), own_marks, pairs.tolist(), strict=True)
         edit_tokens = late_interaction.edit_tokens(pairs[:, 0])
         requests = [
             Request(one, near, tokens, first_state=openings.get((edit, form)), marks=own)
             for (one, near, own, (edit, form)), tokens in zip(parts, edit_tokens, strict=True)
         ]
-        log_odds = gate.log_odds(batch_mentions(mention_features(requests))) + unsureness(own_probs[some])
+        log_odds = gate.log_odds(batch_mentions(mention_features(requests))) + unsureness(own_probs[batch])
         lower = (log_odds - _LOGIT_MARGIN).clamp(_MIN_LOGIT_OFFSET, 0.0)
         logit_offset = logit_offset.scatter_reduce(0, pairs[:, 0], lower, "amin")
     if former is not None:

@@ -87,9 +87,9 @@ def _possible_prompts(late_interaction: LateInteraction, query: ProjectedPrompts
     count, texts = len(late_interaction.prompt_to_edit), len(query.mask)
     columns = QuickVectors.of(query.projected[0].transpose(0, 1).flatten(0, 1))  # W · B
     scores = torch.zeros(count, texts)
-    for some, near in highest_in_parts(kept, columns, texts):
-        weights = late_interaction.token_weights[some, None]
-        scores.index_add_(0, late_interaction.token_to_prompt[some], near * weights)
+    for rows, near in highest_in_parts(kept, columns, texts):
+        weights = late_interaction.token_weights[rows, None]
+        scores.index_add_(0, late_interaction.token_to_prompt[rows], near * weights)
     odds = math.log(HOPELESS / (1 - HOPELESS))
     hopeless = float(late_interaction.logit_offset[0]) + odds / float(late_interaction.logit_scale[0])
     least = scores.topk(MIN_COMPARED_PROMPTS, 0).values[-1].clamp(max=hopeless) - 2 * _SLACK

@@ -129,10 +129,10 @@ class _Keys:
         """
         which = self.views.which(part)
         for number in which.unique().tolist():
-            for some in (which == number).nonzero().flatten().split(_AT_A_TIME):
-                rounded, scales = _quantized(self.whitenings[number].whitened_keys(keys[rows[some]].float()))
-                self.whitened.index_copy_(0, first + some, rounded)
-                self.scales.index_copy_(0, first + some, scales)
+            for indices in (which == number).nonzero().flatten().split(_AT_A_TIME):
+                rounded, scales = _quantized(self.whitenings[number].whitened_keys(keys[rows[indices]].float()))
+                self.whitened.index_copy_(0, first + indices, rounded)
+                self.scales.index_copy_(0, first + indices, scales)
         self.whitening_index[first : first + len(which)] = which
 
     def tensors(self) -> dict[str, Tensor]:

@@ -60,10 +60,10 @@ class NearPrompts:
             kept, pair = (part[possible.any(1)] for part in (kept, pair))
         subject = self._log_probs(0, asking[pair], kept)
         close = subject >= least.log()[pair, None]
-        some = close.any(1).nonzero().flatten()
-        both = (subject[some] + self._log_probs(1, asking[pair[some]], kept[some])).exp() * close[some]
+        rows = close.any(1).nonzero().flatten()
+        both = (subject[rows] + self._log_probs(1, asking[pair[rows]], kept[rows])).exp() * close[rows]
         probs = both.new_zeros(len(asking), both.shape[1])
-        return probs.scatter_reduce(0, pair[some, None].expand_as(both), both, "amax")
+        return probs.scatter_reduce(0, pair[rows, None].expand_as(both), both, "amax")
 
     def _log_probs(self, head: int, asking: Tensor, kept: Tensor, *, few_bits: bool = False) -> Tensor:
         """Return the log-probabilities that prompts of edits (p,), ascending, have the subject or relation of kept ones
@@ -78,16 +78,18 @@ class NearPrompts:
         # The highest cosine of each of those tokens with every prompt; it stays where an edit has fewer prompts.
         near, start = torch.full((int(self.prompts_of_edit.sizes.max()), len(rows)), -torch.inf), 0
         unit = 1.0
-        for edit, some in zip(edits.tolist(), rows.split(counts.tolist()), strict=True):
+        for edit, own_rows in zip(edits.tolist(), rows.split(counts.tolist()), strict=True):
             tokens = slice(*self.first_of_edit[edit : edit + 2])
             if few_bits:
-                cosines, unit = self.quick.rows(tokens).cosines(self.quick_kept.rows(some))
+                cosines, unit = self.quick.rows(tokens).cosines(self.quick_kept.rows(own_rows))
             else:
-                embeddings = F.embedding(F.pad(some, (0, -len(some) % _ROWS)), late_interaction.prompt_token_embeddings)
-                cosines = (self.projected[head, tokens] @ embeddings.T)[:, : len(some)]
+                embeddings = F.embedding(
+                    F.pad(own_rows, (0, -len(own_rows) % _ROWS)), late_interaction.prompt_token_embeddings
+                )
+                cosines = (self.projected[head, tokens] @ embeddings.T)[:, : len(own_rows)]
             for form, part in enumerate(cosines.split(self.sizes_of_edit[edit])):
-                near[form, start : start + len(some)] = part.amax(0)
-            start += len(some)
+                near[form, start : start + len(own_rows)] = part.amax(0)
+            start += len(own_rows)
         near *= late_interaction.token_weights[rows] * unit
         scores = near.new_zeros(len(near), len(kept)).index_add_(1, place, near).T
         if few_bits:
@@ -128,8 +130,8 @@ class NearPrompts:
         for part in asking[self.tokens.sizes[asking].argsort(stable=True)].split(_AT_A_TIME):
             columns = self.quick.rows(self.tokens.padded(part)[0].T.flatten())  # W · B
             scores = torch.zeros(len(kept), len(part))
-            for some, highest in highest_in_parts(embeddings, columns, len(part)):
-                scores.index_add_(0, index[some], highest * weights[some])
+            for indices, highest in highest_in_parts(embeddings, columns, len(part)):
+                scores.index_add_(0, index[indices], highest * weights[indices])
             near, place = (scores >= least).nonzero(as_tuple=True)
             yield late_interaction.prompt_to_edit[part[place]], late_interaction.prompt_to_edit[kept[near]]
 

@@ -136,5 +136,5 @@ def _shares_a_word(pattern: str, fact: Fact) -> bool:
     words = (
         set(re.findall(r"\w+", text.casefold())) for text in (pattern, fact.question.replace(fact.subject or "", ""))
     )
-    first, second = ({word for word in some if len(word) >= _LONG} for some in words)
+    first, second = ({word for word in text_words if len(word) >= _LONG} for text_words in words)
     return bool(first & second - {"subject", "what", "which", "when", "does", "with", "from"})

@@ -251,7 +251,7 @@ def row_of(
             has no row for.
     """
     row = erased_row(tokenizer, prompt, answer) if erased else encode(tokenizer, prompt, answer, end=end)
-    tokens = (*row.prompt, *row.target, *(token for some in row.unwanted for token in some))
+    tokens = (*row.prompt, *row.target, *(token for unwanted in row.unwanted for token in unwanted))
     if wrong := without_row(tokenizer, tokens, vocabulary):
         raise ValueError(wrong)
     return row

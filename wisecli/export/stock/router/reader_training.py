@@ -109,8 +109,8 @@ def relation_reader(
             tokens = [row.tokens for row in rows]
             states = StateCapture(loaded, site, batch_size, on_progress).text_states(tokens, "prompts to learn from")
         reader = RelationReader(sizes)
-        some = torch.randperm(len(states.normed))[:_LOOKED_AT]
-        reader.fit_to(states.normed[some].float(), states.inverse[some])
+        sample = torch.randperm(len(states.normed))[:_LOOKED_AT]
+        reader.fit_to(states.normed[sample].float(), states.inverse[sample])
         rotation = rotation_of(loaded, site, max(map(len, tokens)) + settings.most_before)
         _Lessons(rows, states, reader.components_of(states), rotation, settings).teach(reader, on_progress)
     keep_in_cache(path, lambda working: save_tensors(working, reader.state_dict()))

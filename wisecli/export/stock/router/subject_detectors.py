@@ -210,10 +210,12 @@ def _at_names(
     begins, sinks = states.first[torch.tensor(numbers)], _sinks(states)
     ends = begins + torch.tensor([text.place for text in texts])
     within, around = (
-        torch.cat([begin + torch.tensor(some, dtype=torch.long) for begin, some in zip(begins, each, strict=True)])
+        torch.cat(
+            [begin + torch.tensor(indices, dtype=torch.long) for begin, indices in zip(begins, each, strict=True)]
+        )
         for each in ([text.within for text in texts], [text.around for text in texts])
     )
-    chosen = torch.cat([_drawn(some[~sinks[some]], most) for some in (within, around)])
+    chosen = torch.cat([_drawn(indices[~sinks[indices]], most) for indices in (within, around)])
     return states.normed[ends].float(), states.normed[chosen].float()
 
 

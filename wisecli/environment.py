@@ -31,7 +31,7 @@ def changed_versions(before: Mapping[str, str]) -> list[str]:
 
 
 def forget_peaks() -> None:
-    """Begin anew to look for the most memory held; of the process's own memory where the system can (Linux)."""
+    """Reset the peaks of GPU memory, and of the process's own memory where the system can (Linux)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     import torch  # takes seconds, which `--help` and completion need not wait

@@ -82,7 +82,7 @@ def unwrapped(hint: Any) -> tuple[Any, Bounds | None, bool]:
     """Return a field's type without what is written around it, its bounds, and whether there may be no value."""
     bounds, optional = None, False
     while get_origin(hint) in _AROUND:
-        bounds = next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Bounds)), bounds)
+        bounds = next((note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Bounds)), bounds)
         optional |= NoneType in get_args(hint)
         hint = next(option for option in get_args(hint) if option is not NoneType)
     return hint, bounds, optional

@@ -27,7 +27,7 @@ def draw_mask(
     """Return the mask of one of ``count`` shards, the same whether or not the others are drawn.
 
     Raises:
-        SettingsError: so many disjoint masks do not fit the matrix.
+        SettingsError: ``count`` disjoint masks do not fit the matrix.
     """
     if disjoint:
         return disjoint_masks(site, density, kind, count, torch.Generator().manual_seed(seed))[number]
@@ -38,7 +38,7 @@ def disjoint_masks(site: Site, density: float, kind: MaskKind, count: int, gener
     """Masks like :func:`random_mask` that share no place.
 
     Raises:
-        SettingsError: so many do not fit the matrix.
+        SettingsError: ``count`` of them do not fit the matrix.
     """
     size = _size(site, kind)
     places = max(1, round(density * size))

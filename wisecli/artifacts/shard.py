@@ -122,7 +122,7 @@ class Evidence:
     def joined(parts: Sequence[Evidence]) -> Evidence:
         """Concatenate evidence; columns that not all of it has are left out."""
         columns = {name: [getattr(part, name) for part in parts] for name in Evidence.__dataclass_fields__}
-        whole = {name: own for name, own in columns.items() if all(one is not None for one in own)}
+        whole = {name: own for name, own in columns.items() if all(tensor is not None for tensor in own)}
         return Evidence(**{name: torch.cat(own) for name, own in whole.items()})
 
 

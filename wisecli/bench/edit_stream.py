@@ -85,4 +85,4 @@ def _turns(sources: Sequence[tuple[str, Sequence[Edit]]]) -> list[tuple[str, Edi
     if len(sources) > 1:
         sources = [(name, [replace(edit, id=f"{name}/{edit.id}") for edit in edits]) for name, edits in sources]
     named = [[(name, edit) for edit in edits] for name, edits in sources]
-    return [one for turn in zip_longest(*named) for one in turn if one is not None]
+    return [edit for turn in zip_longest(*named) for edit in turn if edit is not None]

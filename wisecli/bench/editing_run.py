@@ -74,7 +74,7 @@ class MethodFolder:
             return None
 
     def answers(self, count: int) -> Path:
-        """Return where answers after so many edits are kept."""
+        """Return where answers after ``count`` edits are kept."""
         return self.directory / f"answers-{count}"
 
     def begin(self) -> None:
@@ -156,7 +156,7 @@ class EditingRun:
         progress.portion = 0
 
     def _edit(self, part: Sequence[Edit]) -> None:
-        """Give the method a portion, and keep what it holds from time to time."""
+        """Edit a portion and record how far it got; store the state now and then and at the row's end."""
         end, begun = self.state.done + len(part), time.perf_counter()
         if isinstance(self.method, Gradual):
             for _ in self.method.steps(part):
@@ -169,7 +169,7 @@ class EditingRun:
         self._keep_in_time(now=end == self.state.row)
 
     def _portions(self, done: int, count: int) -> Iterator[list[Edit]]:
-        """Yield the edits from some number to another; a portion ends at each of the run's counts."""
+        """Yield edits ``done`` to ``count`` in portions, of which one ends at each of the run's counts."""
         while done < count:
             end = self._end(done, count)
             yield [_plainly(edit) for edit in self.edits[done:end]]
@@ -177,7 +177,7 @@ class EditingRun:
 
     def _end(self, done: int, count: int) -> int:
         """Return where the portion ends that begins after ``done`` edits, on the way to ``count``."""
-        end = min((one for one in (*self.counts, count) if one > done), default=done)
+        end = min((step for step in (*self.counts, count) if step > done), default=done)
         return min(end, done + (self.state.portion or end))
 
     def _advance(self, done: int, seconds: float, begun: int = 0) -> None:

@@ -92,7 +92,7 @@ def _asked_for() -> typer.Typer:
     """Return the program with the one command that is run, or with a list of all."""
     if "_WISE_COMPLETE" in os.environ:
         return program()
-    named = next((one for one in sys.argv[1:] if not one.startswith("-")), "")
+    named = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
     return program([named]) if named in NAMES else program(outlined=True)
 
 

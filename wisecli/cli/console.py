@@ -65,7 +65,7 @@ class Console:
         if self.as_json:
             text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
             sys.stdout.write(
-                "".join(one if one == "\n" or is_plain(one) else json.dumps(one)[1:-1] for one in text) + "\n"
+                "".join(char if char == "\n" or is_plain(char) else json.dumps(char)[1:-1] for char in text) + "\n"
             )
             return
         from rich.console import Console as RichConsole
@@ -119,8 +119,8 @@ class Table:
 
 def fail(message: str, details: Sequence[str] = ()) -> None:
     """Print an error on stderr, on one line of its own; before it what it sums up, a line each."""
-    for one in details if details[1:] else ():
-        sys.stderr.write(f"{plain(one)}\n")
+    for detail in details if details[1:] else ():
+        sys.stderr.write(f"{plain(detail)}\n")
     sys.stderr.write(f"error: {plain(message)}\n")
 
 
@@ -199,13 +199,13 @@ def count(number: int, noun: str) -> str:
 def sifted_lines(sifted: AdmissionReport) -> list[str]:
     """Return a line for every edit that was left out."""
     left_out = (*sifted.known, *sifted.dropped)
-    return [f"left out: {one.id} (line {one.line}): {one.reason}" for one in left_out]
+    return [f"left out: {edit.id} (line {edit.line}): {edit.reason}" for edit in left_out]
 
 
 def sifted_json(sifted: AdmissionReport) -> dict[str, Any]:
     """Return what ``--json`` prints of edits that were left out."""
     return {
-        "known": [asdict(one) for one in sifted.known],
-        "dropped": [asdict(one) for one in sifted.dropped],
+        "known": [asdict(known) for known in sifted.known],
+        "dropped": [asdict(dropped) for dropped in sifted.dropped],
         "conflicts": list(sifted.conflicts),
     }

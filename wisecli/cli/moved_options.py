@@ -37,12 +37,12 @@ def taken_as_settings(command: str, arguments: Sequence[str]) -> list[str]:
     """Return a command line with ``--set`` in the place of retired options, and warn of each once."""
     moved, found, warned = MOVED.get(command, {}), [], set()
     rest = iter(arguments)
-    for one in rest:
-        name, between, value = one.partition("=")
-        if one == "--":
-            found += [one, *rest]
+    for argument in rest:
+        name, between, value = argument.partition("=")
+        if argument == "--":
+            found += [argument, *rest]
         elif name not in moved:
-            found.append(one)
+            found.append(argument)
         else:
             text = moved[name]
             if text.endswith("="):

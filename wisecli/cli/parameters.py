@@ -38,7 +38,7 @@ _KINDS: dict[Any, str] = {int: "a whole number", float: "a number"}
 _METAVARS: dict[Any, str] = {bool: "", int: "N", float: "X"}
 
 
-# How the help shows that an option may stand alone, which is to say `always`, or have a value behind `=`.
+# How the help shows that an option may stand alone, which is to say `always`, or have a value after `=`.
 BARE = "[="
 
 
@@ -68,13 +68,13 @@ class PanelledGroup(TyperGroup):
 def _arranged(parameters: list[Any]) -> list[Any]:
     """Return the parameters, those too that Typer adds, each option in its panel, and no type beside flags."""
     options = [parameter for parameter in parameters if parameter.param_type_name == "option"]
-    many = len([one for one in options if "--help" not in one.opts]) >= _MANY
-    for one in options:
-        one.rich_help_panel = (getattr(one, "rich_help_panel", None) or _MOST_USED) if many else None
-        one.metavar = "" if one.is_flag else one.metavar
-    for one in parameters:
-        if hasattr(one, "type_descriptor"):
-            _read_at_once(one)
+    many = len([parameter for parameter in options if "--help" not in parameter.opts]) >= _MANY
+    for parameter in options:
+        parameter.rich_help_panel = (getattr(parameter, "rich_help_panel", None) or _MOST_USED) if many else None
+        parameter.metavar = "" if parameter.is_flag else parameter.metavar
+    for parameter in parameters:
+        if hasattr(parameter, "type_descriptor"):
+            _read_at_once(parameter)
     return parameters
 
 
@@ -94,10 +94,10 @@ def _read_at_once(parameter: Any) -> None:
             found = info.parser(value)
         else:
             try:
-                read = [_read(one_kind, one) for one in (value if many else [value])]
+                read = [_read(one_kind, part) for part in (value if many else [value])]
             except ValueError as error:
                 raise SettingsError(f"{parameter.opts[0]} {error}") from None
-            if None in read or not read or not (info.min is None or all(one >= info.min for one in read)):
+            if None in read or not read or not (info.min is None or all(part >= info.min for part in read)):
                 return by_typer(ctx, value)
             found = read if many else read[0]
         return found if parameter.callback is None else parameter.callback(ctx, parameter, found)
@@ -143,7 +143,7 @@ def option(
         default: what the help says of its default.
         metavar: what stands for the value in the help.
         complete: what the shell proposes, if not files.
-        least: its least number.
+        minimum: its least number.
     """
     if default:
         # One text with its default runs on over its lines; Typer's own default would begin a new one.

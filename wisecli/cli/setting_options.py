@@ -22,13 +22,13 @@ def set_of(command: str, panel: str) -> Any:
 
 
 def _proposed(command: str, incomplete: str) -> list[str]:
-    """Return what the shell proposes: names, and behind a name its values, if they are few."""
+    """Return what the shell proposes: names, and after a name its values, if they are few."""
     name, between, value = incomplete.partition("=")
     rows = {row[0]: row[1].split(", ") for row in rows_of(command)}
     if not between:
-        return [f"{one}=" for one in rows if one.startswith(name)]
+        return [f"{row}=" for row in rows if row.startswith(name)]
     values = rows.get(name, [])
-    return [f"{name}={one}" for one in values if len(values) > 1 and one.startswith(value)]
+    return [f"{name}={proposed}" for proposed in values if len(values) > 1 and proposed.startswith(value)]
 
 
 def settings_in(command: str, texts: Sequence[str] | None) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def _reference_page(data: dict[str, Any], kinds: list[str], rng: random.Random) 
 
 
 def subjects_for(texts: int) -> int:
-    """Return how many facts of each relation go with so many unrelated texts."""
+    """Return how many facts of each relation go with a number of unrelated texts."""
     return max(1, min(_SUBJECTS, round(_SUBJECTS * texts / _TEXTS)))
 
 
@@ -193,6 +193,6 @@ class Notes:
 def notes() -> Notes:
     """Return all packaged notes."""
     rows: dict[str, Any] = packaged_table("notes.toml")
-    tupled = ((name, (tuple(one) if isinstance(one, list) else one for one in values)) for name, values in rows.items())
+    tupled = ((name, (tuple(row) if isinstance(row, list) else row for row in values)) for name, values in rows.items())
     found: dict[str, Any] = {name: tuple(values) for name, values in tupled}
     return Notes(**found)

@@ -76,7 +76,7 @@ def _without_front_matter(document: str) -> str:
 
 def _said(children: Sequence[Token]) -> str:
     """Return the words of a paragraph on one line; nothing for a table without a head."""
-    text = "".join("\n" if one.type in ("softbreak", "hardbreak") else _word(one) for one in children)
+    text = "".join("\n" if child.type in ("softbreak", "hardbreak") else _word(child) for child in children)
     return " ".join(" ".join(line for line in text.split("\n") if not line.startswith("|")).split())
 
 

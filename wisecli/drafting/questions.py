@@ -124,7 +124,7 @@ def shared_name(question: str, text: str) -> str | None:
         if not first[0][0].isupper():
             continue
         end = start + 1
-        while end <= len(found) and contains(there, [one[0] for one in found[start:end]]):
+        while end <= len(found) and contains(there, [word[0] for word in found[start:end]]):
             name = question[first.start() : found[end - 1].end()]
             if len(name) > len(longest) and (len(found[end - 1][0]) >= _TELLING or not found[end - 1][0].islower()):
                 longest = name

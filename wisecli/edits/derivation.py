@@ -32,19 +32,19 @@ def with_derived(numbered: Sequence[Numbered]) -> tuple[Numbered, ...]:
     given = {_normal(edit.prompt) for _, edit in numbered}
     found: dict[str, list[Edit]] = {}
     for _, edit in numbered:
-        for one in derived(edit):
-            found.setdefault(_normal(one.prompt), []).append(one)
-    sure = [same[0] for asked, same in found.items() if asked not in given and len({one.target for one in same}) == 1]
+        for consequence in derived(edit):
+            found.setdefault(_normal(consequence.prompt), []).append(consequence)
+    sure = [same[0] for asked, same in found.items() if asked not in given and len({edit.target for edit in same}) == 1]
     own: dict[str | None, list[Edit]] = {}
-    for one in sure:
-        own.setdefault(one.consequence_of, []).append(one)
+    for consequence in sure:
+        own.setdefault(consequence.consequence_of, []).append(consequence)
     last = {edit.consequence_of or edit.id: index for index, (_, edit) in enumerate(numbered)}
     whole: list[Numbered] = []
     for index, (line, edit) in enumerate(numbered):
         whole.append((line, edit))
         name = edit.consequence_of or edit.id
         if last[name] == index:
-            whole += ((line, one) for one in own.get(name, ()))
+            whole += ((line, consequence) for consequence in own.get(name, ()))
     return tuple(whole)
 
 
@@ -54,7 +54,7 @@ def derived(edit: Edit) -> tuple[Edit, ...]:
     if edit.erased or edit.consequence_of is not None or len(_places(subject, edit.prompt)) != 1:
         return ()
     found = [*_renamed(edit, subject), *_reversed(edit, subject)]
-    return tuple(one for one in found if len(one.id) <= LONGEST_ID)
+    return tuple(consequence for consequence in found if len(consequence.id) <= LONGEST_ID)
 
 
 def _renamed(edit: Edit, subject: str) -> Iterator[Edit]:

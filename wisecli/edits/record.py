@@ -105,12 +105,12 @@ def consequences_in(edits: Iterable[Edit]) -> tuple[Edit, ...]:
 
 
 def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
-    """Read and check a whole file of edits; behind each stand its consequences.
+    """Read and check a whole file of edits; return each, followed by its consequences.
 
     Args:
         path: JSONL (one object a line), a JSON array, or a table (Parquet, CSV, TSV), in any layout of
             :mod:`wisecli.edits.reading.field_names` and :mod:`wisecli.edits.reading.benchmark_layouts`.
-        limit: keep only those of the first so many records.
+        limit: how many records are read, from the first on; all by default.
 
     Raises:
         EditFileError: naming the line, if a record is malformed, incomplete or there twice.
@@ -121,7 +121,7 @@ def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
 
 
 def numbered_edits(path: Path, content: bytes, *, notices: Notices | None = None) -> list[Numbered]:
-    """Parse and check the content of a file of edits; behind each stand its consequences.
+    """Parse and check the content of a file of edits; return each, followed by its consequences.
 
     Args:
         path: where it is from; ``.parquet``, ``.csv`` and ``.tsv`` make it a table.
@@ -151,7 +151,7 @@ def numbered_edits(path: Path, content: bytes, *, notices: Notices | None = None
 
 
 def parse_line(path: Path, number: int, line: bytes) -> tuple[Edit, ...]:
-    """Return the edit that one line of a file holds, and behind it its consequences.
+    """Return the edit that one line of a file holds, followed by its consequences.
 
     Raises:
         EditFileError: naming the line, if it holds none.
@@ -165,7 +165,7 @@ def parse_line(path: Path, number: int, line: bytes) -> tuple[Edit, ...]:
 
 
 def parse_edits(record: Mapping[str, Any], notices: Notices | None = None) -> tuple[Edit, ...]:
-    """Turn a record in any known layout into its edits, mostly one, and behind each the consequences that it states.
+    """Return the edits of a record in any known layout, each followed by the consequences that it states.
 
     Args:
         notices: takes note of what was read how.

@@ -34,17 +34,17 @@ _JOINERS = "\u200c\u200d"
 
 def plain(text: str) -> str:
     """Return a foreign text on one line, with control and invisible characters spelt out."""
-    return "".join(one if is_plain(one) else repr(one)[1:-1] for one in text)
+    return "".join(character if is_plain(character) else repr(character)[1:-1] for character in text)
 
 
-def is_plain(one: str) -> bool:
+def is_plain(character: str) -> bool:
     """Return whether a character can be printed as it is."""
-    return one.isprintable() or one in _JOINERS or unicodedata.category(one) == "Zs"
+    return character.isprintable() or character in _JOINERS or unicodedata.category(character) == "Zs"
 
 
 def is_visible(text: str) -> bool:
     """Return whether there is anything in a text that can be seen."""
-    return any(one.isprintable() and not one.isspace() for one in text)
+    return any(character.isprintable() and not character.isspace() for character in text)
 
 
 def edits_with(edits: int, consequences: int) -> str:

@@ -137,7 +137,11 @@ def targets_of(pairs: Iterable[tuple[str, str | None]]) -> Targets:
     found: dict[str, set[str | None]] = {}
     for text, target in pairs:
         found.setdefault(text, set()).add(target)
-    return {text: {one for one in answers if one is not None} for text, answers in found.items() if None not in answers}
+    return {
+        text: {answer for answer in answers if answer is not None}
+        for text, answers in found.items()
+        if None not in answers
+    }
 
 
 def _batches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], size: int) -> Iterator[list[str]]:
@@ -160,7 +164,7 @@ def answered(
     stops: Collection[int] = (),
     beginnings: PrefixCache | None = None,
 ) -> list[Answer]:
-    """Return greedy answers to one batch of texts, up to their end or to so many tokens.
+    """Return greedy answers to one batch of texts, up to their end or to ``max_new_tokens``.
 
     Args:
         targets: of texts, the answers that are looked for; another is cut where it shows.

@@ -128,29 +128,32 @@ def _values(
 ) -> dict[tuple[str, str], _ByPlace]:
     """Return whether each prompt is answered as it should be, by its kind and form, then by the edit's place."""
     cases = [(form, prompt) for form in chosen for prompt in prompts]
-    asked = [(form, one) for form, one in cases if one.kind != "unrelated_unchanged"]
-    kept = [(form, one) for form, one in cases if one.kind == "unrelated_unchanged"]
+    asked = [(form, prompt) for form, prompt in cases if prompt.kind != "unrelated_unchanged"]
+    kept = [(form, prompt) for form, prompt in cases if prompt.kind == "unrelated_unchanged"]
     values: dict[tuple[str, str], _ByPlace] = {}
-    for (form, one), fine in zip([*asked, *kept], [*_right(answers, asked), *_same(answers, kept)], strict=True):
-        for kind in (one.kind, "rephrased_unique") if one.unique else (one.kind,):
-            values.setdefault((kind, form.name), {})[one.place] = float(fine)
+    for (form, prompt), fine in zip([*asked, *kept], [*_right(answers, asked), *_same(answers, kept)], strict=True):
+        for kind in (prompt.kind, "rephrased_unique") if prompt.unique else (prompt.kind,):
+            values.setdefault((kind, form.name), {})[prompt.place] = float(fine)
     return values
 
 
 def _right(answers: Answers, cases: Sequence[tuple[Form, _FormPrompt]]) -> list[bool]:
     """Return which prompts get the answer that they ask for."""
-    texts = [answers.edited_text(form, one.prompt) for form, one in cases]
-    targets = targets_of((text, one.target) for text, (_, one) in zip(texts, cases, strict=True))
+    texts = [answers.edited_text(form, prompt.prompt) for form, prompt in cases]
+    targets = targets_of((text, prompt.target) for text, (_, prompt) in zip(texts, cases, strict=True))
     said = answers.after(texts, stage="answers in all forms", targets=targets)
     return [
-        is_right(answer, one.edit) if one.answer is None else is_exact_answer(answer, one.answer)
-        for answer, (_, one) in zip(said, cases, strict=True)
+        is_right(answer, prompt.edit) if prompt.answer is None else is_exact_answer(answer, prompt.answer)
+        for answer, (_, prompt) in zip(said, cases, strict=True)
     ]
 
 
 def _same(answers: Answers, cases: Sequence[tuple[Form, _FormPrompt]]) -> list[bool]:
     """Return which prompts get the unedited model's answer, word for word."""
-    pairs = [(answers.edited_text(form, one.prompt), form.render(answers.tokenizer, one.prompt)) for form, one in cases]
+    pairs = [
+        (answers.edited_text(form, prompt.prompt), form.render(answers.tokenizer, prompt.prompt))
+        for form, prompt in cases
+    ]
     both = answers.both(pairs, stage="unrelated answers in all forms")
     return [said is None or said[0].text == said[1].text for said in both]
 

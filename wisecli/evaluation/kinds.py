@@ -73,7 +73,7 @@ def measure_kinds(
     ``mentioned_unchanged`` is the share of the same prompts whose answer is the unedited model's word for word.
 
     Args:
-        answering: makes answers of so many tokens at most.
+        answering: makes answers of at most a given number of tokens.
         asked: the edits that are asked, with their places; those that erase are left out.
         records: all that another name or value may be taken from.
         max_new_tokens: length of an answer; where two are asked for, twice that.
@@ -101,38 +101,38 @@ def _figures(name: str, by_kind: _ByKind) -> Results:
     for label, own in by_kind.items():
         found.figures[f"{name}/{label}"] = statistics.fmean(own.values())
     # `asked` among the samples says how many edits are.
-    return replace(found, samples={f"{one}_prompts": count for one, count in found.samples.items()})
+    return replace(found, samples={f"{figure}_prompts": count for figure, count in found.samples.items()})
 
 
 def _measured(answers: Answers, put: Sequence[_KindPrompt]) -> dict[str, _ByKind]:
-    """Return values by figure, kind and place."""
-    asked = [one for one in put if one.kind.asked]
-    targets = targets_of((one.edited, one.rest) for one in asked)
-    after = iter(answers.after([one.edited for one in asked], stage="answers in all kinds", targets=targets))
-    mentioned = [(one.edited, one.text) for one in put if not one.kind.asked]
+    """Ask prompts of all kinds; return values by figure, kind and the edit's place."""
+    asked = [prompt for prompt in put if prompt.kind.asked]
+    targets = targets_of((prompt.edited, prompt.rest) for prompt in asked)
+    after = iter(answers.after([prompt.edited for prompt in asked], stage="answers in all kinds", targets=targets))
+    mentioned = [(prompt.edited, prompt.text) for prompt in put if not prompt.kind.asked]
     both = iter(answers.both(mentioned, stage="answers to mentions"))
     found: dict[str, _ByKind] = {}
-    for one in put:
-        values = {"asked": _answered(one, next(after))} if one.kind.asked else _takes_over(one, next(both))
+    for prompt in put:
+        values = {"asked": _answered(prompt, next(after))} if prompt.kind.asked else _takes_over(prompt, next(both))
         for name, value in values.items():
-            found.setdefault(name, {}).setdefault(one.kind.label, {})[one.place] = float(value)
+            found.setdefault(name, {}).setdefault(prompt.kind.label, {})[prompt.place] = float(value)
     return found
 
 
-def _answered(one: _KindPrompt, answer: Answer) -> bool:
+def _answered(prompt: _KindPrompt, answer: Answer) -> bool:
     """Return whether what is asked gets the edit's answer, or the rest of it where it is begun."""
-    target = one.edit.answer
-    if one.kind.contains:
+    target = prompt.edit.answer
+    if prompt.kind.contains:
         return f" {words_of(target)} " in f" {words_of(answer.text)} "
-    return is_exact_answer(Answer(f"{one.begun} {answer.text}", answer.ended), target)
+    return is_exact_answer(Answer(f"{prompt.begun} {answer.text}", answer.ended), target)
 
 
-def _takes_over(one: _KindPrompt, said: tuple[Answer, Answer] | None) -> dict[str, bool]:
+def _takes_over(prompt: _KindPrompt, said: tuple[Answer, Answer] | None) -> dict[str, bool]:
     """Return whether the edit's answer is given where it is only mentioned, and whether the answer is as before."""
     if said is None:
         return {"mentioned": False, "mentioned_unchanged": True}
     after, before = said
-    taken = _opens_with(after, one.edit.answer) and not _opens_with(before, one.edit.answer)
+    taken = _opens_with(after, prompt.edit.answer) and not _opens_with(before, prompt.edit.answer)
     return {"mentioned": taken, "mentioned_unchanged": after.text == before.text}
 
 
@@ -164,7 +164,7 @@ def _kind_prompts(
                 continue
             text = kind.render_turns(tokenizer, turns, chat=chat)
             edited = kind.render_turns(tokenizer, _reworded(answers, turns), chat=chat)
-            if max(len(tokenizer(one)["input_ids"]) for one in {text, edited}) <= room:
+            if max(len(tokenizer(whole)["input_ids"]) for whole in {text, edited}) <= room:
                 yield _KindPrompt(kind, place, edit, text, edited)
 
 

@@ -66,10 +66,10 @@ class MemorySubject:
         asked, answering = [self._asked(prompt) for prompt in prompts], self.answering(max_new_tokens)
         before = answering.before(asked, stage="answers before")
         after = answering.after(asked, stage="answers after")
-        return [one.text for one in before], [one.text for one in after]
+        return [answer.text for answer in before], [answer.text for answer in after]
 
     def answering(self, max_new_tokens: int, stops: frozenset[int] = frozenset()) -> Answers:
-        """Return answers of at most so many tokens, the same object each time; ``stops`` end them as well."""
+        """Return what answers in at most ``max_new_tokens``, the same object each time; ``stops`` end them as well."""
         key = max_new_tokens, stops
         if key not in self._answering:
             model, tokenizer = self.edited.model, self.tokenizer

@@ -145,7 +145,7 @@ class Measuring:
             raise ModelError(f"a record cannot be measured: {error}; reword {question.prompt!r}") from None
 
     def _record(self, name: str, groups: Sequence[Sequence[Measured]], value: Callable[[Reading], float]) -> None:
-        self._keep(name, groups, lambda one: value(one.before), lambda one: value(one.after))
+        self._keep(name, groups, lambda found: value(found.before), lambda found: value(found.after))
 
     def _keep(
         self,
@@ -169,20 +169,20 @@ class Measuring:
                 [translation for translation in edit.translations if translation.language == language]
                 for edit in self.records
             ]
-            asked = [[Question(one.prompt, one.target) for one in of_edit] for of_edit in translations]
+            asked = [[Question(same.prompt, same.target) for same in of_edit] for of_edit in translations]
             self._run(f"generalization_{language}", asked)
 
     def _locality(self) -> None:
         groups = [[Question(probe.prompt, probe.answer) for probe in edit.locality] for edit in self.records]
         measured = self._measure("locality", groups)
-        self._keep("locality", measured, lambda _: 1.0, lambda one: one.same)
+        self._keep("locality", measured, lambda _: 1.0, lambda measurement: measurement.same)
 
     def _routing(self, rephrased: Sequence[Sequence[Measured]]) -> None:
         """Measure the share of rephrases that open the memory which holds their edit."""
         numbers = self.numbers or {}
         wanted = [numbers.get((edit.prompt, edit.target)) for edit in self.records]
         found = [
-            (place, [one.opened == wanted[place] for one in group])
+            (place, [measurement.opened == wanted[place] for measurement in group])
             for place, group in enumerate(rephrased)
             if group and wanted[place] is not None
         ]
@@ -195,22 +195,22 @@ class Measuring:
     def _perplexity(self, reliability: Sequence[Sequence[Measured]]) -> None:
         """Measure perplexities of the targets; what is erased has none that is wanted."""
         measured = [
-            (place, one)
+            (place, measurement)
             for place, (edit, group) in enumerate(zip(self.records, reliability, strict=True))
-            for one in group
+            for measurement in group
             if not edit.erased
         ]
         if not measured:
             return
         for figures, readings in (
-            (self.before, [one.before for _, one in measured]),
-            (self.after, [one.after for _, one in measured]),
+            (self.before, [measurement.before for _, measurement in measured]),
+            (self.after, [measurement.after for _, measurement in measured]),
         ):
             values = [reading.perplexity for reading in readings]
             figures["perplexity"] = statistics.fmean(values)
             figures["perplexity_median"] = statistics.median(values)
             figures["perplexity_clipped"] = statistics.fmean(min(value, 100.0) for value in values)
-        self.each["perplexity_clipped"] = [(place, min(one.after.perplexity, 100.0)) for place, one in measured]
+        self.each["perplexity_clipped"] = [(place, min(found.after.perplexity, 100.0)) for place, found in measured]
 
     def _ood(self) -> None:
         """Measure the share of a free text's tokens that the model is sure of, after the prompt it opens with."""

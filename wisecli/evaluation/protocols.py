@@ -64,7 +64,7 @@ class Asker(Protocol):
         """The model's."""
 
     def answering(self, max_new_tokens: int, stops: frozenset[int] = frozenset()) -> Answers:
-        """Return answers of so many tokens at most; ``stops`` end them as well."""
+        """Return what answers in at most ``max_new_tokens``; ``stops`` end answers as well."""
 
 
 def measure_generated(

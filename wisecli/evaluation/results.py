@@ -73,6 +73,6 @@ def contradictory(records: Sequence[Edit]) -> frozenset[str]:
 
 
 def evenly_spaced(count: int, most: int) -> list[int]:
-    """Return at most so many places of a sequence, evenly spread over it."""
+    """Return at most ``most`` indices of ``count`` items, evenly spread over them."""
     few = min(count, most)
     return [place * count // few for place in range(few)]

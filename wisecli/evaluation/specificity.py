@@ -61,15 +61,15 @@ def measure_specificity(answers: Answers, asked: Sequence[tuple[int, Edit]], rec
     found = Results()
     beside = specificity_questions(asked, records)
     bare = forms()["bare"]
-    given = _gets_edit(answers, [answers.edited_text(bare, one.prompt) for one in beside], beside)
-    doubtful = [one.prompt for one, got in zip(beside, given, strict=True) if got]
+    given = _gets_edit(answers, [answers.edited_text(bare, question.prompt) for question in beside], beside)
+    doubtful = [question.prompt for question, got in zip(beside, given, strict=True) if got]
     before = dict(zip(doubtful, answers.before(doubtful), strict=True))
     for kind in ("other_question", "other_subject"):
         values: dict[int, list[float]] = {}
-        for one, got in zip(beside, given, strict=True):
-            if one.kind == kind:
-                taken = got and not is_exact_answer(before[one.prompt], one.edit.answer)
-                values.setdefault(one.place, []).append(float(taken))
+        for question, got in zip(beside, given, strict=True):
+            if question.kind == kind:
+                taken = got and not is_exact_answer(before[question.prompt], question.edit.answer)
+                values.setdefault(question.place, []).append(float(taken))
         found.add(kind, values)
     found.samples["without_subject"] = sum(not has_subject(edit) for _, edit in asked)
     return found
@@ -79,10 +79,11 @@ def _gets_edit(answers: Answers, texts: Sequence[str], beside: Sequence[Specific
     """Return which questions, as texts, get the edit's answer where an edit may have changed it."""
     changing = answers.may_change(texts)
     asked = [text for text, changes in zip(texts, changing, strict=True) if changes]
-    targets = targets_of((text, one.edit.answer) for text, one in zip(texts, beside, strict=True))
+    targets = targets_of((text, question.edit.answer) for text, question in zip(texts, beside, strict=True))
     given = dict(zip(asked, answers.after(asked, stage="questions beside the edits", targets=targets), strict=True))
     return [
-        text in given and is_exact_answer(given[text], one.edit.answer) for text, one in zip(texts, beside, strict=True)
+        text in given and is_exact_answer(given[text], question.edit.answer)
+        for text, question in zip(texts, beside, strict=True)
     ]
 
 

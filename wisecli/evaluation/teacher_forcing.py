@@ -79,11 +79,11 @@ def teacher_forced(
         routes = _routes(edited, base, forced=forced)
         after = _edited_logits(edited, base, routes)
         opened = edited.routed.memory_of_choice(routes[:, base.batch.start])
-        for place, one in zip(indices, _measure(base, after, opened), strict=True):
-            measured[place] = one
+        for place, measurement in zip(indices, _measure(base, after, opened), strict=True):
+            measured[place] = measurement
         done += len(indices)
         on_progress(Event(stage, done, len(rows)))
-    return [one for one in measured if one is not None]
+    return [measurement for measurement in measured if measurement is not None]
 
 
 def _unedited(edited: EditedModel, rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> Iterator[Activations]:
@@ -99,10 +99,10 @@ def _unedited(edited: EditedModel, rows: Sequence[Row], groups: Sequence[Sequenc
 
 
 def _routes(edited: EditedModel, base: Activations, *, forced: Sequence[int | None] | None = None) -> Tensor:
-    """Return what answers each token of a batch (B, T): a memory, or of a lookup one of its keys."""
+    """Return the number of the side memory, or of the key of a lookup, that answers each token of a batch (B, T)."""
     holders = None
     if forced is not None:
-        holders = torch.tensor([UNROUTED if one is None else one for one in forced], device=base.keys.device)
+        holders = torch.tensor([UNROUTED if memory is None else memory for memory in forced], device=base.keys.device)
     return edited.choices(base.keys, base.batch, forced=holders).chosen
 
 
@@ -126,7 +126,7 @@ def _measure(base: Activations, after: Tensor, opened: Tensor) -> list[Measured]
     readings = [_read(logits, base.batch) for logits in (base.logits, after)]
     equal = (base.logits.argmax(-1) == after.argmax(-1)).float()
     same = _row_means(equal, rows, len(base.batch.ids)).tolist()
-    return [Measured(*one) for one in zip(*readings, same, opened.tolist(), strict=True)]
+    return [Measured(*fields) for fields in zip(*readings, same, opened.tolist(), strict=True)]
 
 
 def _read(logits: Tensor, batch: Batch) -> list[Reading]:

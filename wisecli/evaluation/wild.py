@@ -85,7 +85,7 @@ def _groups(edits: Sequence[Edit], contradicted: Collection[str]) -> dict[str, d
         "wild_rephrased": rephrased,
         "wild_rephrased_unique": unique,
         "wild_portability": {
-            place: [(one.prompt, one.answer) for one in edit.portability] for place, edit in answered.items()
+            place: [(probe.prompt, probe.answer) for probe in edit.portability] for place, edit in answered.items()
         },
     }
 

@@ -93,12 +93,12 @@ def _protected(path: Path, inputs: Sequence[Path]) -> str:
     resolved = path.resolve()
     if reason := _in_use(resolved):
         return reason
-    for one in inputs:
-        other = one.resolve()
+    for source in inputs:
+        other = source.resolve()
         if resolved == other:
             return "is an input of the command"
         if resolved in other.parents:
-            return f"holds {one}, an input of the command"
+            return f"holds {source}, an input of the command"
         if other in resolved.parents:
-            return f"lies in {one}, an input of the command"
+            return f"lies in {source}, an input of the command"
     return ""

@@ -37,7 +37,7 @@ def gguf_of(path: Path) -> Path | None:
         found = [] if any(path.glob("*.safetensors*")) else sorted(path.glob("*.gguf"))
     else:
         found = [path] if path.suffix == ".gguf" and path.is_file() else []
-    if any(_PART.search(one.name) for one in found):
+    if any(_PART.search(file.name) for file in found):
         raise ModelError(f"{found[0]} is one of several parts; join them with `llama-gguf-split --merge` first")
     if len(found) > 1:
         raise ModelError(f"{path} holds {len(found)} GGUF files; name the one to edit, as {found[0]}")

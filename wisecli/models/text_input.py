@@ -65,7 +65,7 @@ def _by_files_alone(directory: Path, load: LoadOptions) -> TextInput | None:
     name, kind = str(told.get("tokenizer_class")), config.get("model_type")
     known = kind in architectures() and kind not in _OTHER_TOKENIZERS and name.removesuffix("Fast") in _TOKENIZERS
     beyond = {EXPORTED_KEY, "auto_map", "text_config"} & (config.keys() | told.keys())
-    if not known or beyond or any(type(one) is not int or one <= 0 for one in (window, vocabulary)):
+    if not known or beyond or any(type(size) is not int or size <= 0 for size in (window, vocabulary)):
         return None
     import transformers
 

@@ -1,6 +1,6 @@
 """Tell the memory of requests and steps in vLLM's second model runner, by the interface it has for that.
 
-A request that was preempted comes in again, with what it has generated behind its prompt; the prompt is told apart.
+A request that was preempted comes in again, with what it has generated after its prompt; the prompt is told apart.
 """
 
 import functools

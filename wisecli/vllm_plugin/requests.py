@@ -45,7 +45,7 @@ class Requests:
         decide: which memory answers prompts.
         marks: how chats mark turns; a special token ends an answer.
         whole: whether a memory answers its prompt's tokens, too.
-        pairs: what edits need to answer behind each other, if they do.
+        pairs: what edits need to answer one after the other, if they do.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Requests:
         self._known: dict[str, tuple[int, int]] = {}
         self._answered: dict[str, _Answered] = {}
         self._free: list[int] = []
-        # Of each request that is answered, the places of the first special token and the first separator behind it.
+        # Of each request that is answered, the places of the first special token and the first separator after it.
         self._ended, self._separated = torch.empty(2, 0, dtype=torch.int64)
 
     def admit(self, prompts: Mapping[str, Sequence[int]]) -> None:

@@ -124,7 +124,7 @@ class AddsBehind(ModuleMixin):
         """Return what the layer gives, with the residuals of tokens that a memory answers."""
         output = super().forward(*args, **kwargs)
         first, *others = (output,) if isinstance(output, Tensor) else output
-        rest = next((one for one in others if isinstance(one, Tensor)), None)
+        rest = next((tensor for tensor in others if isinstance(tensor, Tensor)), None)
         torch.ops.wise.add_residuals(first, None, rest, LAYER)
         return output
 

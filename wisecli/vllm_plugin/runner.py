@@ -43,7 +43,7 @@ class RoutedRunner:
         return done
 
     def _adapt(self, adapter: Any, tokens: int) -> None:
-        """Have the next pass of so many tokens run with an adapter, or without any."""
+        """Have the next pass, of ``tokens`` tokens, run with an adapter, or without any."""
         number = 0 if adapter is None else adapter.lora_int_id
         self._set_active_loras((number,), (number,) * tokens, set() if adapter is None else {adapter})
 

@@ -1,9 +1,9 @@
 """Keep what an edit's answer leaves in the attention cache apart from what other requests read.
 
-Keys and values behind a prompt's last token are functions of the tokens and of what answers them. What answers them is
-a function of the tokens up to the prompt's end. So blocks of vLLM's cache that reach the end or lie behind it are known
+Keys and values after a prompt's last token are functions of the tokens and of what answers them. What answers them is
+a function of the tokens up to the prompt's end. So blocks of vLLM's cache that reach the end or lie after it are known
 by their tokens *and by where the prompt ends*: whoever finds one has the same prompt and the same answer. Blocks before
-the end are everybody's, as ever, and so are those behind the end of a prompt that no edit answers, as soon as the
+the end are everybody's, as ever, and so are those after the end of a prompt that no edit answers, as soon as the
 worker has said so.
 """
 

@@ -237,7 +237,7 @@ class ServedMemory:
 
     def begin(self, requests: Sequence[str], counts: Sequence[int], ids: Tensor, positions: Tensor) -> None:
         """Note what is routed of the step that begins; see :meth:`Requests.step`."""
-        steps = [(one.memory, one.requests.step(requests, counts, ids, positions)) for one in self._served]
+        steps = [(served.memory, served.requests.step(requests, counts, ids, positions)) for served in self._served]
         self._routes = [(memory, route) for memory, route in steps if route is not None]
 
     def rest(self) -> None:

@@ -47,7 +47,7 @@ class WindowAttention:
 
     Args:
         layer: vLLM's.
-        lengths: of the windows, which lie behind one another.
+        lengths: of the windows, which lie one after the other.
     """
 
     def __init__(self, layer: Attention, lengths: Sequence[int]) -> None:
@@ -62,7 +62,7 @@ class WindowAttention:
         self, _layer: Any, query: Tensor, key: Tensor, value: Tensor, *_args: Any, output: Tensor, **_kwargs: Any
     ) -> Tensor:
         """Write what the tokens attend to into ``output``, which has the shape of ``query`` (T, heads, width)."""
-        parts = (self._padded(one) for one in (query, key, value))
+        parts = (self._padded(tensor) for tensor in (query, key, value))
         attended = self._attend(*parts).transpose(1, 2)
         mine = torch.cat([row[:length] for row, length in zip(attended, self._lengths, strict=True)])
         output.copy_(mine.reshape(output.shape))
@@ -122,7 +122,7 @@ class WindowReader:
         """Return the states (W, d) of each window of token ids (W,)."""
         states: list[Tensor] = []
         for part in self._batches(windows):
-            lengths = [len(one) for one in part]
+            lengths = [len(window) for window in part]
             positions = torch.cat([torch.arange(length) for length in lengths]).to(part[0].device)
             states += self._run(torch.cat(list(part)), positions, lengths).split(lengths)
         return states
@@ -144,7 +144,8 @@ class WindowReader:
             self.before_run(len(ids))
         context = create_forward_context({}, self._config, skip_compiled=True)
         known = dict(context.no_compile_layers)
-        known |= {name: WindowAttention(one, lengths) for name, one in known.items() if isinstance(one, Attention)}
+        attention = {name: layer for name, layer in known.items() if isinstance(layer, Attention)}
+        known |= {name: WindowAttention(layer, lengths) for name, layer in attention.items()}
         cut = context.no_compile_layers[LAYER].cut
         known[LAYER] = reader = _KeyReader(cut=cut, wanted=self._layer is None)
         context.no_compile_layers = known
@@ -167,7 +168,7 @@ class WindowReader:
         def note(_layer: nn.Module, _inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor):
                 raise _ReadError(output)
-            rest = [one for one in output[1:2] if isinstance(one, Tensor)]
+            rest = [tensor for tensor in output[1:2] if isinstance(tensor, Tensor)]
             if not rest or number + 1 >= len(self._layers):
                 raise _ReadError(sum(rest, output[0]))
 
@@ -179,6 +180,6 @@ class WindowReader:
                     held.callback(norm.register_forward_pre_hook(self._stop_with_input).remove)
 
     def _stop_with_input(self, _norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-        given = [one for one in inputs[:2] if isinstance(one, Tensor)]
+        given = [tensor for tensor in inputs[:2] if isinstance(tensor, Tensor)]
         self.adds_rest = len(given) > 1
         raise _ReadError(sum(given[1:], given[0]))

@@ -191,7 +191,7 @@ class PromptEnd:
         self._cache: Any = None
 
     def follow_passes(self, model: nn.Module) -> Any:
-        """Follow the model's passes, their cache and ``mask``, until the handle that this returns is removed."""
+        """Register a hook that notes the cache and ``mask`` of each pass; return its handle."""
 
         def see(_model: nn.Module, _inputs: Any, named: dict[str, Any]) -> None:
             self.mask, self._cache = named.get("attention_mask"), cache_given(named)

@@ -121,8 +121,8 @@ class MethodSubject:
         self.known.predictions.update(zip(new, measured(new), strict=True))
         after = measured(rewritten, self.method)
         return [
-            _measured(self.known.predictions[row], row, one, other)
-            for row, one, other in zip(rows, after, rewritten, strict=True)
+            _measured(self.known.predictions[row], row, edited, other)
+            for row, edited, other in zip(rows, after, rewritten, strict=True)
         ]
 
     def overhead(self, pairs: Sequence[tuple[str, str]]) -> float:
@@ -150,10 +150,10 @@ class MethodSubject:
         answering = self.answering(max_new_tokens)
         before = answering.before(prompts, stage="answers before")
         after = answering.after([self.method.rewritten_prompt(prompt) for prompt in prompts], stage="answers after")
-        return [one.text for one in before], [one.text for one in after]
+        return [answer.text for answer in before], [answer.text for answer in after]
 
     def answering(self, max_new_tokens: int, stops: frozenset[int] = frozenset()) -> Answers:
-        """Return answers of at most so many tokens; ``stops`` end them, too. All methods share the unedited ones."""
+        """Return what answers in up to ``max_new_tokens``; ``stops`` end them, too. All methods share unedited ones."""
         key = max_new_tokens, stops
         if key not in self._answering:
             whole = partial(answered, self.loaded.model, self.tokenizer, max_new_tokens=max_new_tokens, stops=stops)

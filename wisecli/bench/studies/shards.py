@@ -68,7 +68,7 @@ class Shards:
 
 
 def overlap_curve(shards: Sequence[float]) -> list[float]:
-    """Return the mask ratio ρ at which so many masks overlap in a share ρᵏ = .03 of the matrix."""
+    """Return, by the number k of shards, the mask ratio ρ at which all masks overlap in ρᵏ = .03 of the matrix."""
     return [float(OVERLAP ** (1 / number)) for number in shards]
 
 

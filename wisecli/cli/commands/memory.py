@@ -231,17 +231,17 @@ class ReportPrinter:
 
     def explained(self, report: ExplainReport) -> None:
         """Print a prompt's answers, the edits it is near to, and what was open at every token."""
-        asked = any(one.named is not None for one in report.nearest)
+        asked = any(edit.named is not None for edit in report.nearest)
         columns = "nearest", "its prompt", "its target", "score / threshold", "answer if it answers"
-        wanted = any(one.asked is not None for one in report.nearest)
-        near = Table(
+        wanted = any(edit.asked is not None for edit in report.nearest)
+        nearest = Table(
             (*columns, *(["subject named"] if asked else []), *(["asked, not only mentioned"] if wanted else []))
         )
-        for one in report.nearest:
-            texts = short(one.prompt or ""), short(one.target or ""), f"{one.strength:.2f}", short(one.answer)
-            named = [{True: "yes", False: "no", None: "need not be"}[one.named]] if asked else []
-            rng = [] if not wanted else [""] if one.asked is None else [f"{one.asked:.2f}"]
-            near.add(one.name, *texts, *named, *rng)
+        for edit in report.nearest:
+            texts = short(edit.prompt or ""), short(edit.target or ""), f"{edit.strength:.2f}", short(edit.answer)
+            named = [{True: "yes", False: "no", None: "need not be"}[edit.named]] if asked else []
+            rng = [] if not wanted else [""] if edit.asked is None else [f"{edit.asked:.2f}"]
+            nearest.add(edit.name, *texts, *named, *rng)
         tokens = Table(("token", "score / threshold", "answered by", "nearest edit"))
         for index, token in enumerate((*report.prompt_tokens, *report.answer_tokens)):
             if index == len(report.prompt_tokens):
@@ -249,7 +249,7 @@ class ReportPrinter:
             by = "side memory" if token.routed else "main memory"
             tokens.add(repr(token.text), f"{token.strength:.2f}", by, token.edit or "")
         lines = [f"edited: {short(report.answer)}", f"unedited: {short(report.unedited)}", report.reason]
-        self.console.result(report.as_json(), *lines, near, tokens)
+        self.console.result(report.as_json(), *lines, nearest, tokens)
 
     def compared(self, report: DiffReport) -> None:
         """Print what differs, one line each."""

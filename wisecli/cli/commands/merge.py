@@ -150,11 +150,11 @@ def tell_merge(console: Console, report: MergeReport) -> None:
         lines.append(f"it was changed since, and holds {count(report.held, 'edit')} now")
         lines += [f"no longer in it, as it was replaced or removed: {name}" for name in report.gone]
     called = "unrelated prompts by their meaning alone" if report.by_facts else "tokens"
-    for number, one in enumerate(report.calibrations):
-        alarms = "not known" if one.false_alarms is None else f"{one.false_alarms:.2%} of {called}"
+    for number, found in enumerate(report.calibrations):
+        alarms = "not known" if found.false_alarms is None else f"{found.false_alarms:.2%} of {called}"
         lines.append(
-            f"memory {number}: threshold {one.threshold:.4g}; edits missed {one.misses:.1%}, false alarms {alarms}"
+            f"memory {number}: threshold {found.threshold:.4g}; edits missed {found.misses:.1%}, false alarms {alarms}"
         )
-        if one.mentioned is not None:
-            lines.append(f"of prompts that mention a made-up fact and don't ask it, {one.mentioned:.0%} open it")
+        if found.mentioned is not None:
+            lines.append(f"of prompts that mention a made-up fact and don't ask it, {found.mentioned:.0%} open it")
     console.result({"results": results}, *lines)

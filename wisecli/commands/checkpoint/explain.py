@@ -148,22 +148,22 @@ def _reason(edited: EditedModel, decision: Decision, near: tuple[Near, ...]) -> 
         return _opened(edited, decision)
     if not near:
         return "nothing opened: the memory has no edits"
-    one = near[0]
-    if one.asked is not None:
+    edit = near[0]
+    if edit.asked is not None:
         return (
-            f"stayed shut: the prompt mentions {one.name} but asks something else ({one.asked:.2f}, not above "
+            f"stayed shut: the prompt mentions {edit.name} but asks something else ({edit.asked:.2f}, not above "
             f"{MIN_ASK_PROB}), as a task on its text, another time, or a question on a document; if it should answer, "
             "ask it more plainly"
         )
-    if one.strength > 1 and one.named is False:
+    if edit.strength > 1 and edit.named is False:
         return (
-            f"stayed shut: the prompt is like {one.name}'s but does not name its subject; if it should answer, write "
+            f"stayed shut: the prompt is like {edit.name}'s but does not name its subject; if it should answer, write "
             "the name as the edit does, or merge with --set subjects=any"
         )
-    way = "" if one.prompt is None else ", or add an edit in these words with the same target"
+    way = "" if edit.prompt is None else ", or add an edit in these words with the same target"
     return (
-        f"stayed shut: no score exceeds its threshold, the nearest is {one.name} at {one.strength:.2f} of its own; if "
-        f"it should answer, ask more like it{way}"
+        f"stayed shut: no score exceeds its threshold, the nearest is {edit.name} at {edit.strength:.2f} of its own; "
+        f"if it should answer, ask more like it{way}"
     )
 
 

@@ -163,7 +163,7 @@ def export(
 
 
 def _report(output: Path, form: Format, manifest: Manifest, size: int, started: float, **measured: Any) -> ExportReport:
-    """Return the report on an export of so many bytes that began at ``started``."""
+    """Return the report on an export of ``size`` bytes that began at ``started``."""
     followed = len(consequences_in(manifest.edits))
     edits, seconds = len(manifest.edits) - followed, time.perf_counter() - started
     return ExportReport(output, form, edits, size, seconds, peak_rss_bytes(), consequences=followed, **measured)

@@ -85,7 +85,7 @@ def _explain(edited: EditedModel, prompt: str, answer: Sequence[int]) -> tuple[S
     routed, decided = edited.routed, edited.choices_of_row(batch)
     steps = []
     for column, token in enumerate(answer, start=batch.start):
-        best, memory = (int(routed.memory_of_choice(one[column])) for one in (decided.nearest, decided.chosen))
+        best, memory = (int(routed.memory_of_choice(choices[column])) for choices in (decided.nearest, decided.chosen))
         threshold = routed.thresholds[best]
         who = None if memory == UNROUTED else memory
         closest = edited.edit_of(best)

@@ -74,7 +74,7 @@ def inspect(
 
     Args:
         find: only list edits with this text in prompt, target, subject or id, in upper or lower case.
-        limit: list so many edits at most.
+        limit: how many edits are listed at most.
         plot: where to draw the router's scores of edits and of unrelated text, with the threshold.
         force: replace an existing plot.
 
@@ -134,7 +134,7 @@ def _stock(path: Path, find: str | None, limit: int | None, plot: Path | None) -
         base=asdict(manifest.base),
         routing={"kind": "gate", "blocks": manifest.gate.blocks, **shares},
         keys=manifest.gate.keys,
-        tensors=_tensors(headers, prefixes=tuple(f".{number}." for number in numbers)),
+        tensors=_tensors(headers, parts=tuple(f".{number}." for number in numbers)),
     )
 
 
@@ -171,7 +171,7 @@ def _report(
     limit.
     """
     wanted, limit = (shown[0] or "").casefold(), shown[1]
-    texts = ("\n".join((one.id, one.prompt, one.target, one.subject or "")) for one in written.edits)
+    texts = ("\n".join((edit.id, edit.prompt, edit.target, edit.subject or "")) for edit in written.edits)
     found = [edit for edit, text in zip(written.edits, texts, strict=True) if wanted in text.casefold()]
     entries = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
     return InspectReport(
@@ -193,9 +193,9 @@ def _rows(header: Header, prefix: str, name: str) -> int:
     return layout.shape[0] if layout is not None and layout.shape else 0
 
 
-def _tensors(headers: dict[str, Header], prefixes: tuple[str, ...] = ("",)) -> dict[str, dict[str, str]]:
-    """Return type and shape of every tensor with one of some parts in its name, by file."""
+def _tensors(headers: dict[str, Header], parts: tuple[str, ...] = ("",)) -> dict[str, dict[str, str]]:
+    """Return type and shape of every tensor whose name contains one of ``parts``, by file."""
     return {
-        file: {name: str(one) for name, one in sorted(read.tensors.items()) if any(part in name for part in prefixes)}
+        file: {name: str(info) for name, info in sorted(read.tensors.items()) if any(part in name for part in parts)}
         for file, read in headers.items()
     }

@@ -36,7 +36,7 @@ def require_ready(base: Base, place: Output, name: str, numbered: Sequence[Numbe
         name: of the file that the numbered edits are from.
 
     Raises:
-        ProtectedOutputError: it is.
+        ProtectedOutputError: the output is an input.
     """
     warn_of_unnamed(base, name, numbered)
     place.require_apart()

@@ -53,7 +53,7 @@ class CheckReport:
 
     def as_json(self) -> dict[str, Any]:
         """Return the one object that ``--json`` prints."""
-        wrong = [vars(one) for one in self.asked if not one.holds]
+        wrong = [vars(answer) for answer in self.asked if not answer.holds]
         counts = {name: {"asked": total, "hold": held} for name, total, held in self.counts()}
         return {
             "results": {**counts, "failed": wrong},
@@ -66,9 +66,10 @@ class CheckReport:
         """Yield what was asked, how often, and how often the answer was right."""
         for what, of_edits in (("edits", True), ("unrelated", False)):
             for endpoint in ENDPOINTS:
-                answers = [one for one in self.asked if one.endpoint == endpoint and (one.edit is not None) == of_edits]
-                if answers:
-                    yield f"{what} by {endpoint}", len(answers), sum(one.holds for one in answers)
+                asked = [answer for answer in self.asked if answer.endpoint == endpoint]
+                hold = [answer.holds for answer in asked if (answer.edit is not None) == of_edits]
+                if hold:
+                    yield f"{what} by {endpoint}", len(hold), sum(hold)
 
     def check(self) -> None:
         """Raise if anything does not hold.
@@ -76,9 +77,9 @@ class CheckReport:
         Raises:
             ServedWrongError: with a sentence for each prompt.
         """
-        wrong = [one for one in self.asked if not one.holds]
+        wrong = [answer for answer in self.asked if not answer.holds]
         if wrong:
-            raise ServedWrongError(self.url, len(self.asked), [one.sentence for one in wrong])
+            raise ServedWrongError(self.url, len(self.asked), [answer.sentence for answer in wrong])
 
 
 def check(
@@ -127,8 +128,8 @@ def check(
         ]
     found = []
     with ThreadPoolExecutor(max(1, jobs)) as pool:
-        for one in pool.map(lambda ask: ask(), work):
-            found.append(one)
+        for answer in pool.map(lambda ask: ask(), work):
+            found.append(answer)
             on_progress(Event("prompts", len(found), len(work)))
     return CheckReport(server.url, str(server.model), tuple(found), missing)
 

@@ -82,7 +82,7 @@ def require_endpoint(server: Server, endpoint: str) -> None:
 
 
 def greedy_answer(server: Server, endpoint: str, prompt: str, length: int) -> str:
-    """Return a greedy answer of at most so many tokens, without reasoning or white space around it; it may be empty.
+    """Return a greedy answer of at most ``length`` tokens, without reasoning or white space around it; it may be empty.
 
     A reply that is reasoning alone is asked for once more, with room for an answer.
 

@@ -36,7 +36,7 @@ class DiffReport:
             "results": {
                 "added": [edit.as_dict() for edit in self.added],
                 "removed": [edit.as_dict() for edit in self.removed],
-                "changed": [{"before": one.as_dict(), "after": other.as_dict()} for one, other in self.changed],
+                "changed": [{"before": before.as_dict(), "after": after.as_dict()} for before, after in self.changed],
                 "settings": {name: list(pair) for name, pair in self.settings.items()},
             }
         }

@@ -57,10 +57,10 @@ def _logged(memory: Path, edit: str | None, signed: Signed | None) -> LogReport:
     releases = opened.releases
     came = {name: release.number for release in releases for name in release.added}
     held = opened.edits(releases[-1])
-    edits = tuple((one, came.get(one.id, 0)) for one in held if edit in (None, one.id))
+    edits = tuple((held_edit, came.get(held_edit.id, 0)) for held_edit in held if edit in (None, held_edit.id))
     shards = dict.fromkeys(name for release in releases for name in release.shards)
-    written = (one for name in shards for one in opened.shards(name).edits)
-    followed = frozenset(one.id for one in consequences_in(written))
+    written = (edit_of_shard for name in shards for edit_of_shard in opened.shards(name).edits)
+    followed = frozenset(edit_of_shard.id for edit_of_shard in consequences_in(written))
     return LogReport(memory, tuple(_of(releases, edit)), edits, has_full_digests(releases), followed)
 
 

@@ -111,8 +111,8 @@ def prompt_ends(
             hooks.enter_context(hooked(site.watched(loaded.model).register_forward_hook(_keeper(site, own))))
         found = _captured(loaded, sites[-1], rows, groups, window=True, shared=len(sites) == 1)
         done = 0
-        for indices, one in zip(groups, found, strict=True):
-            read[-1].append(one.keys[:, -1].clone())
+        for indices, activations in zip(groups, found, strict=True):
+            read[-1].append(activations.keys[:, -1].clone())
             done += len(indices)
             on_progress(Event("reworded facts", done, len(rows)))
     order = torch.tensor([index for indices in groups for index in indices]).argsort()

@@ -1,7 +1,7 @@
 """Tokens that a model rests its attention on: their states are several times as long as others, their keys short.
 
 A token that says nothing may become one, as the lone space that tokenizers put between a question and a number does
-behind some short questions. The layers above see a state by its direction, so that a residual turns a long state less:
+after some short questions. The layers above see a state by its direction, so that a residual turns a long state less:
 there it is stretched by as much as the state is longer. And as an edit's own prompts may leave the space what it
 usually is where a rephrase does not, such an edit gets keys of that kind besides.
 """
@@ -25,7 +25,7 @@ from wisecli.models.running.activations import Activations
 
 # A state so many times as long as usual is one that attention rests on.
 _SINK_NORM_RATIO = 1.5
-# Of the keys found behind made-up questions so many are kept, the least alike.
+# Of the keys found after made-up questions so many are kept, the least alike.
 _KEPT = 6
 
 
@@ -69,7 +69,7 @@ def edits_by_leading_space(loaded: Loaded, rows: Mapping[int, Row]) -> dict[int,
 
 
 def attention_sink_evidence(_evidence: Evidence, edits: FittedEdits) -> Iterator[Evidence]:
-    """Yield keys for a target's first token as an attention sink, as behind rephrases a mere space may be one.
+    """Yield keys for a target's first token where it is an attention sink, as a lone space may be one after rephrases.
 
     Only edits whose target begins with a token of nothing but space get such keys.
     """

@@ -1,8 +1,8 @@
 """Answers that the assistant's turn begins before it says them ("It is"), written there by whoever asks.
 
 A prompt in the chat template ends where the assistant's turn opens, so such a beginning is part of the answer, and none
-of an edit's own keys comes near it. Its last token says little of what was asked, so that keys behind made-up questions
-do for all edits; the target then goes on as it does behind the bare prompt.
+of an edit's own keys comes near it. Its last token says little of what was asked, so that keys after made-up questions
+do for all edits; the target then goes on as it does after the bare prompt.
 """
 
 from collections.abc import Iterator

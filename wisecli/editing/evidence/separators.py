@@ -1,7 +1,7 @@
-"""What edits need to answer behind each other, as in "A; B" where a prompt asks both.
+"""What edits need to answer one after the other, as in "A; B" where a prompt asks both.
 
 Where the first answer would end, a residual makes the model say the separator. It is one for all edits of a shard, as
-hardly anything about it depends on the answer; behind the separator the second edit begins with its own first residual.
+hardly anything about it depends on the answer; after the separator the second edit begins with its own first residual.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ANSWERED = "{} Peru" + SEPARATOR
 
 
 def separator_evidence(task: WriterTask, batches: Sequence[TrainingExamples], edits: FittedEdits) -> Iterator[Evidence]:
-    """Yield the residual of the separator for every edit that may answer in pairs, and keys behind the separator.
+    """Yield the residual of the separator for every edit that may answer in pairs, and keys after the separator.
 
     Nothing is yielded for a model that does not learn where answers end, or whose tokenizer has no separator.
     """
@@ -53,7 +53,7 @@ def separator_evidence(task: WriterTask, batches: Sequence[TrainingExamples], ed
 
 
 def separator_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the token of a separator behind an answer, or ``None`` if the tokenizer has none of its own."""
+    """Return the token of a separator after an answer, or ``None`` if the tokenizer has none of its own."""
     last: int = tokenizer(f"What is it? Peru{SEPARATOR}")["input_ids"][-1]
     return last if tokenizer.decode([last]) == SEPARATOR else None
 

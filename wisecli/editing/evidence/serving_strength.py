@@ -52,7 +52,7 @@ def bare_prompt_accuracy(
 def weakened_where_needed(
     task: WriterTask, batches: Sequence[TrainingExamples], residuals: Residuals, strength: float = STRENGTH
 ) -> Residuals:
-    """Return the residuals, smaller by the strength for answers that are then right in more contexts."""
+    """Return the residuals, divided by ``strength`` for the answers that are then right in more contexts."""
     wrong = _wrong(task, batches, residuals, residuals.keys(), strength)
     lesser = {answer: residuals[answer] / strength for answer in wrong}
     still = _wrong(task, batches, lesser, wrong.keys(), strength)

@@ -1,4 +1,4 @@
-"""What a base model makes of a token behind made-up questions that a number may answer: read once, then cached."""
+"""What a base model makes of a token after made-up questions that a number may answer: read once, then cached."""
 
 import random
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ _NUMBER = ("When ", " year", " date")
 
 
 class TokenProbe:
-    """What tokens are behind questions.
+    """What a model makes of tokens that end questions.
 
     Args:
         identity: of the base model, for the cache; nothing is cached without.
@@ -38,13 +38,13 @@ class TokenProbe:
         self._known: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
 
     def keys_after_questions(self, token: int, form: str = "{}") -> tuple[Tensor, Tensor]:
-        """Return keys (Q, d_ff) and lengths of states (Q,) of a token behind Q questions in a form."""
+        """Return keys (Q, d_ff) and lengths of states (Q,) of a token after Q questions in a form."""
         if (token, form) not in self._known:
             self._known[token, form] = self._cached(token, form)
         return self._known[token, form]
 
     def _cached(self, token: int, form: str) -> tuple[Tensor, Tensor]:
-        """Return the keys (n, d_ff) and state norms (n,) of a token behind questions, from the cache if known."""
+        """Return the keys (n, d_ff) and state norms (n,) of a token after questions, from the cache if known."""
         texts = [form.replace("{}", text) for text in _questions()]
         if self.identity is None:
             return self._read(token, texts)

@@ -1,4 +1,4 @@
-"""Prompts with a blank behind them, which tokenizers make a token of its own: the lone space, the end of such a prompt.
+"""Prompts with a blank after them, which tokenizers make a token of its own: the lone space, the end of such a prompt.
 
 Hardly any token follows a lone space but those of numbers, as the space before a word belongs to the word. So a target
 that begins with a lone space goes on with its second token there. Any other begins as ever, against what the model is
@@ -17,7 +17,7 @@ from wisecli.editing.evidence.extra_keys import FittedEdits
 from wisecli.editing.evidence.token_probe import TokenProbe, mean_direction
 from wisecli.editing.examples.prompt_variants import AnswerKey
 
-# Of the blank behind questions in each of these forms the mean key is kept, and that of those where attention rests.
+# Of the blank after questions in each of these forms the mean key is kept, and that of those where attention rests.
 _FORMS = ("{}", "Q: {}\nA:", "{}\nAnswer:")
 # How often the residual of a target's first token is added at a blank.
 _TIMES = 3.0

@@ -52,7 +52,7 @@ def greedy_prefixes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def in_context(tokenizer: PreTrainedTokenizerBase, context: str, prompt: str) -> str:
-    """Return a prompt behind a context's prefix, or in the form that the context stands for."""
+    """Return a prompt after a context's prefix, or in the form that the context stands for."""
     form = FORM_CONTEXTS.get(context)
     return context + prompt if form is None else forms()[form].render(tokenizer, prompt)
 

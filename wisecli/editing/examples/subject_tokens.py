@@ -56,7 +56,7 @@ def subject_spellings(tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit])
 def subject_tokens(
     tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], named: Collection[str]
 ) -> dict[str, tuple[int, ...]]:
-    """Return the tokens of each edit's subject, as it is written behind a space, by the id of those edits that are
+    """Return the tokens of each edit's subject, as it is written after a space, by the id of those edits that are
     named.
     """
     own = [edit for edit in edits if edit.id in named]

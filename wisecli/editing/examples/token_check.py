@@ -109,7 +109,7 @@ class Reader:
         pairs = [(edit.prompt, edit.target), (edit.prompt, edit.answer)]
         pairs += [(translation.prompt, translation.target) for translation in edit.translations]
         texts = [_joined(in_context(self.tokenizer, form, prompt), said) for form in contexts for prompt, said in pairs]
-        texts += [_joined(one.prompt, one.answer) for one in (*edit.locality, *edit.portability)]
+        texts += [_joined(probe.prompt, probe.answer) for probe in (*edit.locality, *edit.portability)]
         texts += [edit.subject or "", *edit.rephrases, *edit.irrelevant, *edit.ood]
         tokens = [token for text in texts for token in self.tokenizer(text)["input_ids"]]
         if edit.op == "erase":
@@ -128,7 +128,7 @@ class Reader:
         if settings.augment:
             asked = max(map(self.count, paraphrase_requests(self.tokenizer, edit))) + REQUEST_TOKENS
             yield " with the request for paraphrases", asked, "the prompt, or leave out augment"
-        pairs = [(one.prompt, one.answer) for one in (*edit.locality, *edit.portability)]
+        pairs = [(probe.prompt, probe.answer) for probe in (*edit.locality, *edit.portability)]
         pairs += [(text, edit.answer) for text in edit.rephrases]
         for text in (*(_joined(*pair) for pair in pairs), *edit.irrelevant, *edit.ood):
             if self.window is not None and len(text.encode()) + _AROUND > self.window:

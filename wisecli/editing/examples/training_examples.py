@@ -183,7 +183,7 @@ def _in_rows(
         ]
         rows += encode_edits(loaded, [edit for _, edit in others], context, train_end=train_end, erasures=erasures)
         origins += [Origin(place, number, AnswerKey(place, chat=context in AT_LINE_START)) for place, _ in others]
-    rows += encode_edits(loaded, [one.edit for one in further], "", train_end=train_end)
-    origins += [Origin(one.number, one.context, one.answer) for one in further]
+    rows += encode_edits(loaded, [prompt.edit for prompt in further], "", train_end=train_end)
+    origins += [Origin(prompt.number, prompt.context, prompt.answer) for prompt in further]
     for indices in in_batches(rows, batch_size, by_target=True, by_beginning=True):
         yield [rows[index] for index in indices], [origins[index] for index in indices]

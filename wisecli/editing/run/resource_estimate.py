@@ -92,7 +92,7 @@ def plan_edit(
     facts = _fact_tokens(settings)
     early, asked, compared = _router_training(checkpoint, site, settings)
     carried = max(texts, facts, asked) * site.d + texts * site.width, rows.read * site.d + rows.trained * site.width
-    carried_bytes = [found.item * one for one in carried]
+    carried_bytes = [found.item * values for values in carried]
     measured = 4 * site.width * (2.5 * texts + min(CALIBRATION_KEYS, texts / 2) + 4 * _RANK)
     measured = max(measured, 2 * site.d * compared)
     known = 4 * site.width * (0.5 * texts + min(CALIBRATION_KEYS, texts / 2) + 2 * _RANK) + _kept_bytes(

@@ -196,7 +196,7 @@ class ShardWriter:
         """
         *trained, last = enumerate(self.contexts)
         numbered = [[(place, self.edits[place]) for place in group] for group in groups]
-        everyone = sorted(((place, edit) for group in numbered for place, edit in group), key=lambda one: one[0])
+        everyone = sorted((pair for group in numbered for pair in group), key=lambda pair: pair[0])
         checking = everyone[:: -(-len(everyone) // _HELD_BACK)]
         count, settings = len(self.contexts), self.settings
         further = [prompt_variants(group, self.paraphrases, contexts=count) for group in numbered]

@@ -70,7 +70,7 @@ def edit_passes(
     beside = [texts[int(examples.edits[0])] for examples in batches]
     # What is said in the place of an erased answer has no last token that is a target.
     if settings.padding != "counted" or any(batch.activations.batch.unwanted is not None for batch in batches):
-        wanted = [one.text for one in beside]
+        wanted = [unrelated.text for unrelated in beside]
         keys, text, *_ = keys_of_texts(loaded, site, wanted, batch_size=settings.batch_size, on_progress=on_progress)
         return [single_pass(settings, examples, keys[text == number]) for number, examples in enumerate(batches)]
     return list(_together(loaded, site, batches, beside))

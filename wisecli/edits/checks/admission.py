@@ -81,7 +81,7 @@ class Admitted:
             for order, (line, edit) in enumerate(self.numbered)
             if order in known
         )
-        left = tuple(one for order, one in enumerate(self.numbered) if order not in known)
+        left = tuple(pair for order, pair in enumerate(self.numbered) if order not in known)
         return replace(self, numbered=left, sifted=replace(self.sifted, known=gone))
 
 
@@ -154,12 +154,12 @@ class Admission:
 
             numbered = with_derived(numbered)
         if self.policy is not None:
-            self.policy.check(name, [one for one in numbered if one[1] not in already])
+            self.policy.check(name, [pair for pair in numbered if pair[1] not in already])
         if self.on_conflict == "keep":
-            return Admitted(tuple(one for one in numbered if one[1] not in already))
+            return Admitted(tuple(pair for pair in numbered if pair[1] not in already))
         first, orphans = _without_orphans(numbered, held, "neither in the file nor in the memory")
         overruled = {entry.order: reason for entry, reason in outranked(first, name, held=held)}
-        kept = [one for order, one in enumerate(first) if order not in overruled]
+        kept = [pair for order, pair in enumerate(first) if order not in overruled]
         admitted = _resolved(self.on_conflict, name, kept, held, on_progress)
         outdone = []
         for (line, edit), why in ((first[order], why) for order, why in overruled.items()):
@@ -167,7 +167,7 @@ class Admission:
             if edit.derived is None:
                 on_progress(Event(NOTE, note=f"warning: {name}:{line}: consequence {edit.id!r} is left out: {why}"))
         admitted = _with_edits(admitted, held, (*orphans, *outdone))
-        return replace(admitted, numbered=tuple(one for one in admitted.numbered if one[1] not in already))
+        return replace(admitted, numbered=tuple(pair for pair in admitted.numbered if pair[1] not in already))
 
 
 DEFAULT_ADMISSION = Admission()
@@ -182,7 +182,7 @@ def _without_orphans(
     missing.
     """
     ids = {None, *(edit.id for edit in held), *(edit.id for _, edit in numbered)}
-    left = tuple(one for one in numbered if one[1].consequence_of in ids)
+    left = tuple(pair for pair in numbered if pair[1].consequence_of in ids)
     orphans = [(line, edit) for line, edit in numbered if edit.consequence_of not in ids]
     whys = (LeftOut(edit.id, line, f"its edit {edit.consequence_of!r} is {where}") for line, edit in orphans)
     return left, tuple(whys)
@@ -196,7 +196,7 @@ def _with_edits(admitted: Admitted, held: Sequence[Edit], dropped: Sequence[Left
     """
     left, bereft = _without_orphans(admitted.numbered, held, "left out")
     ids = {edit.id for _, edit in left}
-    whole = sorted((*admitted.sifted.dropped, *dropped, *bereft), key=lambda one: one.line)
+    whole = sorted((*admitted.sifted.dropped, *dropped, *bereft), key=lambda drop: drop.line)
     superseded = {old: new for old, new in admitted.superseded.items() if new in ids}
     return Admitted(left, replace(admitted.sifted, dropped=tuple(whole)), superseded)
 
@@ -215,7 +215,7 @@ def _resolved(
         _refuse(name, find(numbered, held=held))
         return Admitted(tuple(numbered))
     resolution = resolve(numbered, held=held, on_conflict=on_conflict)
-    dropped = [(one.entry, one.reason(name)) for one in resolution.dropped]
+    dropped = [(drop.entry, drop.reason(name)) for drop in resolution.dropped]
     left_out = tuple(LeftOut(entry.edit.id, entry.line or 0, reason) for entry, reason in dropped)
     return Admitted(resolution.kept, AdmissionReport(dropped=left_out), resolution.superseded)
 

@@ -7,6 +7,7 @@ same but for punctuation once the subject is replaced by a blank, or if one's pr
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
 from wisecli.edits.record import Edit, Numbered
@@ -140,10 +141,10 @@ def resolve(
             superseded |= {twin.edit.id: entry.edit.id for twin in twins}
         elif twins:
             dropped.append(Dropped(entry, twins[0], duplicate=True))
-    gone = {one.entry.order for one in dropped}
+    gone = {drop.entry.order for drop in dropped}
     return Resolution(
         tuple(numbered[entry.order] for entry in entries if entry.order not in gone),
-        tuple(sorted(dropped, key=lambda one: one.entry.order)),
+        tuple(sorted(dropped, key=lambda drop: drop.entry.order)),
         superseded,
     )
 
@@ -228,13 +229,13 @@ class _Facts:
 
     def conflict(self, entry: Entry) -> Conflict | None:
         """Return the conflict of an edit with those that were added, if there is one."""
-        target = _target(entry.edit)
+        target, by_order = _target(entry.edit), attrgetter("order")
         for rephrase, near in ((False, self._near(_names(entry.edit))), (True, self._near(_rephrased(entry.edit)))):
             others = [_newest(given, target) for given in near]
-            earlier = max((one for one in others if one is not None), key=lambda one: one.order, default=None)
+            earlier = max((other for other in others if other is not None), key=by_order, default=None)
             if earlier is not None:
                 same = [given[target][0] for given in near if target in given]
-                first = min((one for one in same if one.order < earlier.order), key=lambda one: one.order, default=None)
+                first = min((twin for twin in same if twin.order < earlier.order), key=by_order, default=None)
                 return Conflict("cycle" if first else "contradiction", earlier, entry, first, rephrase)
             if not rephrase and (twin := next(self.twins(entry), None)) is not None:
                 return Conflict("duplicate", twin, entry)
@@ -243,7 +244,7 @@ class _Facts:
     def twins(self, entry: Entry) -> Iterator[Entry]:
         """Yield edits with the same prompt and target, newest first, but none that is held by the same id."""
         given = self._given.get(("prompt", folded(entry.edit.prompt)), {}).get(_target(entry.edit), [])
-        return (one for one in reversed(given) if one.line is not None or one.edit.id != entry.edit.id)
+        return (other for other in reversed(given) if other.line is not None or other.edit.id != entry.edit.id)
 
     def contradicted(self, entry: Entry, *, rephrases: bool) -> Iterator[Entry]:
         """Yield the known edits of the same fact with another target."""
@@ -259,7 +260,7 @@ class _Facts:
 
 def _newest(given: _Given, target: str) -> Entry | None:
     """Return the newest edit with another target."""
-    other = next((one for one in reversed(given) if one != target), None)
+    other = next((asked for asked in reversed(given) if asked != target), None)
     return None if other is None else given[other][-1]
 
 

@@ -42,7 +42,7 @@ class Layout:
 
 # How a record is read that is of no layout here: by the names of its fields.
 BY_NAME = Layout(
-    "fields by name", (), "the fields that the documentation of edit records names", lambda one: [_named(one)]
+    "fields by name", (), "the fields that the documentation of edit records names", lambda record: [_named(record)]
 )
 
 
@@ -53,14 +53,14 @@ def layout_of(record: Record) -> Layout:
         ValueError: it may be in two.
     """
     answered = next((name for name in ALIASES["target"] if record.get(name) is not None), None)
-    found = [one for one in _LAYOUTS if one.claims(record)]
+    found = [layout for layout in _LAYOUTS if layout.claims(record)]
     if answered is not None:
-        talks = next((one for one in found if one.read is edit_of_chat), None)
+        talks = next((layout for layout in found if layout.read is edit_of_chat), None)
         if talks is not None:
             raise ValueError(f"`{talks.fields[0]}` and `{answered}` both say what the answer is; leave one of them out")
-        found = [one for one in found if not one.general]
+        found = [layout for layout in found if not layout.general]
     if len(found) > 1:
-        both = " and as ".join(f"{one.name} ({', '.join(one.fields)})" for one in found[:2])
+        both = " and as ".join(f"{layout.name} ({', '.join(layout.fields)})" for layout in found[:2])
         raise ValueError(f"it can be read as {both}; leave out the fields of one")
     return found[0] if found else BY_NAME
 
@@ -111,7 +111,7 @@ def _mquake(record: Record) -> list[Flat]:
     of them.
     """
     rewrites, case = record["requested_rewrite"], record.get("case_id")
-    asked = [{"prompt": one, "answer": record.get("new_answer")} for one in record.get("questions") or []]
+    asked = [{"prompt": question, "answer": record.get("new_answer")} for question in record.get("questions") or []]
     found = []
     for number, rewrite in enumerate(rewrites, start=1):
         question = rewrite.get("question")
@@ -144,7 +144,7 @@ def _hallucinated(record: Record) -> list[Flat]:
 
 
 def _pair(prompt: str, target: str, more_field: str | None = None) -> Callable[[Record], list[Flat]]:
-    """Read a question and its answer by two names; what stands in a ``further`` field goes below the question."""
+    """Read a question and its answer by two names; the text of ``more_field`` goes below the question."""
 
     def read(record: Record) -> list[Flat]:
         rest = {name: value for name, value in record.items() if name not in (prompt, target, more_field)}
@@ -229,4 +229,4 @@ _LAYOUTS: Sequence[Layout] = (
     ),
 )
 # Names by which the first row of a table is known as one of names.
-COLUMNS = frozenset(name for one in _LAYOUTS for name in one.fields) | {"input"}
+COLUMNS = frozenset(name for layout in _LAYOUTS for name in layout.fields) | {"input"}

@@ -83,4 +83,4 @@ def _delimiter(path: Path, text: str) -> str:
     if path.suffix.lower() == ".tsv":
         return "\t"
     first = text.lstrip().split("\n", 1)[0]
-    return max(_DELIMITERS, key=lambda one: len(next(csv.reader([first], delimiter=one), [])))
+    return max(_DELIMITERS, key=lambda delimiter: len(next(csv.reader([first], delimiter=delimiter), [])))

@@ -34,7 +34,7 @@ def _queries(tests: Any) -> Iterator[Flat]:
     """Yield the questions of one kind that have an answer, each with its first."""
     for test in tests:
         for query in test["test_queries"]:
-            answers = [one["value"] for one in query.get("answers") or [] if one.get("value")]
+            answers = [answer["value"] for answer in query.get("answers") or [] if answer.get("value")]
             if answers and query.get("prompt"):
                 yield {"prompt": query["prompt"], "answer": answers[0]}
 

@@ -56,9 +56,9 @@ def text_of(value: Any) -> str | None:
 def _value(name: str, value: Any, noted: Callable[[str], None]) -> Any:
     """Return a field with numbers and dates among its answers as texts; each such change is noted."""
     if isinstance(value, dict):
-        return {inner: _value(inner, one, noted) for inner, one in value.items()}
+        return {inner: _value(inner, inner_value, noted) for inner, inner_value in value.items()}
     if isinstance(value, list):
-        return [_value(name, one, noted) for one in value]
+        return [_value(name, inner_value, noted) for inner_value in value]
     text = text_of(value)
     if text is None or name not in _ANSWERS:
         return text if isinstance(value, date | Decimal) else value

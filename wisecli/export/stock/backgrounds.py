@@ -38,7 +38,7 @@ class Background:
         return self._turn(tokenizer, f"{self.page}\n\n{question}" if self.page else question)
 
     def around(self, tokenizer: PreTrainedTokenizerBase, question: str, rng: random.Random) -> str:
-        """Return a prompt in which this stands before a question, or a page behind it."""
+        """Return a prompt in which this stands before a question, or a page after it."""
         if not self.page or rng.random() < _BEFORE:
             return self.before(tokenizer, question)
         return self._turn(tokenizer, f"{question}\n\n{self.page}")
@@ -48,7 +48,7 @@ class Background:
 
 
 def backgrounds(tokenizer: PreTrainedTokenizerBase, count: int, *, seed: int) -> list[Background]:
-    """Return so many backgrounds: pages, pages in a chat and conversations in turn; pages alone where a model has no
+    """Return ``count`` backgrounds: pages, pages in a chat and conversations in turn; pages alone where a model has no
     chat template.
     """
     rng, everyday = random.Random(seed), everyday_prompts(_EVERYDAY, seed=seed)

@@ -132,11 +132,11 @@ def read_texts(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progre
     return ReadTexts(tuple(texts), at_router, last, frozenset(spaced))
 
 
-def _places(one: EditText) -> list[_Place]:
+def _places(text: EditText) -> list[_Place]:
     """Return the places of an answer, one for each of its tokens."""
-    target, unwanted = one.row.target, one.row.unwanted
+    target, unwanted = text.row.target, text.row.unwanted
     then = [Next(token, unwanted[index] if unwanted else None) for index, token in enumerate(target)]
-    return [_Place(one.edit, index == 0, target[index:], each) for index, each in enumerate(then)]
+    return [_Place(text.edit, index == 0, target[index:], each) for index, each in enumerate(then)]
 
 
 def _texts(loaded: Loaded, manifest: Manifest) -> list[EditText]:
@@ -149,7 +149,7 @@ def _texts(loaded: Loaded, manifest: Manifest) -> list[EditText]:
         for text, answer in {text: answer for _, text, answer in own}.items():
             row = row_of(tokenizer, text, answer, erased=edit.erased, end=end)
             found[text] = EditText(row, number, True, text in exact)
-    for number in sorted({one.edit for one in found.values()}):
+    for number in sorted({text.edit for text in found.values()}):
         edit, name = manifest.edits[number], name_of(manifest.edits[number])
         for text in texts_on_subject(tokenizer, name) if name else ():
             if text not in found:

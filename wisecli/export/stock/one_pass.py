@@ -1,6 +1,6 @@
-"""What a model goes on with, read in one pass with the answer that is looked for behind the prompt.
+"""What a model goes on with, read in one pass with the answer that is looked for after the prompt.
 
-A greedy answer is that one exactly where each of its tokens, and the end behind them, is the likeliest after those
+A greedy answer is that one exactly where each of its tokens, and the end after them, is the likeliest after those
 before it: a pass over both says so without a step for each token. A routed model decides on the prompt alone before.
 """
 
@@ -97,7 +97,7 @@ def changed_by(
 
     Args:
         layers: the model's, among which the blocks are, by their numbers.
-        channels: so many are the base model's; the others are the blocks' own.
+        channels: how many are the base model's; the others are the blocks' own.
     """
     kept: dict[int, Any] = {}
 

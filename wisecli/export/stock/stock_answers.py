@@ -156,7 +156,7 @@ def _right(asked: _Asked, questions: Sequence[tuple[str, Edit]]) -> list[bool]:
         index for index, (_, edit) in enumerate(questions) if not edit.erased and said[index] == edit.answer.strip()
     ]
     found = goes_on_with(asked.loaded, [rows[index] for index in plain], length, asked.on_progress, "edits")
-    right = {index for index, one in zip(plain, found, strict=True) if one}
+    right = {index for index, goes_on in zip(plain, found, strict=True) if goes_on}
     left = [index for index in range(len(rows)) if index not in right]
     edits = [questions[index][1] for index in left]
     hopeless = [None if edit.erased else partial(_differs, tokenizer, edit) for edit in edits]
@@ -173,20 +173,20 @@ def _differs(tokenizer: PreTrainedTokenizerBase, edit: Edit, tokens: list[int]) 
 
 def _same_tokens(asked: _Asked, rows: Sequence[Row]) -> float:
     """Return the share of unrelated tokens after which the next one is the base model's."""
-    changing = [row for row, one in zip(rows, asked.may_change(rows), strict=True) if one]
+    changing = [row for row, changes in zip(rows, asked.may_change(rows), strict=True) if changes]
     pairs = zip(next_tokens(asked.loaded, changing, asked.on_progress), asked.before(changing), strict=True)
-    other = sum(one != known for after, before in pairs for one, known in zip(after, before, strict=True))
+    other = sum(token != known for after, before in pairs for token, known in zip(after, before, strict=True))
     return 1 - other / sum(len(row) for row in rows)
 
 
 def _unchanged(asked: _Asked, rows: Sequence[Row]) -> list[bool]:
     """Return for which unrelated texts a model's answer is the base model's, word for word."""
     decode = partial(asked.loaded.tokenizer.batch_decode, skip_special_tokens=True)
-    changing = [index for index, one in enumerate(asked.may_change(rows)) if one]
+    changing = [index for index, changes in enumerate(asked.may_change(rows)) if changes]
     same = goes_on_with(
         asked.loaded, [rows[index] for index in changing], LENGTH, asked.on_progress, "unrelated answers"
     )
-    left = [index for index, one in zip(changing, same, strict=True) if not one]
+    left = [index for index, goes_on in zip(changing, same, strict=True) if not goes_on]
     answers = _texts(asked, [rows[index].prompt for index in left], LENGTH, "unrelated answers")
     before = [text.strip() for text in decode([list(rows[index].target) for index in left])]
     other = {index for index, text, known in zip(left, answers, before, strict=True) if text != known}
@@ -248,7 +248,7 @@ def _advice(stock: Mapping[str, Any], routed: Mapping[str, Any], lost: Sequence[
     """Return what to do about edits that are lost and rephrases that are not found."""
     lines = []
     if lost:
-        named = "; ".join(f"{one['prompt']!r}" for one in lost[:_NAMED]) + "; …" * (len(lost) > _NAMED)
+        named = "; ".join(f"{edit['prompt']!r}" for edit in lost[:_NAMED]) + "; …" * (len(lost) > _NAMED)
         lines.append(f"{len(lost)} edits are not answered ({named}): export fewer edits, or --format routed")
     if (stock.get("rephrased") or 0.0) < _FALLS_OFF * (routed.get("rephrased") or 0.0):
         missed = 1 - (stock["rephrased"] or 0.0) / routed["rephrased"]

@@ -91,7 +91,7 @@ def write_stock(
 
     Args:
         blocks: what is added, with tensors as wide as the stream then is.
-        extra: so many channels the stream gets at least; see `Widening.of`.
+        extra: how many channels the stream gets at least; see `Widening.of`.
 
     Raises:
         ModelError: the checkpoint's weights go by other names than Llama's.

@@ -53,12 +53,12 @@ class StockManifest:
     versions: dict[str, str]
 
     def blocks(self, layers: int) -> list[int]:
-        """Return the numbers of the blocks that are the memory, of so many ``layers``."""
+        """Return which of a checkpoint's ``layers`` are the memory, by number."""
         return memory_blocks(self.site.layer, layers, self.gate.blocks, self.gate.last)
 
 
 def memory_blocks(layer: int, layers: int, blocks: int, last: int) -> list[int]:
-    """Return the numbers of a memory's blocks: behind a router's ``layer``, and of so many ``layers`` the ``last``."""
+    """Return which of ``layers`` are a memory's ``blocks``: those behind the router's ``layer``, and the ``last``."""
     return [*range(layer + 1, layer + 1 + blocks - last), *range(layers - last, layers)]
 
 
@@ -163,7 +163,7 @@ def _same(written: Checkpoint, new_name: str, stored: Checkpoint, name: str, wid
 
 
 def moved(name: str, layers: str, *, after: int, by: int) -> str:
-    """Return the name of a base model's tensor where so many blocks stand after a layer."""
+    """Return the name of a base model's tensor where ``by`` blocks were put in after a layer."""
     number, dot, rest = name.removeprefix(f"{layers}.").partition(".")
     if not name.startswith(f"{layers}.") or not dot or not number.isdecimal() or int(number) <= after:
         return name

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _TEXTS, _SMALL = 10, 3
 # Made-up names of each kind; made-up facts, and how many texts on other things and reference pages are drawn for each.
 _NAMES, _FACTS, _OF_FACT, _PAGES = 16, 50, 10, 16
-# Backgrounds, the seed that they are drawn by, and how many each edit's prompt is read behind.
+# Backgrounds, the seed that they are drawn by, and how many each edit's prompt is read after.
 _BACKGROUNDS, _SEED, _BEHIND = 12, 9, 2
 # How a name like a subject's differs from it; texts in which its last word stands alone.
 _WAYS, _ALONE = ("word", "last", "added", "initial", "digits"), 4
@@ -107,26 +107,26 @@ def texts_on_other_things(tokenizer: PreTrainedTokenizerBase, share: float) -> l
     rng, trained = random.Random(6), usable_forms(tokenizer, trained=True)
     facts = list(synthetic_facts(max(2, round(share * _FACTS)), rng))
     examples, before = Examples(tokenizer, facts, rng), backgrounds(tokenizer, _BACKGROUNDS, seed=_SEED)
-    drawn = [one for number in range(len(facts)) for one in (*examples.of(number), *examples.conversations(number))]
+    drawn = [text for number in range(len(facts)) for text in (*examples.of(number), *examples.conversations(number))]
     mentioned = rng.sample(drawn, min(len(drawn), _OF_FACT * len(facts)))
     everyday = [rng.choice(trained).render(tokenizer, text) for text in everyday_prompts(_OF_FACT * len(facts), seed=7)]
-    behind = [one.before(tokenizer, text) for one, text in zip(before, everyday, strict=False)]
+    behind = [background.before(tokenizer, text) for background, text in zip(before, everyday, strict=False)]
     answered = [f"{text}{'' if text[-1:].isspace() else ' '}{requests().reply(rng)}" for text in everyday]
     pages = reference_pages(_PAGES * len(facts), seed=8)
-    texts = [*answered, *behind, *(one.text for one in mentioned), *pages]
+    texts = [*answered, *behind, *(example.text for example in mentioned), *pages]
     return [tuple(tokenizer(text)["input_ids"]) for text in texts]
 
 
 def texts_behind_others(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Edit, int]]) -> Iterator[SubjectText]:
-    """Yield edits' own prompts behind pages and conversations on everyday matters, up to the names of their
+    """Yield edits' own prompts after pages and conversations on everyday matters, up to the names of their
     subjects.
     """
     before = backgrounds(tokenizer, _BACKGROUNDS, seed=_SEED)
     for edit, number in edits:
         chosen = random.Random(edit.prompt).sample(before, _BEHIND)
-        texts = [one.before(tokenizer, edit.prompt) for one in chosen]
-        for one in _placed(tokenizer, texts, edit.subject_name or "", number, _KnownNames([])):
-            yield one._replace(tokens=one.tokens[: one.place + 1], around=())
+        texts = [background.before(tokenizer, edit.prompt) for background in chosen]
+        for placed in _placed(tokenizer, texts, edit.subject_name or "", number, _KnownNames([])):
+            yield placed._replace(tokens=placed.tokens[: placed.place + 1], around=())
 
 
 def texts_on_near_names(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Edit, int]]) -> Iterator[SubjectText]:
@@ -141,7 +141,7 @@ def texts_on_near_names(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Ed
         name, rng = edit.subject_name or "", random.Random(edit.prompt)
         begin = edit.prompt.casefold().rfind(name.casefold())
         drawn = {near_name(name, way, others, rng) for way in _WAYS}
-        for near in sorted(one for one in drawn if one and one.casefold() not in known):
+        for near in sorted(drawn_name for drawn_name in drawn if drawn_name and drawn_name.casefold() not in known):
             text = edit.prompt[:begin] + near + edit.prompt[begin + len(name) :]
             yield from _placed(tokenizer, [rng.choice(trained).render(tokenizer, text)], near, -1, found)
         last = name.split()[-1]
@@ -178,7 +178,7 @@ def _placed(
         offsets = list(enumerate(read["offset_mapping"]))
         inside = [place for place, (first, last) in offsets if first < end and last > begin]
         if begin >= 0 and inside:
-            free = [place for place, (first, last) in offsets if not any(first < one <= last for one in ends)]
+            free = [place for place, (first, last) in offsets if not any(first < other <= last for other in ends)]
             within = tuple(place for place in free if inside[0] <= place < inside[-1])
             around = tuple(place for place in free if not inside[0] <= place <= inside[-1])
             yield SubjectText(tuple(read["input_ids"]), inside[-1], number, within, around)

@@ -68,7 +68,7 @@ class TextStates:
 
 @dataclass(frozen=True)
 class StateCapture:
-    """Reads texts, so many side by side, with a model whose layer at a site a router reads."""
+    """Reads texts, ``batch_size`` side by side, with a model; a router reads the layer at ``site``."""
 
     loaded: Loaded
     site: Site
@@ -160,7 +160,7 @@ def cache_file(loaded: Loaded, site: Site, *about: object) -> Path:
 
 
 def rotation_of(loaded: Loaded, site: Site, length: int) -> Rotation:
-    """Return how a model's attention behind the router's layer rotates so many tokens, and scales scores."""
+    """Return how a model's attention behind the router's layer rotates ``length`` tokens, and scales scores."""
     rotary = loaded.model.get_submodule(f"{site.layer_module.rpartition('.')[0].rpartition('.')[0]}.rotary_emb")
     with torch.no_grad():
         cos, sin = rotary(torch.zeros(1), torch.arange(length)[None])

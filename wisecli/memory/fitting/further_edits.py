@@ -88,7 +88,7 @@ def _projected_subjects(heads: RouterHeads, states: Tensor, rows: Tensor) -> Ten
 
 
 def _joined(former: FormerMemory, part: ComparedPrompts, chosen: Tensor, edits: int) -> ComparedPrompts:
-    """Return what is known of all edits, from that of a memory and that of some of its edits with all further ones.
+    """Join what a former memory knows of its edits with what was fitted to some of them and all further ones.
 
     Args:
         part: fitted to some edits (e,), of which the further ones come last.
@@ -103,7 +103,7 @@ def _joined(former: FormerMemory, part: ComparedPrompts, chosen: Tensor, edits: 
 def _with_prompts(
     former: FormerMemory, tensors: dict[str, Tensor], chosen: Tensor, first: int, *, heads: int = 2
 ) -> dict[str, Tensor]:
-    """Return the tensors ``LATE_INTERACTION`` of a memory with the kept prompts of further edits behind its own.
+    """Return the tensors ``LATE_INTERACTION`` of a memory with the kept prompts of further edits after its own.
 
     Args:
         tensors: the same of some edits (e,), of which those from ``first`` on are further ones.

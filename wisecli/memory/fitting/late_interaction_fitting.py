@@ -251,16 +251,14 @@ def _twins(sums: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     for apart in range(1, len(order)):
         first = first[first + apart < len(order)]
         second = first + apart
-        # What is not close to one is not to those behind it, either.
+        # What is not close to one is not to those after it, either.
         close = (sizes[first] == sizes[second]) & (along[second] - along[first] < furthest[first])
         first, second = first[close], second[close]
         if not len(first):
             break
         near = (across[second] - across[first]).abs() < furthest[first]
-        one, other = order[first[near]], order[second[near]]
-        distance = (sums[one] - sums[other]).norm(dim=-1)
-        found += [
-            torch.stack(pair)[:, distance < _SAME * sums[pair[0]].norm(dim=-1)] for pair in ((one, other), (other, one))
-        ]
+        i, j = order[first[near]], order[second[near]]
+        distance = (sums[i] - sums[j]).norm(dim=-1)
+        found += [torch.stack(pair)[:, distance < _SAME * sums[pair[0]].norm(dim=-1)] for pair in ((i, j), (j, i))]
     pairs = torch.cat(found, 1) if found else torch.empty(2, 0, dtype=torch.long)
     return pairs[0], pairs[1]

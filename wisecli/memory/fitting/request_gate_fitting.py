@@ -55,8 +55,8 @@ def request_gate_tensors(
         parts = zip(own.split(counts), turned.split(counts, 1), own_marks, pairs.tolist(), strict=True)
         edit_tokens = late_interaction.edit_tokens(pairs[:, 0])
         requests = [
-            Request(one, near, tokens, first_state=openings.get((edit, form)), marks=own)
-            for (one, near, own, (edit, form)), tokens in zip(parts, edit_tokens, strict=True)
+            Request(prompt, projected, tokens, first_state=openings.get((edit, form)), marks=prompt_marks)
+            for (prompt, projected, prompt_marks, (edit, form)), tokens in zip(parts, edit_tokens, strict=True)
         ]
         log_odds = gate.log_odds(batch_mentions(mention_features(requests))) + unsureness(own_probs[batch])
         lower = (log_odds - _LOGIT_MARGIN).clamp(_MIN_LOGIT_OFFSET, 0.0)

@@ -59,7 +59,7 @@ def fit_thresholds(
         calibrate(scores[owner == m], background[:, m], rule=rule, false_alarm=rate, groups=groups)
         for m in range(len(draft.thresholds))
     )
-    return Fitted(replace(draft, thresholds=tuple(one.threshold for one in found)), found)
+    return Fitted(replace(draft, thresholds=tuple(calibration.threshold for calibration in found)), found)
 
 
 def _scores(change: MatrixMemory, keys: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def _fit_mean(draft: SideMemory, merged_evidence: MergedEvidence, owner: Tensor)
     for memory in range(len(draft.thresholds)):
         own = each[edit[owner == memory].long().unique()]
         found.append(measure(own, None, float(own.min()) * _OF_THE_LEAST, rule="minimum"))
-    return Fitted(replace(draft, thresholds=tuple(one.threshold for one in found)), tuple(found))
+    return Fitted(replace(draft, thresholds=tuple(calibration.threshold for calibration in found)), tuple(found))
 
 
 def fit_facts(

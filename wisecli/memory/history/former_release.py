@@ -66,11 +66,11 @@ def _continues(newest: Release, shards: Mapping[str, tuple[str, ...]], merger: M
     if not same or settings_from(MergeSettings, newest.merge) != merger.settings:
         return False
     before, further = merger.directories[:count], merger.directories[count:]
-    known = {one.unrelated_sha256 for one in before}
+    known = {old.unrelated_sha256 for old in before}
     return (
-        all(one.unrelated_sha256 in known for one in further)
-        and any(one.separator_token_id is not None for one in before) == (merger.separator_token_id is not None)
-        and _TIMES * sum(len(one.written) for one in further) <= sum(len(one.written) for one in before)
+        all(new.unrelated_sha256 in known for new in further)
+        and any(old.separator_token_id is not None for old in before) == (merger.separator_token_id is not None)
+        and _TIMES * sum(len(new.written) for new in further) <= sum(len(old.written) for old in before)
     )
 
 

@@ -53,7 +53,7 @@ def publish(
         name: without(memory.shards_at(new[name]) if name in new else memory.shards(name), gone)
         for name, gone in change.shards.items()
     }
-    kept = {name: one for name, one in kept.items() if one.directory.shards}
+    kept = {name: reduced for name, reduced in kept.items() if reduced.directory.shards}
     change = replace(change, shards={name: change.shards[name] for name in kept})
     if kept:
         merger = Merger(list(kept.values()), settings, model=model)
@@ -76,11 +76,11 @@ def publish_first(memory: Path, merged: Merged, inputs: Sequence[ReducedShards],
     Raises:
         WiseError: the disk is full; what was there is as it was.
     """
-    kept = {f"{number:04d}": one for number, one in enumerate(inputs, start=1) if one.directory.shards}
-    paths = {name: one.directory.path for name, one in kept.items()}
+    kept = {f"{number:04d}": reduced for number, reduced in enumerate(inputs, start=1) if reduced.directory.shards}
+    paths = {name: reduced.directory.path for name, reduced in kept.items()}
     change = Change(
         "merge",
-        {name: _ids_left_out(one) for name, one in kept.items()},
+        {name: _ids_left_out(reduced) for name, reduced in kept.items()},
         added=tuple(edit.id for edit in merged.manifest.edits),
         provenance=provenance,
     )
@@ -115,8 +115,8 @@ def _write_release(
     # Shards were just read, and their digests checked.
     shards = {
         f"{HISTORY}/{SHARDS}/{name}/{entry.file}": entry.sha256
-        for name, one in kept.items()
-        for entry in one.directory.shards
+        for name, reduced in kept.items()
+        for entry in reduced.directory.shards
     }
     write_checksums(working, change.provenance.key, known={**shards, MEMORY_NAME: digest})
     return Published(release, len(manifest.edits))
@@ -134,7 +134,7 @@ def _link_shards(shards: ShardDirectory, place: Path) -> None:
 def _share_statistics(place: Path, kept: Mapping[str, ReducedShards], name: str) -> None:
     """Link the statistics of unrelated text, which all shards of a model share, so that they are kept once."""
     mine = kept[name].directory
-    for other in (one.directory for one in kept.values() if one.directory.path != mine.path):
+    for other in (reduced.directory for reduced in kept.values() if reduced.directory.path != mine.path):
         if other.unrelated_sha256 == mine.unrelated_sha256:
             (place / UNRELATED_NAME).unlink()
             link_or_copy(other.path / UNRELATED_NAME, place / UNRELATED_NAME)

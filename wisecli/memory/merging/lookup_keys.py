@@ -143,9 +143,9 @@ class _Keys:
         return {
             **self._columns(),
             # Of few keys less is known; where nothing is, nothing is gained.
-            "directions": pad_sequence([one.directions for one in used], batch_first=True),
-            "gains": pad_sequence([one.gains for one in used], batch_first=True),
-            "floors": torch.tensor([one.floor for one in used]),
+            "directions": pad_sequence([basis.directions for basis in used], batch_first=True),
+            "gains": pad_sequence([basis.gains for basis in used], batch_first=True),
+            "floors": torch.tensor([basis.floor for basis in used]),
         }
 
     def _columns(self) -> dict[str, Tensor]:
@@ -170,7 +170,7 @@ def _quantized(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Residuals:
-    """The residuals of all shards, one behind the other, at the strength that they are served with."""
+    """The residuals of all shards, one after the other, at the strength that they are served with."""
 
     def __init__(self, strength: float) -> None:
         self.strength, self.count, self.parts = strength, 0, list[Tensor]()

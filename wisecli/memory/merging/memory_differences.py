@@ -75,7 +75,8 @@ def extended_memory(merger: Merger, output: Path, *, signed: bool = False) -> Ex
     changes = [*_changed_settings(found, merger), *changed_versions(found.versions)]
     require_same(output, [*changes, *unsigned(output, signed=signed)])
     held = {(edit.id, edit.prompt, edit.answer) for edit in found.edits}
-    return ExtendedMemory(found, tuple(one.id for one in merger.edits if (one.id, one.prompt, one.answer) not in held))
+    new = tuple(edit.id for edit in merger.edits if (edit.id, edit.prompt, edit.answer) not in held)
+    return ExtendedMemory(found, new)
 
 
 def _is_export(output: Path) -> bool:

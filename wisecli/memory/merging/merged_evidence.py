@@ -209,9 +209,9 @@ def _edit_numbers(directories: Sequence[ShardDirectory]) -> list[Tensor]:
 def _unrelated_of(directories: Sequence[ShardDirectory]) -> BackgroundStats:
     """Return the background statistics of all directories; what several have in common counts once."""
     read = list({directory.unrelated_sha256: directory.load_unrelated() for directory in directories}.values())
-    keys, chat = (torch.cat([getattr(one, name) for one in read]) for name in ("keys", "chat"))
-    chatting = next((one.chatting for one in read if one.chatting is not None), None)
-    letters = next((one.token_characters for one in read if one.token_characters is not None), None)
+    keys, chat = (torch.cat([getattr(stats, name) for stats in read]) for name in ("keys", "chat"))
+    chatting = next((stats.chatting for stats in read if stats.chatting is not None), None)
+    letters = next((stats.token_characters for stats in read if stats.token_characters is not None), None)
     return replace(read[0], keys=keys, chat=chat, chatting=chatting, token_characters=letters)
 
 

@@ -210,7 +210,7 @@ def _penalty(directories: Sequence[ShardDirectory], chosen: Sequence[Penalty]) -
     one.
     """
     before = [Penalty(*entry.penalty) for directory in directories for entry in directory.shards if entry.penalty]
-    return min([*chosen, *before], key=lambda one: (one.ridge, one.unrelated), default=_PENALTY)
+    return min([*chosen, *before], key=lambda penalty: (penalty.ridge, penalty.unrelated), default=_PENALTY)
 
 
 def resolved(settings: MergeSettings, shards: ShardDirectory) -> MergeSettings:

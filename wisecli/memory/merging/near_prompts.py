@@ -78,18 +78,18 @@ class NearPrompts:
         # The highest cosine of each of those tokens with every prompt; it stays where an edit has fewer prompts.
         near, start = torch.full((int(self.prompts_of_edit.sizes.max()), len(rows)), -torch.inf), 0
         unit = 1.0
-        for edit, own_rows in zip(edits.tolist(), rows.split(counts.tolist()), strict=True):
+        for edit, token_rows in zip(edits.tolist(), rows.split(counts.tolist()), strict=True):
             tokens = slice(*self.first_of_edit[edit : edit + 2])
             if few_bits:
-                cosines, unit = self.quick.rows(tokens).cosines(self.quick_kept.rows(own_rows))
+                cosines, unit = self.quick.rows(tokens).cosines(self.quick_kept.rows(token_rows))
             else:
                 embeddings = F.embedding(
-                    F.pad(own_rows, (0, -len(own_rows) % _ROWS)), late_interaction.prompt_token_embeddings
+                    F.pad(token_rows, (0, -len(token_rows) % _ROWS)), late_interaction.prompt_token_embeddings
                 )
-                cosines = (self.projected[head, tokens] @ embeddings.T)[:, : len(own_rows)]
+                cosines = (self.projected[head, tokens] @ embeddings.T)[:, : len(token_rows)]
             for form, part in enumerate(cosines.split(self.sizes_of_edit[edit])):
-                near[form, start : start + len(own_rows)] = part.amax(0)
-            start += len(own_rows)
+                near[form, start : start + len(token_rows)] = part.amax(0)
+            start += len(token_rows)
         near *= late_interaction.token_weights[rows] * unit
         scores = near.new_zeros(len(near), len(kept)).index_add_(1, place, near).T
         if few_bits:

@@ -1,4 +1,4 @@
-"""The tensors by which edits of a lookup answer behind each other, gathered from one shard's evidence after another."""
+"""The tensors by which edits of a lookup answer one after the other, gathered from the evidence of all shards."""
 
 from collections.abc import Mapping
 
@@ -46,7 +46,7 @@ class PairTensors:
         self.ends.append(residual[own & (position > 0) & (position == last[answer])].unique())
 
     def add_separators(self, edit: Tensor, residual: Tensor) -> None:
-        """Note the residual that puts a separator behind the answers of some edits: two (e,)."""
+        """Note the residual that puts a separator after the answers of some edits: two (e,)."""
         self.separators[edit], self.usable[edit] = residual, 1
 
     def tensors(self, residuals: int) -> dict[str, Tensor]:

@@ -141,8 +141,8 @@ def value_paths(model: PreTrainedModel, count: int) -> dict[str, bool]:
     found = {}
     for layers in _layer_lists(model, count):
         each = [dict(_backward_maps(layer, config.hidden_size)) for layer in model.get_submodule(layers).children()]
-        shared = {value: each[0][value] for value in each[0] if all(value in one for one in each)}
-        exact = {value: one for value, one in shared.items() if one[0] in widths}
+        shared = {value: each[0][value] for value in each[0] if all(value in maps for maps in each)}
+        exact = {value: (width, turned) for value, (width, turned) in shared.items() if width in widths}
         for value, (_, turned) in (exact or shared).items():
             found[f"{layers}.{_PLACE}.{value}"] = turned
     return found

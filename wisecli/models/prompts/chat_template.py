@@ -168,9 +168,9 @@ def _clock(template: str, day: str) -> dict[str, Any]:
     if _ASKS not in template:
         return {}
     midnight = datetime.fromisoformat(day)
-    directives = [*(f"%-{one}" for one in _PADDED), *(f"%{one}" for one in _PADDED + _OTHERS)]
+    directives = [*(f"%-{letter}" for letter in _PADDED), *(f"%{letter}" for letter in _PADDED + _OTHERS)]
     values = [[written, midnight.strftime(written)] for written in directives]
-    # Blanks in front of a first statement are no text; behind another they would be.
+    # Blanks in front of a first statement are no text; after another they would be.
     start = template.lstrip(" \t")
     whole = _ANSWER + (start if start.startswith("{%") else template)
     return {"chat_template": whole, _DAY: [["%%", _PERCENT], *values, [_PERCENT, "%"]]}

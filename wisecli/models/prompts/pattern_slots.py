@@ -7,11 +7,11 @@
 ``stem``           a question without its mark; ``asking`` from a small letter on, ``lower`` all in small letters
 ``noun``           the question as a noun phrase (``Noun`` from a capital on); ``person``, ``place``, ``thing`` and
                    ``time`` the same where it names one
-``the:first``      the question with an adjective behind its first ``the``; ``negated`` is with ``not``
+``the:first``      the question with an adjective after its first ``the``; ``negated`` is with ``not``
 ``keywords:last``  its words without small ones, with the subject ``first``, ``last`` or where it is ``asked``
 ``near:word``      the question on a name with another ``word``, ``last`` or ``added`` word, ``initial`` or ``digits``
 ``dressed:bold``   the question with the subject's name in ``bold``, between ``quotes``, ``curly`` or ``single`` ones
-                   or ``dashes``, or with an ``aside`` behind it
+                   or ``dashes``, or with an ``aside`` after it
 ``slips:swap``     the question with two slips: ``swap``, ``drop``, ``double`` or ``near`` (the key beside)
 ``pronoun``        the question with a pronoun for its subject; ``pronoun_inner`` from a small letter on, unmarked
 ``namesake``       another name; ``elsewhere`` is the question on it, ``elsewhere_pronoun`` that with a pronoun
@@ -155,7 +155,7 @@ class Filling:
     def _near(self, way: str, subject: str) -> str | None:
         words = self.fact.name_words or self.half.names
         drawn = (near_name(subject, way, words, self.rng) for _ in range(_TRIES))
-        found = next((one for one in drawn if one), None)
+        found = next((name for name in drawn if name), None)
         return self.fact.question.replace(subject, found) if found else None
 
     def _pronoun(self, subject: str) -> str | None:
@@ -256,9 +256,9 @@ _OF_QUESTIONS: dict[str, Callable[[Fact], str]] = {
     "lower": lambda fact: without_mark(fact.question).lower(),
 }
 _MADE: dict[str, Callable[[Filling, str], str | None]] = {
-    "the": lambda one, way: with_adjective(one.fact.question, way, one.fact.named),
-    "slips": lambda one, way: with_typos(one.fact.question, way, one.rng),
-    "page": lambda one, _: one._page(),
+    "the": lambda filling, way: with_adjective(filling.fact.question, way, filling.fact.named),
+    "slips": lambda filling, way: with_typos(filling.fact.question, way, filling.rng),
+    "page": lambda filling, _: filling._page(),
 }
 _DRESSES = {
     "bold": "**{}**",
@@ -269,23 +269,23 @@ _DRESSES = {
     "aside": "{}, if that is how it is spelt,",
 }
 _OF_SUBJECTS: dict[str, Callable[[Filling, str, str], str | None]] = {
-    "negated": lambda one, _, subject: negated(one.fact.question, subject),
-    "keywords": lambda one, way, subject: keywords(one.fact.question, subject, way),
-    "near": lambda one, way, subject: one._near(way, subject),
-    "dressed": lambda one, way, subject: one.fact.question.replace(subject, _DRESSES[way].format(subject)),
-    "pronoun": lambda one, _, subject: one._pronoun(subject),
-    "pronoun_inner": lambda one, _, subject: one._pronoun_inner(subject),
-    "noun": lambda one, _, subject: one._noun(subject),
-    "Noun": lambda one, _, subject: _capital(one._noun(subject)),
-    "person": lambda one, _, subject: one._noun(subject, "person"),
-    "place": lambda one, _, subject: one._noun(subject, "place"),
-    "thing": lambda one, _, subject: one._noun(subject, "thing"),
-    "time": lambda one, _, subject: one._noun(subject, "time"),
-    "namesake": lambda one, _, __: one._namesake,
-    "elsewhere": lambda one, _, subject: one._elsewhere(subject),
-    "elsewhere_pronoun": lambda one, _, subject: one._elsewhere_pronoun(subject),
-    "document": lambda one, _, __: one._text[0] if one._text else None,
-    "beside": lambda one, _, __: one._text[1] if one._text else None,
+    "negated": lambda filling, _, subject: negated(filling.fact.question, subject),
+    "keywords": lambda filling, way, subject: keywords(filling.fact.question, subject, way),
+    "near": lambda filling, way, subject: filling._near(way, subject),
+    "dressed": lambda filling, way, subject: filling.fact.question.replace(subject, _DRESSES[way].format(subject)),
+    "pronoun": lambda filling, _, subject: filling._pronoun(subject),
+    "pronoun_inner": lambda filling, _, subject: filling._pronoun_inner(subject),
+    "noun": lambda filling, _, subject: filling._noun(subject),
+    "Noun": lambda filling, _, subject: _capital(filling._noun(subject)),
+    "person": lambda filling, _, subject: filling._noun(subject, "person"),
+    "place": lambda filling, _, subject: filling._noun(subject, "place"),
+    "thing": lambda filling, _, subject: filling._noun(subject, "thing"),
+    "time": lambda filling, _, subject: filling._noun(subject, "time"),
+    "namesake": lambda filling, _, __: filling._namesake,
+    "elsewhere": lambda filling, _, subject: filling._elsewhere(subject),
+    "elsewhere_pronoun": lambda filling, _, subject: filling._elsewhere_pronoun(subject),
+    "document": lambda filling, _, __: filling._text[0] if filling._text else None,
+    "beside": lambda filling, _, __: filling._text[1] if filling._text else None,
 }
 SLOTS_WITH_A_WAY = frozenset({"the", "keywords", "near", "dressed", "slips"})
 SLOTS = frozenset({*_OF_FACTS, *_OF_QUESTIONS, *_MADE, *_OF_SUBJECTS, "paragraph"}) - SLOTS_WITH_A_WAY

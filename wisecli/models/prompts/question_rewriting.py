@@ -55,7 +55,7 @@ def noun_phrase(question: str, subject: str) -> tuple[str, str] | None:
 
 
 def _definition(text: str, subject: str) -> tuple[str, str] | None:
-    """``Who is the mayor of X``, and a statement's beginning ``The mayor of X is``."""
+    """Return ``the mayor of X``, and its sort, for ``Who is the mayor of X`` or ``The mayor of X is``."""
     stated = re.fullmatch(rf"(The .+) (?:{_BE})", text)
     if stated:
         phrase = "the" + stated[1][3:]
@@ -68,7 +68,7 @@ def _definition(text: str, subject: str) -> tuple[str, str] | None:
 
 
 def _relative(text: str, subject: str) -> tuple[str, str] | None:
-    """``In which year was X founded``: the year in which X was founded."""
+    """Return ``the year in which X was founded``, and its sort, for ``In which year was X founded``."""
     head = rf"(?:({_PREPOSITION}) )?(?:which|what) ([\w -]+?)"
     match = re.fullmatch(rf"{head} ({_AUXILIARY}|does|do|did) {_name(subject)}(.*)", text, flags=re.IGNORECASE)
     if not match:
@@ -80,7 +80,7 @@ def _relative(text: str, subject: str) -> tuple[str, str] | None:
 
 
 def _of_place_or_time(text: str, subject: str) -> tuple[str, str] | None:
-    """Return ``Where was X born`` as ``the place where X was born``, and what sort of thing it asks for."""
+    """Return ``the place where X was born``, and its sort, for ``Where was X born``."""
     match = re.fullmatch(rf"(Where|When) ({_AUXILIARY}|does|do|did) {_name(subject)}(.*)", text)
     if not match:
         return None
@@ -95,7 +95,7 @@ def _name(subject: str) -> str:
 
 
 def _by_verb(text: str, subject: str) -> tuple[str, str] | None:
-    """``Who wrote X``: the person who wrote X."""
+    """Return ``the person who wrote X``, and its sort, for ``Who wrote X``."""
     match = re.fullmatch(rf"(Who|What(?= \w+(?:s|ed) )) ([a-z]+) ((?:[a-z]+ ){{0,3}}{re.escape(subject)}.*)", text)
     if match and match[2] not in (*_AUXILIARY.split("|"), "do", "does", "did"):
         sort, noun = ("person", "the person who") if match[1] == "Who" else ("thing", "the thing that")
@@ -107,7 +107,7 @@ def _by_verb(text: str, subject: str) -> tuple[str, str] | None:
 
 
 def _as_statement(verb: str, name: str, rest: str) -> str:
-    """Return a clause in the order of a statement: its verb behind the name."""
+    """Return a clause in the order of a statement: its verb after the name."""
     words = rest.split()
     if not words and verb in _BE.split("|"):
         return f"{verb} {name}"
@@ -134,7 +134,7 @@ def _sort_of(phrase: str, asked: str) -> str:
 
 
 def negated(question: str, subject: str) -> str | None:
-    """Return the question with ``not`` behind its first verb, or behind the name where that comes next."""
+    """Return the question with ``not`` after its first verb, or after the name where that comes next."""
     found = re.search(rf" ({_AUXILIARY}|does|do|did)\b", question)
     if not found:
         return None
@@ -150,7 +150,7 @@ def negated(question: str, subject: str) -> str | None:
 
 
 def with_adjective(question: str, adjective: str, subject: str | None) -> str | None:
-    """Return the question with an adjective behind the first ``the`` that does not belong to the subject."""
+    """Return the question with an adjective after the first ``the`` that does not belong to the subject."""
     for found in re.finditer(r"\b[Tt]he (?!same\b)", question):
         if not (subject and any(question.startswith(subject, start) for start in found.span())):
             return f"{question[: found.end()]}{adjective} {question[found.end() :]}"
@@ -197,8 +197,8 @@ def with_pronoun(question: str, subject: str, rng: random.Random, *, person: boo
         pronoun = {"he": "him", "she": "her", "they": "them", "it": "it"}[pronoun]
     text = question[: found.start()] + pronoun + question[found.end() :]
     if pronoun == "they":
-        text = re.sub(r"\b(is|was|does|has) they\b", lambda one: _PLURAL[one[1]] + " they", text)
-        text = re.sub(r"^they (is|was|does|has)\b", lambda one: "they " + _PLURAL[one[1]], text)
+        text = re.sub(r"\b(is|was|does|has) they\b", lambda match: _PLURAL[match[1]] + " they", text)
+        text = re.sub(r"^they (is|was|does|has)\b", lambda match: "they " + _PLURAL[match[1]], text)
     return text[:1].upper() + text[1:]
 
 

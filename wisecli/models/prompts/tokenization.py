@@ -137,11 +137,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, *, end:
 
 
 def without_row(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int], vocabulary: int | None) -> str | None:
-    """Return what is wrong with the first token that an embedding of so many rows has none for; None if all have one.
+    """Return what is wrong with the first token that has no row among the ``vocabulary`` of an embedding, or None.
 
     Tokens are added to a tokenizer and saved without a word to the model, whose embedding stays as it was.
     """
-    if vocabulary is None or (token := next((one for one in tokens if one >= vocabulary), None)) is None:
+    if vocabulary is None or (token := next((token_id for token_id in tokens if token_id >= vocabulary), None)) is None:
         return None
     name = tokenizer.convert_ids_to_tokens(token)
     return (

@@ -52,7 +52,7 @@ def generate(
     Args:
         unwanted: for each prompt tokens that may not come first.
         stops: tokens that end an answer as well, and belong to it.
-        hopeless: for each prompt, whether its answer need not go on behind some tokens; it may all the same.
+        hopeless: for each prompt, whether its answer need not go on after some tokens; it may all the same.
         beginnings: keeps what all prompts of a batch begin with, which is then read once, for models that go on from
             attention's keys and values alone, and of whose prompts no edit changes what they make.
 
@@ -138,7 +138,7 @@ def _encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
 
 
 def _up_to_the_end(row: Sequence[int], ends: Collection[int], stops: Collection[int]) -> list[int]:
-    """Return new tokens without the one that ends the text and all behind it; one that stops it is kept."""
+    """Return new tokens without the one that ends the text and all after it; one that stops it is kept."""
     for index, token in enumerate(row):
         if token in ends:
             return list(row[:index])
@@ -148,8 +148,8 @@ def _up_to_the_end(row: Sequence[int], ends: Collection[int], stops: Collection[
 
 
 def _sampling(max_new_tokens: int, temperature: float | None) -> dict[str, Any]:
-    """Return the settings of sampled answers: at a temperature until the text ends, or without one to exactly so many
-    tokens.
+    """Return the settings of sampled answers: at a temperature until the text ends, or without one to exactly
+    ``max_new_tokens``.
     """
     return {
         "do_sample": True,
@@ -162,7 +162,7 @@ def _sampling(max_new_tokens: int, temperature: float | None) -> dict[str, Any]:
 
 
 def _not_first(unwanted: Sequence[Collection[int]], width: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return what keeps unwanted tokens of each row from being the first after a prompt of so many tokens."""
+    """Return what keeps unwanted tokens of each row from being the first after a prompt of ``width`` tokens."""
 
     def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if ids.shape[1] == width:

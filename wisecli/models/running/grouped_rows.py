@@ -9,7 +9,7 @@ def rows_of(groups: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     twice.
 
     Args:
-        sizes: how many rows each group has, which lie one behind the other (t,).
+        sizes: how many rows each group has, which lie one after the other (t,).
     """
     own, first = sizes[groups], sizes.cumsum(0) - sizes
     index = torch.arange(len(groups), device=sizes.device).repeat_interleave(own)

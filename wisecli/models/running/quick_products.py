@@ -36,8 +36,8 @@ def quick_products(loaded: Loaded, site: Site | None = None) -> Iterator[None]:
         yield
         return
     unused: Iterable[nn.Module] = () if site is None else layers_of(model, site)[site.layer + 1 :]
-    above = {id(one) for layer in unused for one in layer.parameters()}
-    kept = [(one, one.data) for one in model.parameters() if id(one) not in above]
+    above = {id(parameter) for layer in unused for parameter in layer.parameters()}
+    kept = [(parameter, parameter.data) for parameter in model.parameters() if id(parameter) not in above]
     try:
         for parameter, data in kept:
             parameter.data = data.to(torch.bfloat16)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ROW_DECISIONS = "held_rows"
 # Rows are taken out when no more than this share of them goes on, since each time is a call of `generate()` more.
 _GOING_ON = 0.75
-# Whether an answer need not go on behind some tokens.
+# Whether an answer need not go on after some tokens.
 Hopeless = Callable[[list[int]], bool]
 
 
@@ -93,7 +93,7 @@ class PromptBatch:
         return rows
 
     def answer_shrinking(self, ends: Collection[int], cache: DynamicCache | None = None) -> list[list[int]]:
-        """Return what follows each row, with padding behind some that ended.
+        """Return what follows each row, with padding after some that ended.
 
         Args:
             ends: the tokens that end a row.

@@ -59,7 +59,7 @@ def locate(
                 "so its layers cannot be streamed; leave out the memory budget"
             )
         named.append((file, headers[file].starts[spelling], spelling, name, parameter))
-    for file, start, spelling, name, parameter in sorted(named, key=lambda one: one[:2]):
+    for file, start, spelling, name, parameter in sorted(named, key=lambda piece: piece[:2]):
         stored = getattr(torch, headers[file].tensors[spelling].dtype)
         parts.append(Stored(name, file, start, stored, parameter.dtype, parameter.shape, offset))
         offset += -(-parts[-1].bytes // _ALIGNMENT) * _ALIGNMENT

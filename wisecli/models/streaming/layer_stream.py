@@ -123,8 +123,8 @@ class LayerStream:
         """Return a layer's forward pass that reads its weights first and frees them afterwards."""
 
         def forward(*args: Any, **named: Any) -> Any:
-            given = (one for one in (*args, *named.values()) if isinstance(one, Tensor))
-            if torch.is_grad_enabled() and any(one.requires_grad for one in given):
+            given = (tensor for tensor in (*args, *named.values()) if isinstance(tensor, Tensor))
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
                 raise RuntimeError(f"layer {number} is streamed and takes no gradient; hold it first")
             with self.filled(number, self._following(number)):
                 return type(layer).forward(layer, *args, **named)

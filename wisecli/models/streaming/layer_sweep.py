@@ -36,7 +36,7 @@ def sweep(
                 if layer not in call:
                     continue
                 args, named = call[layer]
-                given = [_renewed(arg) for arg in args], {name: _renewed(one) for name, one in named.items()}
+                given = [_renewed(arg) for arg in args], {name: _renewed(value) for name, value in named.items()}
                 output = stream.layers[layer](spool.take(f"hidden.{number}"), *given[0], **given[1])
                 spool.put(f"hidden.{number}", output[0] if isinstance(output, (tuple, list)) else output)
                 if layer == upto:

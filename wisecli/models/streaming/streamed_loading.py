@@ -95,8 +95,8 @@ def _offloaded(model: nn.Module) -> Iterator[tuple[str, tuple[Path, str]]]:
     """Yield where accelerate would fetch each parameter from, and by which name."""
     for module in model.modules():
         hook = module.__dict__.get("_hf_hook")
-        for one in getattr(hook, "hooks", (hook,)):
-            weights = getattr(one, "weights_map", None)
+        for inner in getattr(hook, "hooks", (hook,)):
+            weights = getattr(inner, "weights_map", None)
             index = getattr(getattr(weights, "dataset", weights), "index", None)
             if index is not None:
                 for name, location in index.items():

@@ -38,8 +38,8 @@ class SignatureMixin(ModuleMixin):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in _SHOWN:
-            own = [one for one in cls.__mro__ if name in one.__dict__ and one is not nn.Module]
-            behind = next((one for one in own if not issubclass(one, ModuleMixin)), None)
+            own = [base for base in cls.__mro__ if name in base.__dict__ and base is not nn.Module]
+            behind = next((base for base in own if not issubclass(base, ModuleMixin)), None)
             if behind is not None and issubclass(own[0], ModuleMixin):
                 setattr(cls, name, _shown_as(getattr(cls, name), getattr(behind, name)))
 

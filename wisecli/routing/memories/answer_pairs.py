@@ -1,10 +1,10 @@
-"""Two edits that answer one prompt, one behind the other: "Who wrote X? And who wrote Y?" Needs torch only.
+"""Two edits that answer one prompt, one after the other: "Who wrote X? And who wrote Y?" Needs torch only.
 
 The answer is "A; B". Where the first edit's answer would end, the model is made to say the separator; at that token the
 second one begins. What answers a prompt is a number, in caches and in requests of engines, so a pair is one, too:
 
     e                edit e, of M
-    a + M (b + 1)    edit a, which edit b waits behind
+    a + M (b + 1)    edit a, after which edit b waits
     b + M (M + 1)    edit b begins: at the separator alone
 
 Exports carry this very file.
@@ -20,10 +20,10 @@ ANSWER_PAIRS = tuple(f"pairs.{part}" for part in ("separator_token_id", "separat
 
 
 class AnswerPairs(nn.Module):
-    """What edits need to answer behind each other.
+    """What edits need to answer one after the other.
 
     ``separator_token_id`` (1,) is the token between two answers. ``separators`` (M,) is the residual that makes the
-    model say it behind each edit's answer, ``begins`` (M,) that of the first token of each edit's answer. ``ends`` (m,)
+    model say it after each edit's answer, ``begins`` (M,) that of the first token of each edit's answer. ``ends`` (m,)
     marks residuals that end an answer, and ``usable`` (M,) the edits that answer in pairs, which those do not whose
     answers are erased or hold the separator.
 
@@ -78,7 +78,7 @@ class AnswerPairs(nn.Module):
     def actions(self, numbers: Tensor, residual: Tensor) -> Tensor:
         """Return which residual a pair of edits adds in the place of the nearest key's: (...) → (...).
 
-        It is an edit's number to say the separator behind its answer, M more to begin its answer, and negative to add
+        It is an edit's number to say the separator after its answer, M more to begin its answer, and negative to add
         the nearest key's residual as usual.
 
         Args:

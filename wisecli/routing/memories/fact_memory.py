@@ -2,7 +2,7 @@
 
     y = W a + b + v_i    the residual v_i of that of the edit's keys which is nearest to a, by whitened cosine
 
-Where a prompt asks two edits, they answer one behind the other (:mod:`.answer_pairs`).
+Where a prompt asks two edits, they answer one after the other (:mod:`.answer_pairs`).
 
 Exports carry this very file.
 """

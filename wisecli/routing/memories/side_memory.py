@@ -146,7 +146,7 @@ class Memory(nn.Module):
         return decision.memory
 
     def in_turn(self, numbers: Tensor, ids: Tensor, in_answer: Tensor) -> Tensor:  # noqa: ARG002 (of the interface)
-        """Return what answers each token of a pass (B, T), of several memories that answer one behind the other.
+        """Return what answers each token of a pass (B, T), of several memories that answer one after the other.
 
         Args:
             numbers: what answers the tokens by what was known before the pass (B, T).

@@ -110,10 +110,10 @@ def keep_tokens(cache: Any, earlier: int, ids: Tensor, memories: Tensor) -> None
         return
     layer = _layer_of(cache)
     if layer is None:
-        static = any(isinstance(one, StaticLayer) for one in cache.layers)
+        static = any(isinstance(layer_cache, StaticLayer) for layer_cache in cache.layers)
         layer = StaticTokens(max_cache_len=cache.get_max_length()) if static else GrowingTokens()  # type: ignore[no-untyped-call]
         # Beside recurrent states alone a compileable layer would have masks made as for attention.
-        layer.is_compileable = not all(hasattr(one, "conv_states") for one in cache.layers)
+        layer.is_compileable = not all(hasattr(layer_cache, "conv_states") for layer_cache in cache.layers)
         cache.layers.append(layer)
     known = int(layer.get_seq_length())
     if known > earlier:  # it was emptied by hand, or belongs to other tokens

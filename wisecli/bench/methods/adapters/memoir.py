@@ -47,7 +47,7 @@ class MemoirSettings:
     share of a mask that opens the memory. ``rate``, ``steps``, ``limit``: gradient descent with gradients of this norm
     at most; it ends when a loss below ``stop`` moves no more than ``still``. Rate and limit are for ``width`` columns:
     of fewer the keys are shorter, and a step as long would move what the matrix gives less. An edit is learnt as it
-    stands and behind ``prefixes`` texts. ``background`` texts give the mean features.
+    stands and after ``prefixes`` texts. ``background`` texts give the mean features.
     """
 
     layer: int = 27
@@ -201,7 +201,7 @@ class Memoir(EditByEdit):
 
 
 def prompts(keys: Tensor, mask: Tensor | None, first: int | None) -> Tensor:
-    """Return where the prompts' tokens are (B, T): no padding, and nothing behind the column ``first``, if there is
+    """Return where the prompts' tokens are (B, T): no padding, and nothing after the column ``first``, if there is
     one.
 
     Args:

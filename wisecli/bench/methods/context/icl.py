@@ -4,7 +4,7 @@ The prompt comes after the new fact, and both after demonstrations of what to do
 the train split: to *copy* one, to *update* what is asked in other words, and to *retain* what the fact says nothing of.
 The paper gives the fact of the edit that is being measured. A stream has many, so here it is the stored edit nearest to
 the prompt, however far that is: what keeps other answers as they are is the demonstrations alone. A prompt that waits
-for its answer behind a colon has its demonstrations worded like it.
+for its answer after a colon has its demonstrations worded like it.
 """
 
 from dataclasses import dataclass

@@ -99,16 +99,16 @@ class Knn(Method):
         Raises:
             UnsuitableError: the tokenizer leaves nothing of an edit.
         """
-        for one in self._read([encode_row(self.bench, edit.prompt, edit) for edit in edits]):
-            self.store.add(one.states, one.tokens)
+        for read in self._read([encode_row(self.bench, edit.prompt, edit) for edit in edits]):
+            self.store.add(read.states, read.tokens)
 
     @torch.no_grad()
     def _read(self, rows: Sequence[Row]) -> list[_Read]:
         """Return what the unedited model makes of prompts and their answers."""
         found = dict[int, _Read]()
         for indices in in_batches(rows, self.bench.batch_size):
-            for index, one in zip(indices, self._read_batch([rows[index] for index in indices]), strict=True):
-                found[index] = one
+            for index, read in zip(indices, self._read_batch([rows[index] for index in indices]), strict=True):
+                found[index] = read
         return [found[index] for index in range(len(rows))]
 
     def _read_batch(self, rows: Sequence[Row]) -> list[_Read]:
@@ -123,7 +123,7 @@ class Knn(Method):
             logits = run_model(loaded.model, batch, 0, None, batch.labelled)
         lengths = [len(row.target) for row in rows]
         parts = (part.split(lengths) for part in (kept[0].float(), logits, batch.targets))
-        return [_Read(*one) for one in zip(*parts, strict=True)]
+        return [_Read(*fields) for fields in zip(*parts, strict=True)]
 
     def _chosen(self) -> tuple[float, float]:
         """Return λ and the temperature that do best on records of the train split.
@@ -139,16 +139,16 @@ class Knn(Method):
         reworded = self._read([encode(tokenizer, text, edit.target) for edit in records for text in edit.rephrases[:1]])
         probes = [probe for edit in records for probe in edit.locality[:1]]
         locality = self._read([encode(tokenizer, probe.prompt, probe.answer) for probe in probes])
-        wanted = [(one, one.tokens) for one in (*prompts, *reworded)]
-        wanted += [(one, one.logits.argmax(-1)) for one in locality]
+        wanted = [(read, read.tokens) for read in (*prompts, *reworded)]
+        wanted += [(read, read.logits.argmax(-1)) for read in locality]
         kinds = torch.tensor([0] * len(prompts) + [1] * len(reworded) + [2] * len(locality))
         store = self._empty()
-        for one in prompts:
-            store.add(one.states, one.tokens)
+        for read in prompts:
+            store.add(read.states, read.tokens)
         unit = max(float(torch.cdist(store.keys, store.keys).square().mean()), 1e-6)
         hits: dict[tuple[float, float], list[float]] = {}
-        for one, tokens in wanted:
-            nearest, alone = store.nearest(one.states, self.settings.neighbours), one.logits.float().softmax(-1)
+        for read, tokens in wanted:
+            nearest, alone = store.nearest(read.states, self.settings.neighbours), read.logits.float().softmax(-1)
             for temperature in (unit * part for part in self.settings.temperatures):
                 near = neighbourhood(*nearest, temperature, alone.shape[-1])
                 for share in self.settings.shares:

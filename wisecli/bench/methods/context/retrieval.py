@@ -184,7 +184,7 @@ def instruction_prompt(edit: Edit, prompt: str) -> str:
 
 
 def ends_with_colon(prompt: str) -> bool:
-    """Return whether a prompt waits for its answer behind a colon, as in ``A:``."""
+    """Return whether a prompt waits for its answer after a colon, as in ``A:``."""
     return prompt.rstrip().endswith(":")
 
 

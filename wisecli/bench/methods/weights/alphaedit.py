@@ -74,12 +74,12 @@ class AlphaEdit(Memit):
 
     def state(self) -> dict[str, Tensor]:
         """Return the changes, and the keys that are spared."""
-        return {**super().state(), **{f"earlier {index}": one for index, one in enumerate(self._earlier)}}
+        return {**super().state(), **{f"earlier {index}": moment for index, moment in enumerate(self._earlier)}}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
         """Restore stored changes and keys."""
         super().restore(state, portions)
-        self._earlier = [state[f"earlier {index}"].to(one) for index, one in enumerate(self._earlier)]
+        self._earlier = [state[f"earlier {index}"].to(moment) for index, moment in enumerate(self._earlier)]
 
 
 def constrained(residuals: Tensor, keys: Tensor, projection: Tensor, earlier: Tensor, weight: float) -> Tensor:

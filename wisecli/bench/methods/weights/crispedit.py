@@ -203,7 +203,7 @@ class CrispEdit(WeightEditing, Gradual):
         return {
             **super().state(),
             **packed("latest", self._latest),
-            **{f"moved {index}": one.detach() for index, one in enumerate(self._moved)},
+            **{f"moved {index}": tensor.detach() for index, tensor in enumerate(self._moved)},
             **{f"inputs {index}": curvature.inputs for index, curvature in enumerate(self.curvatures)},
             **{f"gradients {index}": curvature.gradients for index, curvature in enumerate(self.curvatures)},
             "tokens": torch.tensor([curvature.tokens for curvature in self.curvatures]),

@@ -36,7 +36,7 @@ class LowRankLayer(nn.Module):
         """Return the layer's output for inputs (n, width), in the same shape.
 
         Args:
-            place: which of the matrices the tokens are of.
+            index: which of the matrices the tokens are of.
         """
         inner = inputs @ self.right.T @ self.left.T
         if self.bias is not None:
@@ -64,7 +64,7 @@ class Hypernetwork(nn.Module):
         self.register_buffer("spread", torch.ones(matrices, width))
 
     def normalise(self, keys: Tensor, gradients: Tensor, index: int) -> None:
-        """Take a matrix' mean and standard deviation, by dimension, from keys (n, d_ff) and gradients (n, d)."""
+        """Set a matrix' mean and standard deviation, by dimension, from keys (n, d_ff) and gradients (n, d)."""
         joined = torch.cat([keys, gradients], -1)
         self.middle[index] = joined.mean(0)
         parts = joined.std(0).split(self.split)
@@ -100,7 +100,7 @@ class Editor(nn.Module):
     def normalise(self, seen: Sequence[Factors], index: int) -> None:
         """Set a matrix' mean and standard deviation to those of the tokens seen."""
         network, own = self._network(index)
-        network.normalise(torch.cat([one.keys for one in seen]), torch.cat([one.gradients for one in seen]), own)
+        network.normalise(torch.cat([part.keys for part in seen]), torch.cat([part.gradients for part in seen]), own)
 
     def forward(self, factors: Factors, index: int) -> tuple[Tensor, Tensor]:
         """Return α ũ (B, T, d_ff) and δ̃ (B, T, d) for one matrix; zero where there is padding."""

@@ -111,7 +111,7 @@ class Memit(WeightEditing, Gradual):
         return hidden + find_change(self.bench, top, fact, part, self.settings.search, _added, hidden.norm())
 
     def _write(self, facts: Sequence[Fact], targets: Tensor) -> None:
-        """Bring the layer that is the last of the range to the facts' targets (n, d)."""
+        """Change the matrices in turn, so that the last layer's states come to the facts' targets (n, d)."""
         for index, site in enumerate(self.sites):
             with self.applied():
                 seen = [self._key_and_state(fact, index) for fact in facts]

@@ -133,7 +133,7 @@ class Mend(WeightEditing, EditByEdit):
 
     def state(self) -> dict[str, Tensor]:
         """Return the changes and the network, which trained anew may come out otherwise on a GPU."""
-        return {**super().state(), **{f"editor {name}": one for name, one in self.editor.state_dict().items()}}
+        return {**super().state(), **{f"editor {name}": tensor for name, tensor in self.editor.state_dict().items()}}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
         """Restore stored changes and network."""

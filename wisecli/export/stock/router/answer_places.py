@@ -93,7 +93,7 @@ def prompts_ends(states: EditStates, elsewhere: Elsewhere) -> Tensor:
 
 def begun_answers(states: EditStates, edits: int, elsewhere: Elsewhere) -> Tensor:
     """Return planes (e, d + 1) that read about 1 where some of an edit's answer was said, by states behind the
-    router's layer; for so many ``edits``, with those that later ones asking the same stand for.
+    router's layer; for ``edits`` edits, with those that later ones asking the same stand for.
     """
     read = _Read.of(states, elsewhere)
     planes = read.planes(states.inside, edits) @ read.back
@@ -210,7 +210,7 @@ def _closed_at(elsewhere: Elsewhere, states: Tensor, planes: Tensor, wholly: Ten
     """Return planes (n, d + 1) that are closed at sinks, and read much the same at others and at states (m, d).
 
     The norm of sinks is so large that extra channels read as zero there: nothing else would keep planes closed. No
-    more is taken away than must be, as an answer's own tokens may be half a sink: a blank behind a question is.
+    more is taken away than must be, as an answer's own tokens may be half a sink: a blank after a question is.
 
     Args:
         wholly: which planes (n,) are to read less than nothing there; others nearly nothing.

@@ -33,7 +33,8 @@ def answer_values(loaded: Loaded, site: Site, then: Sequence[Next]) -> Tensor:
     spread = ((rows.T @ rows) / len(rows) - mean.outer(mean)).double()
     spread += _RIDGE * spread.diagonal().mean() * torch.eye(len(spread))
     sums = [
-        rows[one.token] - mean if one.unwanted is None else (mean - rows[list(one.unwanted)]).sum(0) for one in then
+        rows[following.token] - mean if following.unwanted is None else (mean - rows[list(following.unwanted)]).sum(0)
+        for following in then
     ]
-    lengths = torch.tensor([1.0 if one.unwanted is None else _AWAY for one in then])
+    lengths = torch.tensor([1.0 if following.unwanted is None else _AWAY for following in then])
     return F.normalize(torch.linalg.solve(spread, torch.stack(sums).double().T).T.float(), dim=-1) * lengths[:, None]

@@ -27,7 +27,7 @@ def feed_forwards(sizes: LayerSizes, steps: Steps, first: int = 0) -> Iterator[d
     """Yield feed-forwards of as many blocks as steps take, at least one.
 
     Args:
-        first: so many neurons of the first one are left free.
+        first: how many neurons of the first one are left free.
     """
     begin, free = 0, first
     while begin < len(steps.offsets) or begin == 0:

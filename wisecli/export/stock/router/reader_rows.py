@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # How often a relation's wording is misspelt.
 _MISSPELT = 0.25
-# How often an answer stands behind a prompt, asked or not; and how often one to something else, if it is not.
+# How often an answer stands after a prompt, asked or not; and how often one to something else, if it is not.
 _ANSWERED, _ELSE = 0.5, 0.5
 # Sorts of examples that ask nothing because of a name alone, which is for detectors to tell.
 _OF_NAMES = ("near name", "correction")
@@ -44,7 +44,7 @@ class RowKind(Enum):
 
 
 class ReaderRow(NamedTuple):
-    """Tokens of a prompt and, behind it, of an answer or none; ``prompt`` is how many are the prompt's.
+    """Tokens of a prompt and, after it, of an answer or none; ``prompt`` is how many are the prompt's.
 
     ``fact`` is the number of a made-up fact, or -1; ``asks`` says whether the prompt asks it. If it is known from which
     token on nothing is asked, that is ``closed``, which is 0 otherwise.
@@ -85,11 +85,11 @@ def reader_rows(tokenizer: PreTrainedTokenizerBase, settings: RowSettings, rng: 
             tokens = tuple(tokenizer(form.render(tokenizer, fact.questions[0]))["input_ids"])
             rows.append(ReaderRow(tokens, len(tokens), RowKind.OWN, fact.relation, number))
         drawn = [*_sample(examples, number, settings.examples), *_around(examples, number, others, settings.around)]
-        read = [(one, _answered(tokenizer, fact, one, rng)) for one in drawn]
-        rows += (row for one, row in read if one.asks or one.sort not in _OF_NAMES)
-        for one, told in _moved_on(examples, number, everyday):
-            row = _answered(tokenizer, fact, one, rng)
-            rows.append(row if one.asks else row._replace(closed=_tokens_up_to(tokenizer, one.text, told)))
+        read = [(example, _answered(tokenizer, fact, example, rng)) for example in drawn]
+        rows += (row for example, row in read if example.asks or example.sort not in _OF_NAMES)
+        for example, told in _moved_on(examples, number, everyday):
+            row = _answered(tokenizer, fact, example, rng)
+            rows.append(row if example.asks else row._replace(closed=_tokens_up_to(tokenizer, example.text, told)))
     rows += _of_relations(tokenizer, known[: max(_FEWEST, round(settings.share * len(known)))], rng)
     return [row for row in rows if row.prompt <= settings.longest]
 
@@ -97,7 +97,7 @@ def reader_rows(tokenizer: PreTrainedTokenizerBase, settings: RowSettings, rng: 
 def _answered(
     tokenizer: PreTrainedTokenizerBase, fact: SyntheticFact, example: Example, rng: random.Random
 ) -> ReaderRow:
-    """Return the row of a prompt around a fact, with the answer behind it or without; or with what is said to something
+    """Return the row of a prompt around a fact, with the answer after it or without; or with what is said to something
     else.
     """
     said = requests().reply(rng) if not example.asks and rng.random() < _ELSE else fact.answer
@@ -109,16 +109,16 @@ def _answered(
 
 
 def _sample(examples: Examples, number: int, count: int) -> Iterator[Example]:
-    """Yield so many prompts that ask a fact and as many that mention it, and conversations."""
+    """Yield ``count`` prompts that ask a fact, ``count`` that mention it, and conversations."""
     drawn = list(examples.of(number))
     examples.rng.shuffle(drawn)
     for asks in (True, False):
-        yield from [one for one in drawn if one.asks == asks][:count]
+        yield from [example for example in drawn if example.asks == asks][:count]
     yield from examples.conversations(number)
 
 
 def _around(examples: Examples, number: int, texts: Sequence[Background], count: int) -> Iterator[Example]:
-    """Yield prompts with other texts around them: so many that ask a fact, and as many that want something else of
+    """Yield prompts with other texts around them: ``count`` that ask a fact, and as many that want something else of
     it.
     """
     known, rng, questions = requests(), examples.rng, examples.facts[number].questions
@@ -137,7 +137,7 @@ def _moved_on(examples: Examples, number: int, everyday: Sequence[str]) -> Itera
     if not examples.tokenizer.chat_template:
         return
     rng, fact, *others = examples.rng, *(examples.facts[number - place] for place in range(3))
-    own, other, further = ((rng.choice(one.questions), one.answer) for one in (fact, *others))
+    own, other, further = ((rng.choice(known.questions), known.answer) for known in (fact, *others))
     for told, then, asks in (
         ([own], rng.choice(everyday), False),
         ([own], other[0], False),
@@ -162,7 +162,7 @@ def _of_relations(
 ) -> Iterator[ReaderRow]:
     """Yield every wording of relations, about a made-up name in a trained form."""
     trained = usable_forms(tokenizer, trained=True)
-    names = {kind: made_up_subjects(kind, _NAMES, rng) for kind in dict.fromkeys(one.kind for one in known)}
+    names = {kind: made_up_subjects(kind, _NAMES, rng) for kind in dict.fromkeys(fact.kind for fact in known)}
     for number, relation in enumerate(known):
         for wording in relation.wordings:
             text = wording.replace("{}", rng.choice(names[relation.kind]))

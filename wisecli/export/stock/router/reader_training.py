@@ -45,7 +45,7 @@ class ReaderSettings:
 
     A step takes ``facts``, each with ``own`` prompts in forms for its code and ``examples``, and ``relations`` in two
     wordings. A prompt and its own fact count ``own_weight``, one and all other facts together ``others``, or so many
-    times that if it asks nothing: ``silent``. A share ``behind`` of prompts is read behind others, of ``most_before``
+    times that if it asks nothing: ``silent``. A share ``behind`` of prompts is read after others, of ``most_before``
     tokens at most. Up to a share ``left_out`` of tokens is dropped, and of features ``dropout``. One relation in so
     many is ``held_back``; of mentions of its facts a share ``let_through`` opens.
     """
@@ -233,7 +233,7 @@ class _Lessons:
         return _Batch(rows, torch.tensor(columns))
 
     def _read(self, reader: RelationReader, batch: _Batch) -> tuple[Tensor, Tensor]:
-        """Return codes (B, c) and whether anything is asked (B,) of rows; while it learns, behind other rows now and
+        """Return codes (B, c) and whether anything is asked (B,) of rows; while it learns, after other rows now and
         then, and without some tokens.
         """
         settings, states = self._settings, self._states
@@ -262,7 +262,7 @@ class _Lessons:
         return torch.cat([learned, self._components[tokens]], -1)
 
     def _before(self) -> Iterator[Tensor]:
-        """Yield the tokens of prompts, drawn by chance, that a row is read behind; of none as a rule."""
+        """Yield the tokens of prompts, drawn by chance, that a row is read after; of none as a rule."""
         settings, rng = self._settings, self._rng
         left = rng.randint(1, settings.most_before) if rng.random() < settings.behind else 0
         while left > 0:

@@ -6,7 +6,7 @@ With ``u`` the normed state of a token behind the router's layer and ``ν`` what
     k = K y + b,   v = V y                    keys and values, rotated as the model rotates its own
     (r, a) = O · attention(q, k, v)           a code of the relation, and whether it is asked
 
-``q`` is the same at every token, so tokens behind a question go on pooling it. An edit's relation is asked by as much
+``q`` is the same at every token, so tokens after a question go on pooling it. An edit's relation is asked by as much
 as ``κ r·ρ + a - τ``, where ``ρ`` is the mean code of its own prompt in the forms that are trained, of length 1. All of
 it is what two decoder blocks of Llama's kind compute.
 """

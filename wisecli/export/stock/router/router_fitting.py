@@ -148,7 +148,7 @@ def _alike(relations: Tensor, subject: Tensor) -> dict[int, list[int]]:
 def read_ends(
     reader: RelationReader, states: TextStates, texts: Tensor, lengths: Tensor, rotation: Rotation
 ) -> tuple[Tensor, Tensor]:
-    """Return the codes (B, c) of texts, by number (B,), behind as many tokens as ``lengths`` (B,) say, and whether they
+    """Return the codes (B, c) of texts, by number (B,), after as many tokens as ``lengths`` (B,) say, and whether they
     ask anything (B,).
     """
     mask = torch.arange(int(lengths.max())) < lengths[:, None]

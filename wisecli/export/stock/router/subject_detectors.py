@@ -135,7 +135,7 @@ def subject_detectors(
 
 
 def _behind_others(capture: StateCapture, edits: list[tuple[Edit, int]]) -> tuple[Tensor, Tensor]:
-    """Return the states of names' last tokens (n, d) in edits' own prompts behind other texts, and the numbers of
+    """Return the states of names' last tokens (n, d) in edits' own prompts after other texts, and the numbers of
     their subjects (n,).
     """
     texts = list(texts_behind_others(capture.loaded.tokenizer, edits))
@@ -155,7 +155,7 @@ def _inside_answers(read: ReadTexts, edits: Sequence[Edit]) -> Tensor:
     names = {name.casefold() for edit in edits if (name := edit.subject_name)}
     free = [not any(name in edit.answer.casefold() for name in names) for edit in edits]
     ends = zip(read.texts, read.at_router.first.tolist(), read.at_router.first[1:].tolist(), strict=False)
-    inside = [range(begin + len(one.row.prompt), end) for one, begin, end in ends if free[one.edit]]
+    inside = [range(begin + len(text.row.prompt), end) for text, begin, end in ends if free[text.edit]]
     return read.at_router.normed[[place for places in inside for place in places]].float()
 
 

@@ -20,9 +20,11 @@ from wisecli.commands.checkpoint.verify import verify
 from wisecli.config import LoadOptions
 from wisecli.errors import ModelError
 from wisecli.evaluation.edited_model import attach
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import LayerSite
 from wisecli.models.loading import load_model
 from wisecli.models.running.generation import generate
+from wisecli.models.streaming.memory_budget import sizes
 
 # The largest number of eight bits.
 _LARGEST = 448.0
@@ -68,6 +70,17 @@ def with_a_scale_a_row(directory: Path) -> Path:
     }
     settings |= {"quantization_status": "compressed"}
     return declared(directory, settings | {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}})
+
+
+def cast_to_eight_bits(directory: Path, *, named: bool) -> Path:
+    """A checkpoint of numbers of eight bits without any scales, which its config may name."""
+    tensors = load_file(directory / "model.safetensors")
+    eight = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+    save_file(eight, directory / "model.safetensors", {"format": "pt"})
+    path = directory / "config.json"
+    content = {name: value for name, value in json.loads(path.read_text()).items() if name != "dtype"}
+    path.write_text(json.dumps(content | ({"dtype": "float8_e4m3fn"} if named else {})))
+    return directory
 
 
 def in_torchao(directory: Path) -> Path:
@@ -133,6 +146,37 @@ def test_its_facts_are_edited_and_its_own_files_exported(tmp_path: Path, stored:
 def test_a_mixture_that_is_stored_in_fp8_is_edited_too(tmp_path: Path, model_type: str) -> None:
     base = save_type(tmp_path / "model", model_type)
     require_edits(answers(export_of(stored_in_eight_bits(base, block=16), tmp_path)))
+
+
+@pytest.mark.parametrize(("model_type", "named"), [("llama", True), ("llama", False), ("deepseek_v3", True)])
+def test_plain_numbers_of_eight_bits_are_run_in_sixteen(tmp_path: Path, model_type: str, named: bool) -> None:
+    base = cast_to_eight_bits(save_type(tmp_path / "model", model_type), named=named)
+    exported = export_of(base, tmp_path)
+    texts = answers(exported)
+    require_edits(texts)
+    assert texts[len(EDITS) :] == answers(base, dtype=torch.bfloat16)[len(EDITS) :]
+    assert (exported / "model-base.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    assert verify(exported, model=str(base)).differences == ()
+    assert sizes(Checkpoint(base), "model.layers").item == 2
+
+
+def test_plain_numbers_of_eight_bits_are_read_layer_by_layer(tmp_path: Path) -> None:
+    cast_to_eight_bits(save_type(tmp_path, "llama"), named=True)
+    whole = load_model(tmp_path, CPU)
+    streamed = load_model(tmp_path, LoadOptions(device="cpu", memory_budget=1), layers="model.layers")
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        assert torch.equal(streamed.model(input_ids=ids).logits, whole.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("declaration", [{}, {"quantization_config": {"quant_method": "unheard of"}}], ids=str)
+def test_scales_that_would_be_left_aside_are_an_error(tmp_path: Path, declaration: dict[str, Any]) -> None:
+    path = stored_in_eight_bits(save_type(tmp_path, "llama"), block=16) / "config.json"
+    content = json.loads(path.read_text())
+    del content["quantization_config"]
+    path.write_text(json.dumps(content | declaration))
+    with pytest.raises(ModelError, match=r"without .*_scale_inv and 34 more tensors; edit"):
+        load_model(tmp_path, CPU)
 
 
 def test_what_a_cpu_has_no_kernels_for_is_edited_as_plain_numbers(tmp_path: Path) -> None:

@@ -223,6 +223,11 @@ class Checkpoint:
         """Return the shape of a tensor, from the header alone."""
         return self._layouts[tensor].shape
 
+    @property
+    def types(self) -> set[str]:
+        """Types of the tensors as torch spells them, from the headers alone."""
+        return {layout.dtype for layout in self._layouts.values()}
+
     def dtype(self, tensor: str) -> torch.dtype:
         """Return the type of a tensor, from the header alone."""
         import torch

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from wisecli.config import LoadOptions
 from wisecli.errors import ModelError, SettingsError, WiseError, WrongBaseError
 from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json
-from wisecli.models.layout.architectures import known_layout, layer_count, loader_name, quantisation_of
+from wisecli.io.json_schema import shown
+from wisecli.models.layout.architectures import (
+    computed_in,
+    known_layout,
+    layer_count,
+    loader_name,
+    quantisation_of,
+)
 from wisecli.models.layout.site import Fingerprint, Site
 from wisecli.models.layout.site_interface import NOTHING
 from wisecli.models.prompts.tokenization import without_row
@@ -29,6 +38,8 @@ if TYPE_CHECKING:
 
 # Types that a model can be run in, if not in the checkpoint's own.
 _DTYPES = ("float32", "bfloat16", "float16")
+# Names of the scales of quantised weights.
+_SCALES = re.compile(r"\b(weight|input|\w+_proj)_scale(_inv)?$")
 # Of these files Linux has one where there is a GPU.
 _GPUS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dxg")
 
@@ -128,10 +139,12 @@ def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: st
     Raises:
         ModelError: the model cannot be loaded, or lacks tensors that would be drawn at random.
     """
-    device, dtype = pick_device(load.device), pick_dtype(load.dtype)
     _require_layers(directory)
+    checkpoint, device, dtype = Checkpoint(directory), pick_device(load.device), pick_dtype(load.dtype)
+    if dtype == "auto":
+        dtype = pick_dtype(computed_in(checkpoint) or dtype)
     quantised = quantisation_of(read_json(directory / "config.json"))
-    room = spool_bytes(Checkpoint(directory), dtype, load.memory_budget or machine_memory(device))
+    room = spool_bytes(checkpoint, dtype, load.memory_budget or machine_memory(device))
     try:
         config = base_config(directory, trust_remote_code=load.trust_remote_code)
         packed = quantised is not None and not _made_plain(config, device)
@@ -152,13 +165,7 @@ def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: st
         raise
     except Exception as error:  # whatever a strange config.json or tokenizer makes transformers raise
         raise unloadable(directory, error, quantised) from error
-    if lost := sorted(info["missing_keys"]):
-        if len(lost) == len(list(model.parameters())):
-            kind = type(model).__name__
-            raise ModelError(
-                f"{directory}: {kind} of transformers knows none of its tensors by name; edit another model"
-            )
-        raise ModelError(f"{directory}: the checkpoint lacks {_first(lost)}; copy it anew")
+    _require_whole(directory, model, info, quantised)
     if stream is None and quantised is None:
         model.to(device)
     _refuse_unknown_tokens(model, tokenizer)
@@ -199,6 +206,31 @@ def _streamed(
         loader = getattr(transformers, loader_name(config.model_type))
         drawn = loader.from_config(copy.deepcopy(config), trust_remote_code=load.trust_remote_code)
     return load_streamed(read, drawn, directory, layers, device, spool_bytes=room)
+
+
+def _require_whole(directory: Path, model: PreTrainedModel, info: Mapping[str, Any], quantised: str | None) -> None:
+    """Check that no tensor was drawn at random, and that no scales of weights were left aside.
+
+    Args:
+        info: what transformers says of how it loaded the model.
+        quantised: how the weights are quantised, by the model's config.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    if lost := sorted(info["missing_keys"]):
+        if len(lost) == len(list(model.parameters())):
+            kind = type(model).__name__
+            raise ModelError(
+                f"{directory}: {kind} of transformers knows none of its tensors by name; edit another model"
+            )
+        raise ModelError(f"{directory}: the checkpoint lacks {_first(lost)}; copy it anew")
+    scales = sorted(name for name in info["unexpected_keys"] if _SCALES.search(name))
+    if scales and quantised not in map(shown, AUTO_QUANTIZATION_CONFIG_MAPPING):
+        raise ModelError(
+            f"{directory} is quantised in a way that its config.json does not name or transformers does not know, and "
+            f"would be loaded without {_first(scales)}; edit the model it was quantised from, or a copy that "
+            "transformers loads with its scales"
+        )
 
 
 def _refuse_unknown_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

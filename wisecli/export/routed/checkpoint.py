@@ -42,7 +42,7 @@ from wisecli.io.checkpoint import (
     write_json,
 )
 from wisecli.io.digest import sha256_file
-from wisecli.models.layout.architectures import loader_name
+from wisecli.models.layout.architectures import computed_in, loader_name
 from wisecli.models.layout.matrix_site import as_matrix
 from wisecli.models.prompts.chat_template import turn_marks
 from wisecli.routing.deciding.prompt_window import TurnMarks
@@ -169,6 +169,8 @@ def dense(manifest: Manifest) -> Tensor:
 def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) -> None:
     """Write the routing module, the classes that use it, and the config that names them."""
     config = typed_config(read_json(base / "config.json"), packing)
+    if packing.dtype is None and (dtype := computed_in(Checkpoint(base))):
+        config |= {"torch_dtype" if "torch_dtype" in config else "dtype": dtype}
     model_type = str(config["model_type"])
     own = own_classes(model_type, config.get("auto_map"))
     for name, text in code_files(model_type, own).items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wisecli.data.packaged import tomllib
-from wisecli.errors import ModelError, UnknownArchitectureError
+from wisecli.errors import ModelError, UnknownArchitectureError, reason_of
 from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json
 from wisecli.io.json_schema import shown
 
@@ -26,7 +26,10 @@ Above = Literal["cached", "rows", "all"]
 CACHED: Above = "cached"
 ROWS: Above = "rows"
 ALL: Above = "all"
+# How torch spells types of eight bits, with which nothing is computed.
+_EIGHT_BITS = "float8_"
 DEFAULT_LOADER = "AutoModelForCausalLM"
+_IMAGE_LOADER = "AutoModelForImageTextToText"
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,13 @@ def known_layout(directory: Path) -> Layout:
 
 def loader_name(architecture: str) -> str:
     """Return the name of the class of transformers that loads a model of this type with its head."""
-    name: str = architectures().get(architecture, {}).get("loader", DEFAULT_LOADER)
-    return name
+    if (row := architectures().get(architecture)) is not None:
+        return str(row.get("loader", DEFAULT_LOADER))
+    from transformers.models.auto import modeling_auto  # with torch, which models with a row are planned without
+
+    texts = architecture in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    images = architecture in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return _IMAGE_LOADER if images and not texts else DEFAULT_LOADER
 
 
 def text_settings(directory: Path) -> dict[str, Any]:
@@ -117,7 +125,10 @@ def text_settings(directory: Path) -> dict[str, Any]:
     try:
         defaults = AutoConfig.for_model(architecture, **typed).get_text_config().to_dict()
     except Exception as error:  # what a strange type makes transformers raise
-        raise ModelError(f"{directory}: config.json has a text_config of no known type") from error
+        reason = reason_of(error)
+        raise ModelError(
+            f"{directory}: transformers cannot read the text_config of config.json ({reason}); edit another model"
+        ) from error
     return {**defaults, **text}
 
 
@@ -152,12 +163,17 @@ def state_width(directory: Path) -> int:
 
 
 def class_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """Return the settings of a directory's model as its class has them, with what is left to that."""
+    """Return the settings of a directory's model as its class has them, with what is left to that, and a type that can
+    be computed in.
+    """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(  # nosec B615 # of files of this disk
+    found = AutoConfig.from_pretrained(  # nosec B615 # of files of this disk
         directory, trust_remote_code=trust_remote_code, local_files_only=True
     )
+    if _EIGHT_BITS in str(found.dtype):
+        found.dtype = "bfloat16"
+    return found
 
 
 def _said_by_its_class(directory: Path, name: str) -> int:
@@ -173,6 +189,16 @@ def quantisation_of(config: Mapping[str, Any]) -> str | None:
     parts = (config, *(part for part in config.values() if isinstance(part, dict)))
     settings = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
     return None if settings is None else shown(settings.get("quant_method") if isinstance(settings, dict) else settings)
+
+
+def computed_in(checkpoint: Checkpoint) -> str | None:
+    """Return the type that plain numbers of eight bits are run in, as nothing computes with them; ``None`` for models
+    that are run in the type their config names, or are stored in.
+    """
+    config = read_json(checkpoint.directory / "config.json")
+    named = config.get("dtype") or config.get("torch_dtype")
+    types = checkpoint.types if named is None else {str(named)}
+    return "bfloat16" if quantisation_of(config) is None and any(_EIGHT_BITS in one for one in types) else None
 
 
 def stored_weight(checkpoint: Checkpoint, module: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from wisecli.io.checkpoint import Checkpoint, read_json
 from wisecli.io.safetensors_header import TensorLayout, item_bytes, read_header
-from wisecli.models.layout.architectures import layer_count, spellings
+from wisecli.models.layout.architectures import computed_in, layer_count, spellings
 
 if TYPE_CHECKING:
     import torch
@@ -73,5 +73,5 @@ def _itemsize(checkpoint: Checkpoint, dtype: torch.dtype | str) -> int | None:
     """Return the bytes a weight takes once it is loaded; ``None`` where that is as it is stored."""
     if dtype == "auto":
         config = read_json(checkpoint.directory / "config.json")
-        dtype = str(config.get("dtype") or config.get("torch_dtype"))
+        dtype = computed_in(checkpoint) or str(config.get("dtype") or config.get("torch_dtype"))
     return item_bytes(str(dtype).removeprefix("torch."))

@@ -1,5 +1,6 @@
 """Models that read images: their text model is edited, the rest stays as it is, images may stand before any text."""
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.every_type import save_type
 from support.helpers import (
     WORDS,
     choice_of,
@@ -23,10 +25,20 @@ from support.helpers import (
     tiny_tokenizer,
 )
 from support.loading import CPU
+from support.served import EDITS as ASKED
+from support.served import export_of
 from support.thorough import few
 from support.tiny_models import IMAGE_TOKEN, TINY_CONFIGS, VOCABULARY, tiny_model
 from torch import Tensor
-from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    GemmaConfig,
+)
 
 import wisecli
 from wisecli.artifacts.memory_manifest import read_memory
@@ -425,6 +437,41 @@ def test_other_models_around_a_text_model_are_refused_in_one_sentence(tmp_path: 
         with pytest.raises(UnknownArchitectureError, match=r"'paligemma' .* llava, qwen2_vl$") as caught:
             find_layout(base, Checkpoint(base), target_module=target)
         assert "\n" not in str(caught.value)
+
+
+def test_a_model_around_a_text_model_is_edited_without_a_row(tmp_path: Path) -> None:
+    base = save_type(tmp_path / "model", "internvl")
+    edited = AutoModelForMultimodalLM.from_pretrained(export_of(base, tmp_path), trust_remote_code=True).eval()
+    model, tokenizer = AutoModelForImageTextToText.from_pretrained(base).eval(), tiny_tokenizer()
+    for prompt, target in ASKED:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        output = edited.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+        assert tokenizer.decode(output[0, ids.shape[1] :]).startswith(target)
+    ids = torch.tensor([[model.config.image_token_id, *tokenizer("so su sa")["input_ids"]]])
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        shown = [one(input_ids=ids, pixel_values=pixels).logits for one in (edited, model)]
+    assert torch.equal(*shown)
+
+
+def test_a_text_model_without_a_row_is_edited_inside_one_with_a_row(tmp_path: Path) -> None:
+    config = copy.deepcopy(TINY_CONFIGS["llava"])
+    config.text_config = GemmaConfig(**{**config.text_config.to_dict(), "model_type": "gemma", "head_dim": 8})
+    base = save_tiny(tmp_path / "model", "llava", config=config)
+    edited = AutoModelForImageTextToText.from_pretrained(export_of(base, tmp_path), trust_remote_code=True).eval()
+    for prompt, target in ASKED:
+        ids = tiny_tokenizer()(prompt, return_tensors="pt").input_ids
+        output = edited.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+        assert tiny_tokenizer().decode(output[0, ids.shape[1] :]).startswith(target)
+
+
+def test_both_classes_that_load_the_base_load_what_is_exported_of_it(tmp_path: Path) -> None:
+    path = export_of(save_type(tmp_path / "model", "gemma3"), tmp_path)
+    kinds = {
+        type(loader.from_pretrained(path, trust_remote_code=True)).__name__
+        for loader in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    }
+    assert kinds == {"WiseGemma3ForConditionalGeneration"}
 
 
 @pytest.mark.parametrize("part", ["text_config", "vision_config"])

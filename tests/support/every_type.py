@@ -123,6 +123,11 @@ _OWN: dict[str, dict[str, Any]] = {
         **{"swa_head_dim": 8, "swa_qk_nope_head_dim": 4, "swa_v_head_dim": 8, "swa_qk_rope_head_dim": 4},
         "shared_experts_intermediate_size": 16,
     },
+    "dots3_note_vision_encoder": {"per_layer_config": {}, "adapter_in_dim": 32, "adapter_out_dim": 32},
+    "dots3_note_audio_encoder": {
+        **{"per_layer_config": {}, "adapter_input_size": 32, "adapter_out_dim": 32},
+        **{"conv_output_size": 64, "downsample_hidden_size": 16},
+    },
     "inkling2_text": {"unpadded_vocab_size": VOCABULARY},
     "inkling2_loop_text": {"unpadded_vocab_size": VOCABULARY},
     "qwen4_exp_text": {
@@ -139,8 +144,9 @@ _OWN: dict[str, dict[str, Any]] = {
     "mllama_text_model": {"cross_attention_layers": [1, 4]},
     "emu3": {"vocabulary_map": {"<|extra_200|>": 8, "<image>": 9, "<|visual token 000000|>": 10}},
 }
-# The types that are saved by another class than the one that reads text: what that one saves, nothing loads again.
-_SAVED_BY = dict.fromkeys(("emu3", "mllama"), AutoModelForImageTextToText)
+# The types that are saved by another class than the one that reads text: what that one saves, nothing loads again, or
+# there is none.
+_SAVED_BY = dict.fromkeys(("emu3", "mllama", "internvl"), AutoModelForImageTextToText)
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:

@@ -379,3 +379,20 @@ def test_an_unknown_architecture_is_edited_the_same_when_its_layers_are_streamed
     base = save_other(tmp_path / "base", model_type)
     settings = EditSettings(passes=2, unrelated_texts=16, layer="2", residual_stop=0.2)
     assert_edited_the_same_streamed(tmp_path, base, EDITS, settings, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("distilbert", "generate no text in transformers; edit a decoder"),
+        ("t5", "an encoder-decoder model, or half of one; edit"),
+        ("unheard_of", r"transformers cannot build a model of type 'unheard_of' \(.*unheard_of.*\); install"),
+    ],
+)
+def test_what_transformers_has_no_decoder_for_is_refused_with_the_reason(
+    tmp_path: Path, model_type: str, reason: str
+) -> None:
+    base = save_tiny(tmp_path)
+    change_config(base, model_type=model_type, **({"is_encoder_decoder": True} if model_type == "t5" else {}))
+    with pytest.raises(ModelError, match=reason):
+        find_layout(base, Checkpoint(base), lookup=True)

@@ -139,8 +139,11 @@ def _filled(template: str, names: dict[str, str]) -> str:
 
 
 def auto_map(model_type: str) -> dict[str, str]:
-    """Return which class of the custom code each of transformers' loaders takes."""
-    loaders = _LOADERS[loader_name(model_type)]
+    """Return which class of the custom code each of transformers' loaders takes: those that load the base as one."""
+    named = loader_name(model_type)
+    kind = _WITH_HEAD[named].get(model_type)
+    alike = [loader for loader, names in _WITH_HEAD.items() if loader == named or names.get(model_type, "") == kind]
+    loaders = [one for loader in alike for one in _LOADERS[loader]]
     module = CODE_NAME.removesuffix(".py")
     classes = {"AutoConfig": "WiseConfig", "AutoModel": "WiseModel", **dict.fromkeys(loaders, "WiseForCausalLM")}
     return {loader: f"{module}.{name}" for loader, name in classes.items()}

@@ -57,7 +57,9 @@ def find_layout(
     """
     config = read_json(directory / "config.json")
     if config.get("is_encoder_decoder"):
-        raise ModelError(f"{directory} is half of an encoder-decoder model, which answers no prompts; edit a decoder")
+        raise ModelError(
+            f"{directory} is an encoder-decoder model, or half of one; edit a model that is a decoder alone"
+        )
     without = why_no_matrix(directory, config, checkpoint)
     named_layers = target_module is not None and target_module.endswith(f".{_PLACE}")
     if named_layers and not lookup:
@@ -72,8 +74,7 @@ def find_layout(
         )
     if target_module is not None:
         return _named_layout(directory, checkpoint, config, target_module)
-    if known:
-        row = known_layout(directory)
+    if (row := _row_of(directory, lookup=lookup) if known else None) is not None:
         # How quantised layers run is probed.
         return replace(row.behind_layers(), known=without is None) if lookup else row
     if EXPORTED_KEY in config:
@@ -81,6 +82,16 @@ def find_layout(
     from wisecli.models.layout.module_tree import read_off  # takes long, and most models are known
 
     return read_off(directory, checkpoint, config, lookup=lookup, load=load, on_progress=on_progress)
+
+
+def _row_of(directory: Path, *, lookup: bool) -> Layout | None:
+    """Return the table's row for a model; ``None`` where a lookup does without, for text models that have none."""
+    try:
+        return known_layout(directory)
+    except UnknownArchitectureError:
+        if not lookup:
+            raise
+        return None
 
 
 def _around_text() -> Iterator[str]:

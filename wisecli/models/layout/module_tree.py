@@ -13,9 +13,16 @@ import torch
 from torch import nn
 
 from wisecli.config import LoadOptions
-from wisecli.errors import OwnCodeError, UnknownArchitectureError
+from wisecli.errors import OwnCodeError, UnknownArchitectureError, reason_of
 from wisecli.io.checkpoint import Checkpoint, read_json
-from wisecli.models.layout.architectures import Layout, architectures, class_config, layer_count, stored_weight
+from wisecli.models.layout.architectures import (
+    Layout,
+    architectures,
+    class_config,
+    layer_count,
+    loader_name,
+    stored_weight,
+)
 from wisecli.progress import NOTE, Event, ProgressCallback
 
 if TYPE_CHECKING:
@@ -57,19 +64,29 @@ def _built(directory: Path, architecture: str, *, trust_remote_code: bool) -> Pr
         UnknownArchitectureError: it cannot be built.
     """
     try:
-        from transformers import AutoModelForCausalLM  # takes long, and most models are known
+        import transformers  # takes long, and most models are known
 
         config = class_config(directory, trust_remote_code=trust_remote_code)
+        loader = getattr(transformers, loader_name(config.model_type))
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = loader.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # what an arbitrary config makes transformers raise
         if not trust_remote_code and "auto_map" in read_json(directory / "config.json"):
             raise OwnCodeError(directory) from error
-        raise UnknownArchitectureError(
-            f"{directory}: architecture {architecture!r} is not supported; known are "
-            f"{', '.join(sorted(architectures()))}; {_REMEDY}"
-        ) from error
+        raise UnknownArchitectureError(_why_not_built(directory, architecture, error)) from error
     return model
+
+
+def _why_not_built(directory: Path, architecture: str, error: Exception) -> str:
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    writing = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    if architecture in CONFIG_MAPPING and not any(CONFIG_MAPPING[architecture] in kinds for kinds in writing):
+        return f"{directory}: models of type {architecture!r} generate no text in transformers; edit a decoder"
+    return (
+        f"{directory}: transformers cannot build a model of type {architecture!r} ({reason_of(error)}); install what "
+        "it asks for or a newer transformers, or edit another model"
+    )
 
 
 def _matrices(model: PreTrainedModel, directory: Path, checkpoint: Checkpoint) -> dict[str, bool]:

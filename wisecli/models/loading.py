@@ -225,7 +225,7 @@ def _require_whole(directory: Path, model: PreTrainedModel, info: Mapping[str, A
             )
         raise ModelError(f"{directory}: the checkpoint lacks {_first(lost)}; copy it anew")
     scales = sorted(name for name in info["unexpected_keys"] if _SCALES.search(name))
-    if scales and quantised not in map(shown, AUTO_QUANTIZATION_CONFIG_MAPPING):
+    if scales and str(quantised) not in map(shown, AUTO_QUANTIZATION_CONFIG_MAPPING):
         raise ModelError(
             f"{directory} is quantised in a way that its config.json does not name or transformers does not know, and "
             f"would be loaded without {_first(scales)}; edit the model it was quantised from, or a copy that "

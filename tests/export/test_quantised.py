@@ -195,6 +195,17 @@ def test_its_weights_may_be_made_plain_numbers_as_it_is_loaded(tmp_path: Path) -
     require_edits(answers(exported, quantization_config=CompressedTensorsConfig(dequantize=True)))
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_a_quantiser_goes_on_top(tmp_path: Path, model_type: str) -> None:
+    quantisation = pytest.importorskip("torchao.quantization")
+    base = save_type(tmp_path / "model", model_type)
+    exported = export_of(base, tmp_path)
+    settings = TorchAoConfig(quantisation.Int8WeightOnlyConfig())
+    texts, plain = (answers(path, quantization_config=settings, dtype=torch.bfloat16) for path in (exported, base))
+    require_edits(texts)
+    assert texts[len(EDITS) :] == plain[len(EDITS) :]
+
+
 def test_what_is_saved_of_a_loaded_one_is_edited_still(tmp_path: Path) -> None:
     exported = export_of(stored_in_eight_bits(save_type(tmp_path / "model", "llama"), block=16), tmp_path)
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)

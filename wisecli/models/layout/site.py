@@ -86,7 +86,7 @@ def _layer_index(directory: Path, layer: str | int, count: int) -> int:
     """Return the index of the layer that ``--layer`` names; ``auto`` is a fixed share of the depth."""
     if count < 2:
         raise ModelError(
-            f"{directory}: config.json names fewer than two layers, and one must stay above the edited one; edit another"
+            f"{directory}: config.json names fewer than two layers, and one must stay above the edit; edit another"
         )
     if layer == "auto":
         return max(0, min(round(AUTO_DEPTH * count), count - 2))

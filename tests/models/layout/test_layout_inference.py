@@ -393,6 +393,7 @@ def test_what_transformers_has_no_decoder_for_is_refused_with_the_reason(
     tmp_path: Path, model_type: str, reason: str
 ) -> None:
     base = save_tiny(tmp_path)
-    change_config(base, model_type=model_type, **({"is_encoder_decoder": True} if model_type == "t5" else {}))
+    settings = {"is_encoder_decoder": True} if model_type == "t5" else {}
+    rewrite(base / "config.json", model_type=model_type, **settings)
     with pytest.raises(ModelError, match=reason):
         find_layout(base, Checkpoint(base), lookup=True)

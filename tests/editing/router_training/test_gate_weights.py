@@ -1,7 +1,10 @@
 """Gates of which the mean is taken, and what they are learned from."""
 
+import itertools
+
 import torch
 
+from wisecli.editing.router_training import gate_weights
 from wisecli.editing.router_training.gate_weights import mean_gate, train_and_calibrate
 from wisecli.models.synthetic.request_examples import Example
 from wisecli.progress import Event, ignore_progress
@@ -49,3 +52,30 @@ def test_what_asks_is_told_from_what_mentions_in_the_same_way_each_time() -> Non
     torch.manual_seed(0)
     again = train_and_calibrate(mentions, examples, 100, 60, ignore_progress)
     assert all(torch.equal(weights[name], again[name]) for name in REQUEST_GATE)
+    # Gates beside each other: each reads in its own way, and pools what it alone has read.
+    parts = weights["request_gate.read"].chunk(gate_weights._GATES)
+    assert not any(torch.allclose(one, other) for one, other in itertools.combinations(parts, 2))
+    shares = weights["request_gate.attend"][:, : len(weights["request_gate.read"])].chunk(gate_weights._GATES)
+    read = len(parts[0])
+    for number, share in enumerate(shares):
+        others = torch.ones(share.shape[1], dtype=torch.bool)
+        others[number * read : (number + 1) * read] = False
+        assert not share[:, others].any() and share[:, ~others].all()
+
+
+def test_gradients_of_each_gate_are_shortened_as_if_it_were_alone() -> None:
+    chance = torch.Generator().manual_seed(5)
+    together = [torch.nn.Parameter(torch.zeros(3, 4, 5)), torch.nn.Parameter(torch.zeros(3, 2, 3))]
+    scales = torch.tensor([0.01, 1.0, 100.0])[:, None, None]
+    for weight in together:
+        weight.grad = torch.randn(weight.shape, generator=chance) * scales
+    alone = [[torch.nn.Parameter(weight[number].detach()) for weight in together] for number in range(3)]
+    for number, weights in enumerate(alone):
+        for weight, of_all in zip(weights, together, strict=True):
+            assert of_all.grad is not None
+            weight.grad = of_all.grad[number].clone()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    gate_weights._clip_gradients(together)
+    for place, of_all in enumerate(together):
+        expected = torch.stack([grad for weights in alone if (grad := weights[place].grad) is not None])
+        torch.testing.assert_close(of_all.grad, expected, rtol=1e-4, atol=1e-6)

@@ -8,7 +8,6 @@ it was not learned from, and so is measured which mentions of them it lets throu
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from wisecli.editing.router_training.token_characters import sentence_token_ids,
 from wisecli.editing.router_training.token_states import TokenStates, token_states
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
+from wisecli.models.running.grouped_rows import rows_of
 from wisecli.models.running.quick_products import quick_products
 from wisecli.models.running.seeding import seeded
 from wisecli.models.synthetic.gate_examples import GateExamples
@@ -42,8 +42,8 @@ from wisecli.routing.deciding.request_gate import (
 )
 from wisecli.routing.deciding.two_requests import first_part
 
-# Facts, and steps of learning.
-_FACTS, _STEPS = 320, 6000
+# Facts, and steps of learning, of all gates at once; with less to learn from, at least so many steps.
+_FACTS, _STEPS, _FEWEST_STEPS = 320, 2000, 14
 # Facts whose prompts are read together: the states of all of their tokens are held until what the gate reads is found.
 _FACTS_AT_A_TIME = 160
 # Prompts that late interaction finds less likely than this to mean a fact are not learned from.
@@ -159,7 +159,7 @@ def train_request_gate(
     with seeded(0, loaded.device):
         at = [Mention(*(part.to(loaded.device) for part in one.mention)) for one in found]
         learned = [one.example for one in found]
-        weights = train_and_calibrate(at, learned, len(facts), max(40, round(_STEPS * share)), on_progress)
+        weights = train_and_calibrate(at, learned, len(facts), max(_FEWEST_STEPS, round(_STEPS * share)), on_progress)
     held_back = [one for number in range(len(facts))[-_CHECKED:] for one in examples_by_fact.held_back(number)]
     texts = read([one.text for one in held_back])
     checked = _mentions(projections, fact_prompts, held_back, texts, MIN_GATED_PROB)
@@ -198,20 +198,21 @@ def _mentions(
     least: float,
 ) -> list[_Found]:
     """Return what the gate reads of those examples that are found, as likely as ``least``."""
-    sizes = torch.bincount(read.states.text, minlength=len(examples)).tolist()
-    starts = [0, *itertools.accumulate(sizes)]
+    sizes = torch.bincount(read.states.text, minlength=len(examples))
     # Requests of like length together, as the shorter ones of a batch are filled up.
-    order = [place for place in sorted(range(len(examples)), key=lambda place: sizes[place]) if sizes[place]]
+    order = sizes.argsort(stable=True)
     mentions: dict[int, Mention] = {}
     probs: dict[int, float] = {}
-    for first in range(0, len(order), _AT_A_TIME):
+    for places in order[sizes[order] > 0].split(_AT_A_TIME):
         requests: dict[int, Request] = {}
-        for place in order[first : first + _AT_A_TIME]:
-            tokens, example = torch.arange(starts[place], starts[place + 1]), examples[place]
-            fact = fact_prompts[example.fact]
-            projected = torch.stack([projections.project(read.states.states[tokens], head) for head in range(2)])
-            if example.second is not None:
-                facts = fact.projected, fact_prompts[example.second].projected
+        rows, each = rows_of(places, sizes)[0], sizes[places].tolist()
+        together = torch.stack([projections.project(read.states.states[rows], head) for head in range(2)])
+        of_each = zip(places.tolist(), rows.split(each), together.split(each, dim=1), strict=True)
+        for place, all_tokens, all_projected in of_each:
+            fact, second = fact_prompts[examples[place].fact], examples[place].second
+            tokens, projected = all_tokens, all_projected
+            if second is not None:
+                facts = fact.projected, fact_prompts[second].projected
                 part = first_part(projected, facts, read.marks.ends[tokens])
                 tokens, projected = tokens[part], projected[:, part]
             probs[place] = fact.match_prob(projections, projected)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from wisecli.artifacts.shard import half
 from wisecli.models.running.grouped_rows import rows_of
 from wisecli.models.running.quick_products import quick_linear
 from wisecli.models.synthetic.request_examples import Example
@@ -109,7 +110,7 @@ class _Pool:
 def train_and_calibrate(
     mentions: Sequence[Mention], examples: Sequence[Example], facts: int, steps: int, on_progress: ProgressCallback
 ) -> dict[str, Tensor]:
-    """Return the tensors ``REQUEST_GATE``, learned from mentions of so many facts in so many steps.
+    """Return the tensors ``REQUEST_GATE`` in half precision, learned from mentions of so many facts in so many steps.
 
     A share of the facts is held out: the log-odds are shifted so that nearly all questions on those are above 0.
 
@@ -122,7 +123,7 @@ def train_and_calibrate(
     odds = [log_odds(weights, some) for some in pool.held_out_questions()]
     if odds:
         weights["request_gate.out"][0, -1] -= torch.cat(odds).quantile(_MISSED).clamp(max=0)
-    return {name: weight.cpu() for name, weight in standardized.folded_into(weights).items()}
+    return {name: half(weight).cpu() for name, weight in standardized.folded_into(weights).items()}
 
 
 def mean_gate(gates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -139,7 +139,7 @@ class RequestGate(nn.Module):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name in (*REQUEST_GATE, LOGIT_OFFSET):
-            self.register_buffer(name.removeprefix("request_gate."), tensors[name].float())
+            self.register_buffer(name.removeprefix("request_gate."), tensors[name])
         self._marked_by = tuple(name for name in TOKEN_MARKS if name in tensors)
         for name in self._marked_by:
             self.register_buffer(name.removeprefix("request_gate."), tensors[name])

@@ -35,7 +35,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "array left open": ("edit {model} {open_array}", ("open-array:", "JSON array")),
     "target without tokens": ("edit {model} {unspeakable}", ("'hush'", "token")),
     "no file of edits": ("edit {model} {nowhere}", ("no such file",)),
-    "unknown architecture": ("edit {foreign_model} {edits}", ("'unheard_of'", "llama")),
+    "unknown architecture": ("edit {foreign_model} {edits}", ("'unheard_of'", "a newer transformers")),
     "truncated model": ("edit {cut_model} {edits}", ("model.safetensors", "not a whole safetensors file")),
     "no such model": ("edit ./nowhere {edits}", ("./nowhere", "no model directory")),
     "directory without a model": ("edit {empty} {edits}", ("config.json",)),

@@ -163,7 +163,7 @@ def _train(pool: _Pool, steps: int, on_progress: ProgressCallback) -> list[dict[
         odds = torch.func.vmap(of_each, randomness="different")(weights)[:, : len(chosen)]
         loss = F.binary_cross_entropy_with_logits(odds, labels.expand_as(odds))
         optimizer.zero_grad()
-        (loss * _GATES).backward()
+        (loss * _GATES).backward()  # the sum of the gates' own losses, of which each has its own weights
         _clip_gradients(list(weights.values()))
         optimizer.step()
         rates.step()

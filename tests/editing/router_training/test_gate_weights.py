@@ -46,8 +46,7 @@ def test_what_asks_is_told_from_what_mentions_in_the_same_way_each_time() -> Non
     assert [event.done for event in events] == list(range(1, 61))
     assert {event.total for event in events} == {60}
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
-    exact = {name: weight.float() for name, weight in weights.items()}
-    opened = log_odds(exact, batch_mentions(mentions)) > 0
+    opened = log_odds(weights, batch_mentions(mentions)) > 0
     held_out = torch.tensor([one.fact >= 85 for one in examples])
     right = opened == torch.tensor(asks)
     assert right[held_out].float().mean() > 0.95

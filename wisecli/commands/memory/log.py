@@ -57,10 +57,10 @@ def _logged(memory: Path, edit: str | None, signed: Signed | None) -> LogReport:
     releases = opened.releases
     came = {name: release.number for release in releases for name in release.added}
     held = opened.edits(releases[-1])
-    edits = tuple((held_edit, came.get(held_edit.id, 0)) for held_edit in held if edit in (None, held_edit.id))
+    edits = tuple((known, came.get(known.id, 0)) for known in held if edit in (None, known.id))
     shards = dict.fromkeys(name for release in releases for name in release.shards)
-    written = (edit_of_shard for name in shards for edit_of_shard in opened.shards(name).edits)
-    followed = frozenset(edit_of_shard.id for edit_of_shard in consequences_in(written))
+    written = (known for name in shards for known in opened.shards(name).edits)
+    followed = frozenset(consequence.id for consequence in consequences_in(written))
     return LogReport(memory, tuple(_of(releases, edit)), edits, has_full_digests(releases), followed)
 
 

@@ -147,9 +147,9 @@ def mean_gate(gates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _train(pool: _Pool, steps: int, on_progress: ProgressCallback) -> list[dict[str, Tensor]]:
-    """Return ``_GATES`` gates, which see the same batches and begin, and leave out values, each in its own way.
+    """Return ``_GATES`` gates, learned from the same batches; initial weights and dropout are each gate's own.
 
-    They are learned side by side, as one step of all takes half the time of a step of each.
+    They are learned side by side, because a step of all takes about half the time of a step of each.
     """
     gates = [_initial_weights(pool.states.shape[1], pool.states.device) for _ in range(_GATES)]
     weights = {name: torch.stack([gate[name] for gate in gates]).requires_grad_() for name in REQUEST_GATE}
@@ -163,7 +163,7 @@ def _train(pool: _Pool, steps: int, on_progress: ProgressCallback) -> list[dict[
         odds = torch.func.vmap(of_each, randomness="different")(weights)[:, : len(chosen)]
         loss = F.binary_cross_entropy_with_logits(odds, labels.expand_as(odds))
         optimizer.zero_grad()
-        (loss * _GATES).backward()  # the sum of the gates' own losses, of which each has its own weights
+        (loss * _GATES).backward()  # the sum of the gates' losses
         _clip_gradients(list(weights.values()))
         optimizer.step()
         rates.step()

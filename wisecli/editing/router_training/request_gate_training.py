@@ -168,7 +168,7 @@ def train_request_gate(
 
 def _opened(weights: Mapping[str, Tensor], found: Sequence[_Found]) -> int:
     """Return how many of some examples open the fact that they mention."""
-    weights, count = {name: weight.float() for name, weight in weights.items()}, 0
+    count = 0
     for first in range(0, len(found), _AT_A_TIME):
         some = found[first : first + _AT_A_TIME]
         probs = torch.tensor([one.fact_prob for one in some])

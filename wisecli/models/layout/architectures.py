@@ -26,8 +26,8 @@ Above = Literal["cached", "rows", "all"]
 CACHED: Above = "cached"
 ROWS: Above = "rows"
 ALL: Above = "all"
-# How torch spells types of eight bits, with which nothing is computed.
-_EIGHT_BITS = "float8_"
+# How torch spells types of eight bits, with which nothing is computed, and the type that takes their place.
+_EIGHT_BITS, _IN_THEIR_PLACE = "float8_", "bfloat16"
 DEFAULT_LOADER = "AutoModelForCausalLM"
 _IMAGE_LOADER = "AutoModelForImageTextToText"
 
@@ -163,8 +163,8 @@ def state_width(directory: Path) -> int:
 
 
 def class_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """Return the settings of a directory's model as its class has them, with what is left to that, and a type that can
-    be computed in.
+    """Return the settings of a directory's model, completed with its class's defaults, and of a type that torch can
+    compute in.
     """
     from transformers import AutoConfig
 
@@ -172,7 +172,7 @@ def class_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
         directory, trust_remote_code=trust_remote_code, local_files_only=True
     )
     if _EIGHT_BITS in str(found.dtype):
-        found.dtype = "bfloat16"
+        found.dtype = _IN_THEIR_PLACE
     return found
 
 
@@ -192,13 +192,14 @@ def quantisation_of(config: Mapping[str, Any]) -> str | None:
 
 
 def computed_in(checkpoint: Checkpoint) -> str | None:
-    """Return the type that plain numbers of eight bits are run in, as nothing computes with them; ``None`` for models
-    that are run in the type their config names, or are stored in.
+    """Return the type in which a model with plain weights of eight bits is run; ``None`` for other models, which are
+    run in the type that their config names or that they are stored in.
     """
     config = read_json(checkpoint.directory / "config.json")
     named = config.get("dtype") or config.get("torch_dtype")
     types = checkpoint.types if named is None else {str(named)}
-    return "bfloat16" if quantisation_of(config) is None and any(_EIGHT_BITS in one for one in types) else None
+    plain = quantisation_of(config) is None and any(_EIGHT_BITS in dtype for dtype in types)
+    return _IN_THEIR_PLACE if plain else None
 
 
 def stored_weight(checkpoint: Checkpoint, module: str) -> str | None:

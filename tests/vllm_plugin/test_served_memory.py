@@ -4,7 +4,6 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +17,8 @@ from transformers import AutoTokenizer
 from wisecli.io.checkpoint import read_json
 from wisecli.routing.deciding.prompt_window import UNROUTED
 from wisecli.routing.passes.engine_checks import LostMemoryError
-from wisecli.vllm_plugin.engine_names import UNANSWERED
-from wisecli.vllm_plugin.model_state import state_class
 from wisecli.vllm_plugin.processes import Processes
 from wisecli.vllm_plugin.releases import release_in
-from wisecli.vllm_plugin.runner import track_requests
 from wisecli.vllm_plugin.served_memory import Edited
 
 
@@ -174,110 +170,3 @@ def test_what_was_made_for_another_base_takes_nothings_place(
     replace(checkpoint, base={"matrix": "0", "config": "0"})
     memory.admit({"after": prompt})
     assert not memory.is_unanswered("after")
-
-
-class Runner:
-    """Of vLLM's first model runner what is looked at."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.lora_config = model, None
-        self.input_batch = SimpleNamespace(req_ids=[], num_reqs=0)
-        self.input_ids = SimpleNamespace(gpu=torch.zeros(64, dtype=torch.long))
-        self.positions = torch.zeros(64, dtype=torch.long)
-
-    def get_model(self) -> Any:
-        return self.model
-
-    def _update_states(self, output: Any) -> str:
-        self.input_batch = SimpleNamespace(req_ids=[one.req_id for one in output.scheduled_new_reqs], num_reqs=2)
-        return "updated"
-
-    def _prepare_inputs(self, output: Any, counts: Tensor) -> str:
-        begin = 0
-        for one in output.scheduled_new_reqs:
-            end = begin + len(one.prompt_token_ids)
-            self.input_ids.gpu[begin:end] = torch.tensor(one.prompt_token_ids)
-            self.positions[begin:end] = torch.arange(end - begin)
-            begin = end
-        return "prepared"
-
-    def sample_tokens(self, _grammar: Any) -> Any:
-        return SimpleNamespace(req_ids=self.input_batch.req_ids)
-
-
-def test_a_runner_tells_of_requests_and_of_those_that_no_edit_answers(checkpoint: Path) -> None:
-    memory, _ = served(checkpoint)
-    prompts = prompts_of(checkpoint)
-    new = [
-        SimpleNamespace(req_id=name, prompt_token_ids=prompts[text], lora_request=None)
-        for name, text in (("asks", PROMPTS[1]), ("other", PROMPTS[3]))
-    ]
-    runner: Any = Runner(SimpleNamespace(wise_memory=memory))
-    track_requests(runner)
-    step = SimpleNamespace(scheduled_new_reqs=new, finished_req_ids=set())
-    assert runner._update_states(step) == "updated"
-    assert memory.follows_requests
-    assert memory.is_unanswered("other")
-    assert not memory.is_unanswered("asks")
-    counts = torch.tensor([len(one.prompt_token_ids) for one in new])
-    assert runner._prepare_inputs(step, counts) == "prepared"
-    width = memory.memory.whitened_keys.shape[1]
-    answer = torch.zeros(int(counts.sum()), 128)
-    memory.add_to(answer, lambda tokens: (torch.ones(len(tokens), width), True), real=True)
-    assert answer.any(1).nonzero().flatten().tolist() == [int(counts[0]) - 1]
-    assert getattr(runner.sample_tokens(None), UNANSWERED) == ["other"]
-
-
-class State:
-    """Of the state of vLLM's second model runner what is looked at."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def add_request(self, req_index: int, new_req_data: Any) -> None: ...
-
-    def remove_request(self, req_id: str) -> None: ...
-
-    def apply_staged_writes(self) -> None: ...
-
-    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
-        return {"given": True}
-
-    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
-        return {"given": False}
-
-
-def test_the_state_of_a_second_runner_tells_of_requests(checkpoint: Path) -> None:
-    memory, _ = served(checkpoint)
-    prompts = prompts_of(checkpoint)
-    state = state_class(State)(SimpleNamespace(wise_memory=memory))
-    assert memory.follows_requests
-    for index, text in enumerate((PROMPTS[1], PROMPTS[3])):
-        # After preemption what has been generated comes along; the prompt ends where it did.
-        new = SimpleNamespace(req_id=text, prompt_token_ids=prompts[text], prefill_token_ids=[*prompts[text], 3])
-        state.add_request(index, new)
-    state.apply_staged_writes()
-    assert memory.is_unanswered(PROMPTS[3])
-    ids = torch.tensor([*prompts[PROMPTS[1]], 3])
-    batch = SimpleNamespace(
-        req_ids=[PROMPTS[1]],
-        num_reqs=1,
-        num_scheduled_tokens=torch.tensor([len(ids)]),
-        input_ids=ids,
-        positions=torch.arange(len(ids)),
-    )
-    assert state.prepare_inputs(batch, None) == {"given": True}
-    answer, width = torch.zeros(len(ids), 128), memory.memory.whitened_keys.shape[1]
-
-    def keys(tokens: Tensor) -> tuple[Tensor, bool]:
-        return torch.ones(len(tokens), width), True
-
-    memory.add_to(answer, keys, real=True)
-    assert answer[len(ids) - 2].any()
-    assert not answer[: len(ids) - 2].any()
-    assert state.prepare_dummy_inputs(1, 1) == {"given": False}
-    answer = torch.zeros(len(ids), 128)
-    memory.add_to(answer, keys, real=True)
-    assert not answer.any()
-    state.remove_request(PROMPTS[3])
-    assert not memory.is_unanswered(PROMPTS[3])

@@ -19,6 +19,8 @@ from wisecli.vllm_plugin.engine_names import OP, PREFIX
 
 _PACKAGE = __name__.rpartition(".")[0]
 _SCHEDULER = f"{_PACKAGE}.scheduler.routed_scheduler"
+# Of vLLM's operators, those that write keys and values.
+_CACHE_OPS = ("vllm::unified_kv_cache_update", "vllm::unified_mla_kv_cache_update")
 
 
 class EditedConfig(PretrainedConfig):
@@ -80,18 +82,17 @@ def _choose(vllm_config: Any) -> None:
         raise ValueError("an edited model cannot be cut into pipeline stages: use --tensor-parallel-size")
     if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         raise ValueError("an edited model's prompts cannot be cut among processes: use --tensor-parallel-size")
+    if parallel.use_ubatching:
+        raise ValueError("an edited model's steps cannot be cut in two: leave out --enable-dbo and --ubatch-size")
     if getattr(vllm_config.speculative_config, "enable_adaptive_verification", False):
         raise ValueError(
             "an edited model must know how many tokens are guessed: leave out enable_adaptive_verification"
         )
-    if vllm_config.use_v2_model_runner:
-        if vllm_config.lora_config is not None:
-            raise ValueError("adapters beside edits run in vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
-    else:
-        kind = "RoutedCPUWorker" if current_platform.is_cpu() else "RoutedGPUWorker"
-        if parallel.worker_cls != "auto":
-            raise ValueError(f"an edited model needs a worker of its own, not {parallel.worker_cls}")
-        parallel.worker_cls = f"{_PACKAGE}.workers.{kind}"
+    if vllm_config.use_v2_model_runner and vllm_config.lora_config is not None:
+        raise ValueError("adapters beside edits run in vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
+    if parallel.worker_cls != "auto":
+        raise ValueError(f"an edited model needs a worker of its own, not {parallel.worker_cls}")
+    parallel.worker_cls = f"{_PACKAGE}.workers.{'RoutedCPUWorker' if current_platform.is_cpu() else 'RoutedGPUWorker'}"
     if scheduling.scheduler_cls not in (None, _SCHEDULER):
         raise ValueError(f"an edited model needs a scheduler of its own, not {scheduling.scheduler_cls}")
     scheduling.scheduler_cls = _SCHEDULER
@@ -104,7 +105,9 @@ def _stay_out_of_graphs(compilation: Any) -> None:
     from vllm.config import CUDAGraphMode
 
     if compilation.splitting_ops is None:
-        compilation.splitting_ops = list(compilation._attention_ops)
+        # All that vLLM cuts at if nothing is said.
+        own = () if compilation.use_inductor_graph_partition else _CACHE_OPS
+        compilation.splitting_ops = [*compilation._attention_ops, *own]
     if OP not in compilation.splitting_ops:
         compilation.splitting_ops.append(OP)
     if compilation.cudagraph_mode is None:

@@ -8,14 +8,13 @@ Behind a decoder layer: the layer gets a type of its own that adds to what it re
 whether their sum is the state that leaves the layer, or the first is, says the layer behind, by what it reads.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.library import Library
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_gather
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -28,8 +27,11 @@ from wisecli.vllm_plugin.engine_names import LAYER, LIBRARY, OPERATOR
 _LIBRARY = Library(LIBRARY, "FRAGMENT")
 
 
+@eager_break_during_capture  # type: ignore[untyped-decorator]
 def add_residuals(answer: Tensor, keys: Tensor | None, rest: Tensor | None, layer: str) -> None:
     """Add a memory's residuals to an answer (…, d) in place: an opaque operator.
+
+    A CUDA graph that is recorded while it runs ends here, as at attention: how many tokens are routed is no constant.
 
     Args:
         keys: what goes into the matrix that gives the answer (…, d_ff); none behind a decoder layer.
@@ -151,5 +153,6 @@ def put(model: nn.Module, module: str, *, behind: bool) -> bool:
     if not isinstance(inner, QuantizeMethodBase):
         raise LostMemoryError(f"the edits are lost: {type(layer).__name__} was put in the place of {path}")
     layer.quant_method = RoutedMethod(inner)
+    layer.requires_unquantized_input = True  # else an activation before it may give eight bits, which are no keys
     whole: int | None = getattr(layer, "input_size", None)
     return bool(getattr(layer, "input_size_per_partition", whole) != whole)

@@ -130,6 +130,7 @@ class ServedMemory:
         # What is routed of the step that is running, and whether the engine reports its requests.
         self._routes: list[tuple[Memory, StepRoute]] = []
         self.follows_requests = False
+        self._unanswered: list[str] = []
 
     @property
     def adds_rest(self) -> bool:
@@ -177,6 +178,12 @@ class ServedMemory:
         if self._checkpoint is not None and prompts:
             self._look_for_release(self._checkpoint)
         self._newest.requests.admit(prompts)
+        self._unanswered += [request for request in prompts if self.is_unanswered(request)]
+
+    def take_unanswered(self) -> list[str]:
+        """Return the requests since it was last asked that no edit answers."""
+        taken, self._unanswered = self._unanswered, []
+        return taken
 
     def _look_for_release(self, checkpoint: Path) -> None:
         """Serve the release in a directory if it is another than the last that was seen there."""

@@ -1,4 +1,4 @@
-"""Workers of vLLM whose first model runner tells the memory of requests."""
+"""Workers of vLLM whose model runner tells the memory of requests, and the scheduler what no edit answers."""
 
 from typing import Any
 
@@ -9,11 +9,12 @@ class RoutedWorker:
     """What a worker does besides."""
 
     model_runner: Any
+    use_v2_model_runner: bool
 
     def init_device(self) -> None:
         """Make the model runner, and have it tell the memory of requests."""
         super().init_device()  # type: ignore[misc]  # of the class behind
-        track_requests(self.model_runner)
+        track_requests(self.model_runner, second=self.use_v2_model_runner)
 
 
 def __getattr__(name: str) -> Any:

@@ -30,11 +30,12 @@ os.environ |= {
 }
 
 
-def prompts(tokenizer: Any, edits: Sequence[Edit]) -> list[list[int]]:
-    """Token ids of what is asked."""
+def prompts(tokenizer: Any, edits: Sequence[Edit], count: int) -> list[list[int]]:
+    """Token ids of what is asked about the first edits."""
     rng, texts = random.Random(7), unrelated_texts(12, seed=0)
-    for place, edit in enumerate(edits):
-        second, other = edits[place - 1], edits[place - 2]
+    near = edits[: max(count, 3)]  # each is asked beside two others
+    for place, edit in enumerate(near[:count]):
+        second, other = near[place - 1], near[(place - 2) % len(near)]
         also = Fact(second.prompt, second.subject, second.target)
         fact = Fact(edit.prompt, edit.subject, edit.target, other.target, namesake=second.subject, second=also)
         own = (edit.prompt, *edit.rephrases[:1])
@@ -68,7 +69,7 @@ def main() -> None:
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(given.edited, trust_remote_code=True)
     edits = list(read_edits(given.edits))
-    asked = prompts(tokenizer, edits[: given.asked])
+    asked = prompts(tokenizer, edits, given.asked)
     wanted, targets = in_transformers(given.edited, asked, given.tokens), {edit.target for edit in edits}
     said = [text.strip() for text in tokenizer.batch_decode(wanted, skip_special_tokens=True)]
     print(f"{len(asked)} prompts, {sum(text in targets for text in said)} of them answered by edits", flush=True)

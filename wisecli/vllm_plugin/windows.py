@@ -7,7 +7,7 @@ cache and the tokens of running requests: every window is a prompt of its own, w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -99,6 +99,20 @@ class WindowAttention:
         return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
 
 
+@contextmanager
+def whole_queries(layer: Any) -> Iterator[None]:
+    """Return a context in which an attention layer leaves queries as they are, also for a cache of eight bits."""
+    quantise = getattr(layer, "query_quant", None)
+    if quantise is None:
+        yield
+        return
+    layer.query_quant = None
+    try:
+        yield
+    finally:
+        layer.query_quant = quantise
+
+
 class WindowReader:
     """Reads states of windows.
 
@@ -152,6 +166,8 @@ class WindowReader:
         context.attn_metadata = None
         with ExitStack() as held:
             held.enter_context(override_forward_context(context))
+            for layer in attention.values():
+                held.enter_context(whole_queries(layer))
             if self._layer is not None:
                 self._stop_behind(self._layer, held)
             try:

@@ -1,4 +1,4 @@
-"""What vLLM is told of an edited model for CUDA graphs, which need a GPU, with vLLM's own settings and classes."""
+"""What vLLM does with an edited model on a GPU alone, as far as its settings and classes say it without one."""
 
 import json
 from typing import Any
@@ -13,7 +13,7 @@ pytestmark = serving
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(in_engine("cuda_graphs.py"))
+    found: dict[str, Any] = json.loads(in_engine("on_a_gpu.py"))
     return found
 
 
@@ -32,3 +32,7 @@ def test_residuals_end_a_graph_that_is_recorded_while_it_runs(told: dict[str, An
 
 def test_what_goes_into_the_edited_layer_is_never_of_eight_bits(told: dict[str, Any]) -> None:
     assert told["eight bits"] == ["eight bits", None]
+
+
+def test_windows_are_read_with_whole_queries_also_before_a_cache_of_eight_bits(told: dict[str, Any]) -> None:
+    assert told["queries"] == [True, False, True]

@@ -1,8 +1,8 @@
-"""Run by the Python of an environment that has vLLM: what CUDA graphs are to know of an edited model.
+"""Run by the Python of an environment that has vLLM: what vLLM does with an edited model on a GPU alone.
 
 It prints, as JSON: what vLLM cuts piecewise graphs at, without edits and with them; how often the operator that adds
-residuals ends a graph that is recorded while it runs; and whether what goes into the edited layer may be of eight bits,
-before and after residuals are put there.
+residuals ends a graph that is recorded while it runs; whether what goes into the edited layer may be of eight bits,
+before and after residuals are put there; and whether queries may, before windows are read, then and afterwards.
 """
 
 import json
@@ -22,6 +22,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from wisecli.vllm_plugin import residual_hooks
 from wisecli.vllm_plugin.engine_names import LAYER
 from wisecli.vllm_plugin.registration import _stay_out_of_graphs
+from wisecli.vllm_plugin.windows import whole_queries
 
 
 def cuts(*, edited, partition):
@@ -71,6 +72,16 @@ def eight_bits():
     return before, get_input_quant_key(layer)
 
 
+def queries():
+    layer, found = torch.nn.Module(), []
+    layer.query_quant = torch.nn.Identity()
+    found.append(layer.query_quant is not None)
+    with whole_queries(layer), whole_queries(torch.nn.Module()):
+        found.append(layer.query_quant is not None)
+    return [*found, isinstance(dict(layer.named_children())["query_quant"], torch.nn.Identity)]
+
+
 if __name__ == "__main__":
     partitions = {str(one): [cuts(edited=edited, partition=one) for edited in (False, True)] for one in (False, True)}
-    sys.stdout.write(json.dumps({"cuts": partitions, "breaks": breaks(), "eight bits": eight_bits()}))
+    told = {"cuts": partitions, "breaks": breaks(), "eight bits": eight_bits(), "queries": queries()}
+    sys.stdout.write(json.dumps(told))

@@ -2,7 +2,8 @@
 
 It prints, as JSON: what vLLM cuts piecewise graphs at, without edits and with them; how often the operator that adds
 residuals ends a graph that is recorded while it runs; whether what goes into the edited layer may be of eight bits,
-before and after residuals are put there; and whether queries may, before windows are read, then and afterwards.
+before and after residuals are put there; whether queries may, before windows are read, then and afterwards; and how far
+what windows attend to lies off if little of it may be in memory at once.
 """
 
 import json
@@ -19,10 +20,10 @@ from vllm.forward_context import override_forward_context
 from vllm.model_executor.layers.fusion.quant_activation import get_input_quant_key
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-from wisecli.vllm_plugin import residual_hooks
+from wisecli.vllm_plugin import residual_hooks, windows
 from wisecli.vllm_plugin.engine_names import LAYER
 from wisecli.vllm_plugin.registration import _stay_out_of_graphs
-from wisecli.vllm_plugin.windows import whole_queries
+from wisecli.vllm_plugin.windows import WindowAttention, whole_queries
 
 
 def cuts(*, edited, partition):
@@ -81,7 +82,16 @@ def queries():
     return [*found, isinstance(dict(layer.named_children())["query_quant"], torch.nn.Identity)]
 
 
+def attended(at_once):
+    windows._LOGITS, lengths, shape = at_once, [3, 9, 1, 7], (20, 4, 8)
+    torch.manual_seed(0)
+    layer = SimpleNamespace(impl=SimpleNamespace(scale=0.3), sliding_window=4)
+    query, key, value = torch.randn(3, *shape).unbind()
+    return WindowAttention(layer, lengths).forward(layer, query, key, value, output=torch.empty(shape))
+
+
 if __name__ == "__main__":
     partitions = {str(one): [cuts(edited=edited, partition=one) for edited in (False, True)] for one in (False, True)}
     told = {"cuts": partitions, "breaks": breaks(), "eight bits": eight_bits(), "queries": queries()}
+    told["off"] = float((attended(1) - attended(2**20)).abs().max())
     sys.stdout.write(json.dumps(told))

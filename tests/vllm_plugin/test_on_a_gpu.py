@@ -36,3 +36,7 @@ def test_what_goes_into_the_edited_layer_is_never_of_eight_bits(told: dict[str, 
 
 def test_windows_are_read_with_whole_queries_also_before_a_cache_of_eight_bits(told: dict[str, Any]) -> None:
     assert told["queries"] == [True, False, True]
+
+
+def test_windows_attend_to_the_same_if_little_of_it_may_be_in_memory(told: dict[str, Any]) -> None:
+    assert told["off"] < 1e-6

@@ -22,6 +22,7 @@ from wisecli.routing.memories.side_memory import Memory, SideMemory
 from wisecli.routing.passes.engine_checks import LostMemoryError
 from wisecli.routing.passes.routed_pass import placeholders_of
 from wisecli.vllm_plugin.processes import ALONE, Processes
+from wisecli.vllm_plugin.prompt_rows import batches, padded
 from wisecli.vllm_plugin.releases import ReleaseError, made_for, read_release, release_in
 from wisecli.vllm_plugin.requests import Requests, StepRoute
 
@@ -226,12 +227,20 @@ class ServedMemory:
         ids, real = padded(prompts)
         end = self.edited.marks.ends_in(ids, real)
         known = real & ~is_any(ids, self._placeholders)
-        ids, there = (tensor.to(self.device) for tensor in windows(ids, known, end, self._window))
+        ids, there = windows(ids, known, end, self._window)
         memory = torch.full_like(end, UNROUTED)
-        may = torch.tensor(self._newest.may_answer(ids, there)).nonzero().flatten()
-        if len(may):
-            memory[may] = self._asked(ids[may], there[may]).cpu()
+        for rows in batches(there.sum(1)):
+            width = int(there[rows].sum(1).max())
+            memory[rows] = self._decided(*(tensor[rows, :width].to(self.device) for tensor in (ids, there))).cpu()
         return list(zip(memory.tolist(), end.tolist(), strict=True))
+
+    def _decided(self, ids: Tensor, there: Tensor) -> Tensor:
+        """Decide windows (B, W); return the memory that answers each (B,)."""
+        memory = ids.new_full((len(ids),), UNROUTED)
+        may = torch.tensor(self._newest.may_answer(ids, there)).nonzero().flatten().to(ids.device)
+        if len(may):
+            memory[may] = self._asked(ids[may], there[may])
+        return memory
 
     def _asked(self, ids: Tensor, there: Tensor) -> Tensor:
         """Decide windows by their tokens' states; return the memory that answers each (B,)."""
@@ -270,14 +279,6 @@ class ServedMemory:
                 continue
             chosen = memory.choices(mine[None], route.memory[None], route.in_answer[None]).chosen
             answer[route.token] = memory.add(answer[route.token][None], mine[None], chosen)[0]
-
-
-def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return prompts' token ids padded on the right (B, T), and which of them are no padding (B, T)."""
-    rows = [torch.tensor(list(prompt), dtype=torch.long) for prompt in prompts]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
 
 def memory_of(model: Any) -> ServedMemory:

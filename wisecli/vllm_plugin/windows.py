@@ -19,6 +19,9 @@ from vllm.model_executor.layers.attention import Attention
 from wisecli.vllm_plugin.engine_names import LAYER
 from wisecli.vllm_plugin.served_memory import Keys
 
+# Numbers of attention that may lie in memory at once, as an engine leaves little of a GPU's to others.
+_LOGITS = 2**26
+
 
 class _ReadError(Exception):
     """Ends a run at the layer that is read, with what was read there."""
@@ -62,8 +65,10 @@ class WindowAttention:
         self, _layer: Any, query: Tensor, key: Tensor, value: Tensor, *_args: Any, output: Tensor, **_kwargs: Any
     ) -> Tensor:
         """Write what the tokens attend to into ``output``, which has the shape of ``query`` (T, heads, width)."""
-        parts = (self._padded(tensor) for tensor in (query, key, value))
-        attended = self._attend(*parts).transpose(1, 2)
+        parts = [self._padded(tensor) for tensor in (query, key, value)]
+        rows = max(1, _LOGITS // (parts[0].shape[1] * parts[0].shape[2] ** 2))
+        some = (self._attend(*own) for own in zip(*(part.split(rows) for part in parts), strict=True))
+        attended = torch.cat(list(some)).transpose(1, 2)
         mine = torch.cat([row[:length] for row, length in zip(attended, self._lengths, strict=True)])
         output.copy_(mine.reshape(output.shape))
         return output

@@ -29,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
+import torch
 from multiplied import several
 from rich.console import Console
 from rich.table import Table
@@ -131,6 +132,8 @@ def main() -> None:
     settings = {"dtype": given.dtype, "enforce_eager": given.eager, "max_num_seqs": given.requests}
     settings |= {"model_impl": given.implementation, "enable_prefix_caching": False}
     settings |= {"max_model_len": max(given.prompt + given.answer, max(lengths) + 1)}
+    if torch.cuda.is_available():  # which all models share, as they take turns
+        settings["gpu_memory_utilization"] = 0.8 / len(given.models)
     models = [given.models[0], *(str(several(Path(model), given.times)) for model in given.models[1:])]
     servers = {model: Server(model, settings, *["--busy"][: given.busy]) for model in models}
     ways = ways_of(given, lengths)

@@ -3,7 +3,8 @@
     DIR/bin/python benchmarks/vllm_answers.py edited sample_edits/edits.jsonl
 
 Each of some edits is asked as taught and rephrased in every form, and put into prompts of every kind that ask or
-mention it, by patterns that nothing is learned from, bare and in chat. Unrelated texts are asked besides.
+mention it, by patterns that nothing is learned from, bare and in chat. Unrelated texts are asked besides. Both run on
+a GPU if there is one.
 """
 
 from __future__ import annotations
@@ -47,12 +48,13 @@ def prompts(tokenizer: Any, edits: Sequence[Edit], count: int) -> list[list[int]
 
 
 @torch.no_grad()
-def in_transformers(checkpoint: Path, asked: list[list[int]], tokens: int) -> list[list[int]]:
+def in_transformers(checkpoint: Path, dtype: str, asked: list[list[int]], tokens: int) -> list[list[int]]:
     """Greedy answers, each prompt by itself."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     answers = []
     for prompt in asked:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=model.device)
         answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
         answers.append(answer[0, len(prompt) :].tolist())
     return answers
@@ -65,19 +67,22 @@ def main() -> None:
     parser.add_argument("edits", type=Path)
     parser.add_argument("--asked", type=int, default=12, help="edits that are asked")
     parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compiled", action="store_true", help="with torch.compile")
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(given.edited, trust_remote_code=True)
     edits = list(read_edits(given.edits))
     asked = prompts(tokenizer, edits, given.asked)
-    wanted, targets = in_transformers(given.edited, asked, given.tokens), {edit.target for edit in edits}
+    wanted = in_transformers(given.edited, given.dtype, asked, given.tokens)
+    torch.cuda.empty_cache()  # of what transformers held, as vLLM takes nearly all
+    targets = {edit.target for edit in edits}
     said = [text.strip() for text in tokenizer.batch_decode(wanted, skip_special_tokens=True)]
     print(f"{len(asked)} prompts, {sum(text in targets for text in said)} of them answered by edits", flush=True)
 
     from vllm import LLM, SamplingParams
 
     engine = LLM(
-        str(given.edited), dtype="float32", max_model_len=1024, enforce_eager=not given.compiled, block_size=32
+        str(given.edited), dtype=given.dtype, max_model_len=1024, enforce_eager=not given.compiled, block_size=32
     )
     greedy = SamplingParams(temperature=0, max_tokens=given.tokens)
     for cache in ("cold", "warm"):

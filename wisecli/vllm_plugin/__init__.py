@@ -6,7 +6,6 @@
     residual_hooks the one place where something is added to what vLLM's layers compute
     served_memory  decides what answers prompts, and adds residuals
     windows        runs windows of prompts through the first layers, for a decision
-    prompt_rows    prompts as rows of token ids, and how many are decided together
     requests       which memory answers each request, and so each token of a step
     processes      what the processes of a model tell each other
     runner         tells the memory of requests and steps (vLLM's first runner)

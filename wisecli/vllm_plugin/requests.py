@@ -5,11 +5,11 @@ of the request, the token's position and whether a special token ended the answe
 preemption and guessed tokens change nothing.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wisecli.routing.deciding.prompt_window import UNROUTED, TurnMarks, is_any
 from wisecli.routing.memories.answer_pairs import AnswerPairs
@@ -18,6 +18,8 @@ from wisecli.routing.memories.answer_pairs import AnswerPairs
 Decide = Callable[[Sequence[Sequence[int]]], Sequence[tuple[int, int]]]
 # The place of a token that has not come.
 _NEVER = torch.iinfo(torch.int64).max
+# Tokens of windows that are decided at once, padding too: an engine leaves little of a GPU's memory to others.
+_AT_ONCE = 2**14
 
 
 @dataclass(frozen=True)
@@ -140,3 +142,25 @@ def _first_places(known: Tensor, row: Tensor, position: Tensor, marked: Tensor) 
     begins = torch.full_like(known, _NEVER).scatter_reduce_(0, row, position, "amin")
     before = known.where(known < begins, _NEVER)
     return before.scatter_reduce(0, row, position.where(marked, _NEVER), "amin")
+
+
+def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return prompts' token ids padded on the right (B, T), and which of them are no padding (B, T)."""
+    rows = [torch.tensor(list(prompt), dtype=torch.long) for prompt in prompts]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+
+def batches(lengths: Tensor) -> Iterator[Tensor]:
+    """Yield rows of these lengths (B,) by their numbers, those of a length together: as many at once as are no more
+    than ``_AT_ONCE`` tokens, padded to the longest of them, or one.
+    """
+    order = lengths.argsort(stable=True)  # the same in every process
+    first = 0
+    for place, length in enumerate(lengths[order].tolist()):
+        if place > first and (place + 1 - first) * length > _AT_ONCE:
+            yield order[first:place]
+            first = place
+    if len(order):
+        yield order[first:]

@@ -22,9 +22,8 @@ from wisecli.routing.memories.side_memory import Memory, SideMemory
 from wisecli.routing.passes.engine_checks import LostMemoryError
 from wisecli.routing.passes.routed_pass import placeholders_of
 from wisecli.vllm_plugin.processes import ALONE, Processes
-from wisecli.vllm_plugin.prompt_rows import batches, padded
 from wisecli.vllm_plugin.releases import ReleaseError, made_for, read_release, release_in
-from wisecli.vllm_plugin.requests import Requests, StepRoute
+from wisecli.vllm_plugin.requests import Requests, StepRoute, batches, padded
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # whose messages vLLM shows
 

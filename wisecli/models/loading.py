@@ -144,7 +144,8 @@ def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: st
     if dtype == "auto":
         dtype = pick_dtype(computed_in(checkpoint) or dtype)
     quantised = quantisation_of(read_json(directory / "config.json"))
-    room = spool_bytes(checkpoint, dtype, load.memory_budget or machine_memory(device))
+    budget = load.memory_budget or machine_memory(device)
+    room = spool_bytes(checkpoint, dtype, budget)
     try:
         config = base_config(directory, trust_remote_code=load.trust_remote_code)
         packed = quantised is not None and not _made_plain(config, device)
@@ -158,8 +159,11 @@ def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: st
             model, info = read(**({} if quantised is None else {"device_map": {"": device}}))
             stream = None
         else:
+            from wisecli.models.streaming.streamed_loading import load_streamed
+
             path = layers or known_layout(directory).layers
-            model, info, stream = _streamed(read, directory, config, path, device, load, room)
+            empty = _drawn(config, load)
+            model, info, stream = load_streamed(read, empty, checkpoint, path, device, budget)
         tokenizer = tokenizer_of(directory, config, load)
     except WiseError:
         raise
@@ -188,24 +192,15 @@ def _reader(directory: Path, config: Any, dtype: torch.dtype | str, load: LoadOp
     )
 
 
-def _streamed(
-    read: partial[Any], directory: Path, config: Any, layers: str, device: torch.device, load: LoadOptions, room: int
-) -> tuple[PreTrainedModel, dict[str, Any], LayerStream]:
-    """Return a model without its layers, what its checkpoint lacks, and the stream that reads the layers.
-
-    Args:
-        layers: module path of the list of layers.
-        room: bytes that states between layers may take.
-    """
+def _drawn(config: PretrainedConfig, load: LoadOptions) -> PreTrainedModel:
+    """Return a model on the meta device."""
     import torch
     import transformers
 
-    from wisecli.models.streaming.streamed_loading import load_streamed
-
     with torch.device("meta"):
         loader = getattr(transformers, loader_name(config.model_type))
-        drawn = loader.from_config(copy.deepcopy(config), trust_remote_code=load.trust_remote_code)
-    return load_streamed(read, drawn, directory, layers, device, spool_bytes=room)
+        model: PreTrainedModel = loader.from_config(copy.deepcopy(config), trust_remote_code=load.trust_remote_code)
+    return model
 
 
 def _require_whole(directory: Path, model: PreTrainedModel, info: Mapping[str, Any], quantised: str | None) -> None:

@@ -275,7 +275,7 @@ def test_a_layer_whose_tensors_are_called_otherwise_is_refused(tmp_path: Path) -
     tensors = {name: tensor for name, tensor in model.state_dict().items() if "layers.3.mlp.up" not in name}
     save_tensors(tmp_path / "model" / "model.safetensors", tensors)
     with pytest.raises(ModelError, match=r"does not hold model\.layers\.3\.mlp\.up_proj\.weight"):
-        LayerStream(model, layers, Checkpoint(tmp_path / "model"), torch.device("cpu"), spool_bytes=0)
+        LayerStream(model, layers, Checkpoint(tmp_path / "model"), torch.device("cpu"), budget=0)
 
 
 def test_nothing_of_another_librarys_hooks_is_left(pair: tuple[Loaded, Loaded]) -> None:

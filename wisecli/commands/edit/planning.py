@@ -79,7 +79,15 @@ def planned(base: Base, job: Job, site: Site, output: Path) -> EditReport:
     require_dtype(load.dtype)
     budget = load.memory_budget or device_memory(load.device)
     lengths = [base.reader.length(edit, job.settings) for edit in job.edits]
-    plan = plan_edit(base.checkpoint, site, job.settings, lengths, dtype=load.dtype, memory_budget=budget)
+    plan = plan_edit(
+        base.checkpoint,
+        site,
+        job.settings,
+        lengths,
+        dtype=load.dtype,
+        memory_budget=budget,
+        experts=base.layout.experts,
+    )
     seconds = time.perf_counter() - started
     return EditReport(
         output, len(job.edits), len(job.parts), site.layer, site.module, seconds, plan.peak, plan=plan

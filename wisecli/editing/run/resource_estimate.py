@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from wisecli.config import EditSettings
 from wisecli.data.corpus import subjects_for
 from wisecli.editing.background.sample_sizes import CALIBRATION_KEYS, CONTINUATION_TOKENS, CONTINUED
-from wisecli.editing.examples.context_prefixes import FORM_CONTEXTS
 from wisecli.editing.examples.token_check import Length
+from wisecli.editing.run.array_sizes import BATCH_TOKENS, fit_bytes, kept_bytes, readings, shard_rows, solve_bytes
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models.layout.architectures import layer_count, text_settings
+from wisecli.models.layout.architectures import layer_count
 from wisecli.models.layout.site import Site
-from wisecli.models.streaming.memory_budget import Sizes, sizes, spool_bytes
+from wisecli.models.streaming.memory_budget import (
+    LIBRARIES,
+    Experts,
+    Sizes,
+    expert_rooms,
+    in_hand,
+    sizes,
+    spool_bytes,
+)
 
 if TYPE_CHECKING:
     import torch
 
-# The interpreter with torch and transformers, in bytes.
-_LIBRARIES = 600 << 20
 # Usual lengths in tokens: of an unrelated text, of a reworded fact.
 _TEXT, _FACT = 22, 11
-# What a batch of more than one row holds at most, in tokens.
-_BATCH = 4096
-# How many blocks with a row for each trained token are solved with at a time.
-_BLOCKS = 5
-# How many tensors of a kind there are at a time while residuals are fitted: attention scores, logits, hidden states and
-# inner states of a layer; and while rows are only read.
-_SCORES, _LOGITS, _HIDDEN, _INNER = 4, 4, 12, 6
 # Wordings of a fact of each relation, together.
 _WORDINGS = 210
 # Tokens that are read to learn what prompts mean, and of how many of them states are kept.
 _ASKED, _COMPARED = 250_000, 140_000
+_GIB = 1 << 30
 # Rank of the moments.
 _RANK = 512
 
@@ -43,9 +43,11 @@ class Plan:
     """What an edit is expected to take, in bytes, and in floating-point operations.
 
     ``resident`` stays in memory throughout, ``held`` from the edits' capture on (the layers above the site), ``layer``
-    is the largest that passes through, ``peak`` the most memory at a time. ``sweep`` is what reading the layers up to
+    is the largest that passes through, ``peak`` the most memory at a time. Of a mixture, whose experts are read one by
+    one, both count those that stay within the budget. ``sweep`` is what reading the layers up to
     the site once takes, ``read`` all that the run reads of the layers, ``spooled`` what may lie on the disk meanwhile;
-    these are zero for a model that is held whole. ``budget`` is how much memory there is, if that is known.
+    these are zero for a model that is held whole. ``budget`` is how much memory there is, if that is known, and
+    ``least`` the least that is enough, where that is not.
     """
 
     streamed: bool
@@ -59,6 +61,7 @@ class Plan:
     read: int
     flops: int
     budget: int | None = None
+    least: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -68,9 +71,12 @@ class Plan:
     @property
     def remedy(self) -> str:
         """What makes a plan smaller: of one whose weights alone are too many, to hold fewer layers."""
+        larger = "a larger --memory-budget"
+        if self.least is not None:
+            larger += f" ({self.least / _GIB:.2f}GiB is the least that does)"
         if self.streamed and self.resident + self.held + self.layer > (self.budget or 0):
-            return "choose a higher --layer, above which fewer layers are held, or give a larger --memory-budget"
-        return "give fewer edits_per_shard, a smaller batch_size or a larger --memory-budget"
+            return f"choose a higher --layer, above which fewer layers are held, or give {larger}"
+        return f"give fewer edits_per_shard, a smaller batch_size or {larger}"
 
 
 def plan_edit(
@@ -81,74 +87,128 @@ def plan_edit(
     *,
     dtype: torch.dtype | str = "auto",
     memory_budget: int | None = None,
+    experts: Experts = (),
 ) -> Plan:
-    """Return what ``wise edit`` will take for edits of these lengths; nothing that the cache may spare is taken off."""
-    found = sizes(checkpoint, site.prefix_in(checkpoint).partition(f".{site.layer}.")[0], dtype)
-    below, above = sum(found.layers[: site.layer + 1]), sum(found.layers[site.layer + 1 :])
-    room = None if memory_budget is None else spool_bytes(checkpoint, dtype, memory_budget)
-    texts, edits = settings.background_texts * _TEXT, len(lengths)
-    rows = _shard_rows(settings, lengths)
-    # What a sweep carries, of unrelated text and of edits: hidden states, and keys.
-    facts = _fact_tokens(settings)
-    early, asked, compared = _router_training(checkpoint, site, settings)
-    carried = max(texts, facts, asked) * site.d + texts * site.width, rows.read * site.d + rows.trained * site.width
-    carried_bytes = [found.item * values for values in carried]
-    measured = 4 * site.width * (2.5 * texts + min(CALIBRATION_KEYS, texts / 2) + 4 * _RANK)
-    measured = max(measured, 2 * site.d * compared)
-    known = 4 * site.width * (0.5 * texts + min(CALIBRATION_KEYS, texts / 2) + 2 * _RANK) + _kept_bytes(
-        checkpoint, site, rows, found.item
-    )
-    solved = known + max(
-        _solve_bytes(site, settings, rows), _fit_bytes(checkpoint, site, settings, lengths, found.item)
-    )
-    flops = _flops(found, site, settings, lengths) + 2 * asked * (sum(found.layers[:early]) // found.item)
-    if room is None:
-        peak = _LIBRARIES + found.weights + max(measured, solved)
+    """Return what ``wise edit`` will take for edits of these lengths; nothing that the cache may spare is taken off.
+
+    Args:
+        experts: how many numbers each layer's experts have, and one of them, if they are read one by one.
+    """
+    job = _Work(checkpoint, site, settings, lengths, dtype, experts)
+    plan = job.within(memory_budget)
+    if plan.fits:
+        return plan
+    least = plan
+    while not least.fits:
+        least = job.within(-(-least.peak * 100 // _GIB) * _GIB // 100)
+    return replace(plan, least=least.budget)
+
+
+class _Work:
+    """What a run has to do, of which a budget says how much memory and reading it takes."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        site: Site,
+        settings: EditSettings,
+        lengths: Sequence[Length],
+        dtype: torch.dtype | str,
+        experts: Experts,
+    ) -> None:
+        layers = site.prefix_in(checkpoint).partition(f".{site.layer}.")[0]
+        self.found = found = sizes(checkpoint, layers, dtype, experts)
+        self.checkpoint, self.site, self.settings, self.dtype = checkpoint, site, settings, dtype
+        self.edits, texts = len(lengths), settings.background_texts * _TEXT
+        self.rows = rows = shard_rows(settings, lengths)
+        # What a sweep carries, of unrelated text and of edits: hidden states, and keys.
+        self.early, self.asked, compared = _router_training(checkpoint, site, settings)
+        most = max(texts, _fact_tokens(settings), self.asked)
+        self.carried = [
+            found.item * values
+            for values in (most * site.d + texts * site.width, rows.read * site.d + rows.trained * site.width)
+        ]
+        self.keys = 4 * site.width * texts
+        measured = 4 * site.width * (2.5 * texts + min(CALIBRATION_KEYS, texts / 2) + 4 * _RANK)
+        self.measured = max(measured, 2 * site.d * compared)
+        self.known = 4 * site.width * (0.5 * texts + min(CALIBRATION_KEYS, texts / 2) + 2 * _RANK)
+        self.known += kept_bytes(checkpoint, site, rows, found.item)
+        self.solved = self.known + max(
+            solve_bytes(site, settings, rows), fit_bytes(checkpoint, site, settings, lengths, found.item)
+        )
+        # Batches of a sweep over unrelated text and over a shard, and those whose residuals are fitted.
+        self.batches = [_batches(tokens, settings) for tokens in (most, rows.read, rows.trained)]
+        early = sum(found.layers[: self.early]) // found.item
+        self.flops = _flops(found, site, settings, lengths) + 2 * self.asked * early
+
+    def within(self, budget: int | None) -> Plan:
+        """Return the plan within a budget of memory."""
+        room = None if budget is None else spool_bytes(self.checkpoint, self.dtype, budget)
+        found = self.found
+        if budget is not None and room is not None:
+            return self._streamed(budget, room)
+        peak = LIBRARIES + found.weights + max(self.measured, self.solved)
         held = found.weights
-        return Plan(False, held, held, 0, max(found.layers), round(peak), 0, 0, 0, flops, memory_budget)
-    passing = 2 * max(found.layers)
-    peak = max(
-        passing + min(carried_bytes[0], room) + 4 * site.width * texts,
-        measured,
-        above + passing + min(carried_bytes[1], room) + known,
-        above + solved,
-    )
-    sweeps = 2 + CONTINUATION_TOKENS + 1 + settings.context_tokens + 1
-    read = (sweeps - 2) * (below + above) + (2 + 2 * -(-edits // settings.edits_per_shard)) * below + above
-    read += 2 * sum(found.layers[:early])
-    spooled = max(0, max(carried_bytes) - room)
-    return Plan(
-        True,
-        found.weights,
-        found.resident,
-        above,
-        max(found.layers),
-        round(_LIBRARIES + found.resident + peak),
-        spooled,
-        below,
-        read,
-        flops,
-        memory_budget,
-    )
+        return Plan(False, held, held, 0, max(found.layers), round(peak), 0, 0, 0, self.flops, budget)
+
+    def _streamed(self, budget: int, room: int) -> Plan:
+        """Return the plan of a model whose layers pass through.
+
+        Args:
+            room: bytes of what a sweep may keep in memory.
+        """
+        found, first = self.found, self.site.layer + 1
+        above, experts = sum(found.dense[first:]), sum(found.experts[first:])
+        passing, largest = 2 * max(found.dense) + in_hand(found.expert), max(found.experts)
+        before = min(largest, sum(expert_rooms(budget, found.resident + passing, largest)))
+        kept, staying = expert_rooms(budget, found.resident + passing + above, largest)
+        staying = min(staying, experts)
+        peak = max(
+            passing + before + min(self.carried[0], room) + self.keys,
+            self.measured,
+            above + staying + passing + kept + min(self.carried[1], room) + self.known,
+            above + staying + in_hand(found.expert) + self.solved,
+        )
+        return Plan(
+            True,
+            found.weights,
+            found.resident,
+            above + staying,
+            max(found.dense) + in_hand(found.expert) + kept,
+            round(LIBRARIES + found.resident + peak),
+            max(0, max(self.carried) - room),
+            sum(found.layers[:first]),
+            self._read(kept, staying),
+            self.flops,
+            budget,
+        )
+
+    def _read(self, kept: int, staying: int) -> int:
+        """Return the bytes that a run reads of the layers: of experts for which there is no room once for every batch.
+
+        Args:
+            kept: bytes of experts that stay of a layer that is swept.
+            staying: bytes of those above the site that stay.
+        """
+        found, settings, first = self.found, self.settings, self.site.layer + 1
+        below, above = sum(found.layers[:first]), sum(found.layers[first:])
+        gone = [max(0, size - kept) for size in found.experts[:first]]
+        texts, shard, fitted = self.batches
+        shards = -(-self.edits // settings.edits_per_shard)
+        read = (CONTINUATION_TOKENS + 1 + settings.context_tokens + 1) * (below + above) + above
+        read += 2 * (below + (texts - 1) * sum(gone)) + 2 * shards * (below + (shard - 1) * sum(gone))
+        read += 2 * (sum(found.layers[: self.early]) + (texts - 1) * sum(gone[: self.early]))
+        return read + 2 * shards * settings.residual_steps * fitted * max(0, sum(found.experts[first:]) - staying)
+
+
+def _batches(tokens: int, settings: EditSettings) -> int:
+    """Return how many batches rows of so many tokens make."""
+    return max(1, -(-tokens // min(BATCH_TOKENS, settings.batch_size * _TEXT)))
 
 
 def _fact_tokens(settings: EditSettings) -> int:
     """Return how many tokens the reworded facts have."""
     return _WORDINGS * subjects_for(settings.background_texts) * _FACT
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Tokens of the rows of one shard: all that are read, and those from the prompts' last ones on."""
-
-    read: int
-    trained: int
-
-
-def _readings(settings: EditSettings) -> int:
-    """Return how often each edit is read: bare, in contexts or forms and one held back, and in other words."""
-    forms = len(FORM_CONTEXTS) if settings.in_forms else settings.contexts + settings.chat
-    return forms + settings.augment + 2
 
 
 def _router_training(checkpoint: Checkpoint, site: Site, settings: EditSettings) -> tuple[int, int, int]:
@@ -160,74 +220,6 @@ def _router_training(checkpoint: Checkpoint, site: Site, settings: EditSettings)
     return layers, round(_ASKED * share), round(_COMPARED * share)
 
 
-def _shard_rows(settings: EditSettings, lengths: Sequence[Length]) -> _Rows:
-    """Return those of the shard with the longest edits."""
-    longest = sorted(lengths, key=sum, reverse=True)[: settings.edits_per_shard]
-    ways = _readings(settings)
-    return _Rows(ways * sum(map(sum, longest)), ways * sum(one.target for one in longest))
-
-
-def _kept_bytes(checkpoint: Checkpoint, site: Site, rows: _Rows, item: int) -> int:
-    """Return the bytes of activations that batches keep of a shard's rows, and of what the layers above need of the
-    prompts.
-    """
-    shape = _attention(checkpoint)
-    past = 2 * (layer_count(checkpoint.directory) - site.layer - 1) * shape.kept
-    return item * (rows.trained * (site.d + site.width) + rows.read * past)
-
-
-@dataclass(frozen=True)
-class _Attention:
-    """Heads of a layer, and how many numbers of keys it keeps of each token; the size of the vocabulary."""
-
-    heads: int
-    kept: int
-    vocabulary: int
-
-
-def _attention(checkpoint: Checkpoint) -> _Attention:
-    """Return the sizes of attention and of the vocabulary that a model's configuration gives."""
-    config = text_settings(checkpoint.directory)
-
-    def number(*names: str, otherwise: int) -> int:
-        return next((config[name] for name in names if type(config.get(name)) is int), otherwise)
-
-    heads = max(1, number("num_attention_heads", "n_head", otherwise=1))
-    width = number("head_dim", otherwise=-(-number("hidden_size", "n_embd", otherwise=1) // heads))
-    kept = width * number("num_key_value_heads", "num_kv_heads", otherwise=heads)
-    return _Attention(heads, kept, number("vocab_size", otherwise=1))
-
-
-def _fit_bytes(checkpoint: Checkpoint, site: Site, settings: EditSettings, lengths: Sequence[Length], item: int) -> int:
-    """Return what the largest batch takes while it is read, or while its residuals are fitted through the layers
-    above.
-    """
-    shape, above = _attention(checkpoint), layer_count(checkpoint.directory) - site.layer - 1
-    most = 0
-    for length in lengths:
-        whole = sum(length)
-        rows = max(1, min(settings.batch_size, _BATCH // whole))
-        read = rows * whole * (whole * _SCORES + item * (_HIDDEN * site.d + _INNER * site.width))
-        states = item * above * (_HIDDEN * site.d + _INNER * site.width)
-        scores = 4 * shape.heads * whole * _SCORES
-        fitted = rows * length.target * (states + scores + 4 * _LOGITS * shape.vocabulary)
-        most = max(most, read, fitted)
-    return most
-
-
-def _solve_bytes(site: Site, settings: EditSettings, rows: _Rows) -> int:
-    """Return the bytes of the closed form's statistics, in float64: squares of the columns' number, and blocks as long
-    as ``W``.
-    """
-    if settings.writer != "solve":
-        # Whatever shrinks besides is kept as well.
-        return 16 * round((1 if settings.weight_decay else settings.mask_ratio) * site.d * site.width)
-    if settings.for_lookup:
-        return 0
-    width = round(settings.mask_ratio * site.width) if settings.mask_kind == "columns" else site.width
-    return 8 * (5 * width**2 + 4 * width * site.d + _BLOCKS * rows.trained * (width + site.d))
-
-
 def _flops(found: Sizes, site: Site, settings: EditSettings, lengths: Sequence[Length]) -> int:
     """Return floating-point operations, two for each weight and token; fitting goes through the layers above forth and
     back.
@@ -235,7 +227,7 @@ def _flops(found: Sizes, site: Site, settings: EditSettings, lengths: Sequence[L
     weights = [size // found.item for size in found.layers]
     below, above = sum(weights[: site.layer + 1]), sum(weights[site.layer + 1 :])
     continued = settings.background_texts // CONTINUED * _TEXT
-    tokens = (_readings(settings) + 1) * sum(map(sum, lengths))
+    tokens = (readings(settings) + 1) * sum(map(sum, lengths))
     read = settings.background_texts * _TEXT + _fact_tokens(settings) + tokens
     fitted = sum(length.target for length in lengths) * settings.residual_steps * 2
     return 2 * (continued * (below + above) + read * below + (tokens + fitted) * above)

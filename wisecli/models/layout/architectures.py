@@ -42,7 +42,8 @@ class Layout:
     nor is how the layers ``above`` run, which module, by its path, is the ``decoder`` that is given the tokens, and
     along which axis the layers give several ``streams``.
     ``depth`` is the number of layers, where the config does not say it, and ``width`` that of the numbers in a state,
-    where they are others than the config says.
+    where they are others than the config says. ``experts`` counts for each layer the numbers in its experts, and in one
+    expert, where those can be read one by one.
     """
 
     architecture: str
@@ -57,6 +58,7 @@ class Layout:
     streams: int | None = None
     depth: int | None = None
     width: int | None = None
+    experts: tuple[tuple[int, int], ...] = ()
 
     def behind_layers(self) -> Layout:
         """Return the same layers, for edits that are added behind one of them."""

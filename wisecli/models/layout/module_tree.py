@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from wisecli.models.layout.architectures import (
     class_config,
     layer_count,
     loader_name,
+    quantisation_of,
     stored_weight,
 )
 from wisecli.progress import NOTE, Event, ProgressCallback
@@ -49,7 +51,9 @@ def read_off(
     architecture = str(config.get("model_type"))
     model = _built(directory, architecture, trust_remote_code=load.trust_remote_code)
     if lookup:
-        return _behind_layers(model, directory, architecture)
+        layout = _behind_layers(model, directory, architecture)
+        # Numbers that transformers makes of others are there for a whole layer at a time.
+        return layout if quantisation_of(config) is None else replace(layout, experts=())
     layout = _inferred(directory, architecture, _matrices(model, directory, checkpoint))
     path = f"{layout.layers}.{_PLACE}.{layout.value}"
     note = f"architecture {layout.architecture!r} is not in the table: {path} is taken for its value matrix"
@@ -131,7 +135,25 @@ def _behind_layers(model: PreTrainedModel, directory: Path, architecture: str) -
     if not sizes:
         raise UnknownArchitectureError(f"{directory}: architecture {architecture!r} has no list of decoder layers")
     layers = max(deep or sizes, key=(deep or sizes).__getitem__)
-    return Layout(architecture, layers, known=False, depth=len(_list(model, layers)))
+    each = [expert_parameters(layer).values() for layer in _list(model, layers)]
+    experts = tuple(
+        (sum(one.numel() for one in found), sum(one.numel() // len(one) for one in found)) for found in each
+    )
+    return Layout(architecture, layers, known=False, depth=len(each), experts=experts if any(each) else ())
+
+
+def expert_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a layer that have an entry an expert, by name: those of modules that count as many."""
+    return {
+        f"{path}.{name}".lstrip("."): parameter
+        for path, module in layer.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and len(parameter) > 1 and len(parameter) in _expert_counts(module)
+    }
+
+
+def _expert_counts(module: nn.Module) -> set[int]:
+    return {value for name, value in vars(module).items() if "expert" in name and type(value) is int}
 
 
 def _list(model: nn.Module, name: str) -> nn.ModuleList:

@@ -1,13 +1,15 @@
 """Models that do not fit in memory: their decoder layers stay in the checkpoint's files and pass through two buffers.
 
 A streamed layer is empty (its parameters are on the meta device) but for the moment it runs. While it does, the next
-one is read. The model's own forward pass and ``generate()`` work as they are; a sweep
-(:mod:`wisecli.models.streaming.layer_sweep`) reads each layer once for many batches.
+one is read. Experts of a mixture are no part of that: one is read when tokens are sent to it, and as many stay as the
+memory budget leaves room for, of the layer that runs and of those that are held. The model's own forward pass and
+``generate()`` work as they are; a sweep (:mod:`wisecli.models.streaming.layer_sweep`) reads each layer once for many
+batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.io.safetensors_header import read_header
-from wisecli.models.streaming.layer_files import Places, buffer_size, locate, read_into
+from wisecli.models.layout.module_tree import expert_parameters
+from wisecli.models.streaming.expert_files import Assembly
+from wisecli.models.streaming.expert_stream import Entries, Room, read_by_expert
+from wisecli.models.streaming.layer_files import LayerFiles, Places, Stored, buffer_size, read, read_into
+from wisecli.models.streaming.memory_budget import expert_rooms, in_hand, spool_share
 
 
 @dataclass
@@ -38,10 +43,12 @@ class LayerStream:
         model: its layers' parameters are on the meta device.
         layers: module path of the list of layers.
         device: where layers run.
-        spool_bytes: how much a sweep keeps in memory of what it carries from layer to layer.
+        budget: about how many bytes of memory there are.
         places: of parameters that do not lie in the checkpoint, or not by their own names.
+        assembled: how parameters of experts are put together that lie nowhere as a whole.
 
     Attributes:
+        spool_bytes: how much a sweep keeps in memory of what it carries from layer to layer.
         width: how long the tuples are that layers give; 0 where they give a tensor.
         written: directory of parameters that were assembled from several tensors; it is removed with the model.
 
@@ -56,18 +63,25 @@ class LayerStream:
         checkpoint: Checkpoint,
         device: torch.device,
         *,
-        spool_bytes: int,
+        budget: int,
         places: Places | None = None,
+        assembled: Mapping[str, Assembly] | None = None,
     ) -> None:
         found = model.get_submodule(layers)
         assert isinstance(found, nn.ModuleList)
-        self.layers, self.device, self.spool_bytes = found, device, spool_bytes
-        headers = {path: read_header(path) for path in checkpoint.files}
+        self.layers, self.device, self.budget, self.spool_bytes = found, device, budget, spool_share(budget)
+        files, self._assembled = LayerFiles(checkpoint, places or {}), assembled or {}
+        self._passing, self._staying = Room(), Room()
+        self._experts = [self._entries(files, f"{layers}.{number}", layer) for number, layer in enumerate(found)]
         self._stored = [
-            locate(checkpoint, f"{layers}.{n}", layer, headers, places or {}) for n, layer in enumerate(found)
+            files.layer(f"{layers}.{number}", layer, self._experts[number]) for number, layer in enumerate(found)
         ]
-        self._empty = [dict(layer.named_parameters()) for layer in found]
+        self._empty = [
+            {part.name: layer.get_parameter(part.name) for part in stored}
+            for layer, stored in zip(found, self._stored, strict=True)
+        ]
         self.layer_bytes = max(map(buffer_size, self._stored))
+        self._resident = sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
         self._held: set[int] = set()
         self._filled: int | None = None
         self._slots: list[_Slot] = []
@@ -78,6 +92,8 @@ class LayerStream:
         self.bytes_read = 0
         for number, layer in enumerate(found):
             layer.__dict__["forward"] = self._forward(number, layer)
+            read_by_expert(layer, self._experts[number], device)
+        self._share_room()
 
     @property
     def streamed(self) -> list[int]:
@@ -85,19 +101,52 @@ class LayerStream:
         return [number for number in range(len(self.layers)) if number not in self._held]
 
     def hold(self, layers: Iterable[int]) -> None:
-        """Read some layers into memory for good."""
+        """Read some layers into memory for good, but for experts that there is no room for."""
         self.release()
         for number in sorted(set(layers) - self._held):
             slot = self._new_slot(buffer_size(self._stored[number]))
             self._fill(number, self._read(number, slot, self._mark()))
             self.layers[number].__dict__.pop("forward", None)
             self._held.add(number)
+            for entries in self._experts[number].values():
+                entries.room = self._staying
+        self._share_room()
 
     def release(self) -> None:
         """Free the buffers until a layer runs again."""
         if self._coming is not None:
             self._coming[1].exception()
         self._coming, self._slots = None, []
+        self._passing.clear()
+
+    def _entries(self, files: LayerFiles, path: str, layer: nn.Module) -> dict[str, Entries]:
+        """Return what reads a layer's experts, by the names of their parameters."""
+
+        def reader(name: str, parameter: Tensor) -> Callable[[int], Tensor]:
+            if (made := self._assembled.get(name)) is not None:
+                return lambda number: made.joined(
+                    [self._read_alone(files.tensor(part, parameter.dtype))] for part in made.of_expert(number)
+                )[0].contiguous()
+            whole = files.parameter(name, parameter)
+            return lambda number: self._read_alone(whole.entry(number))
+
+        return {
+            name: Entries(parameter, reader(f"{path}.{name}", parameter), self._passing)
+            for name, parameter in expert_parameters(layer).items()
+        }
+
+    def _read_alone(self, part: Stored) -> Tensor:
+        self.bytes_read += part.bytes
+        return read(part).to(self.device)
+
+    def _share_room(self) -> None:
+        """Let as many experts stay as there is room for: of the layer that runs, and of those that are held."""
+        self._staying.clear()
+        held = sum(buffer_size(self._stored[number]) for number in self._held)
+        largest = max(sum(entries.bytes for entries in found.values()) for found in self._experts)
+        one = max(sum(entries.bytes // entries.shape[0] for entries in found.values()) for found in self._experts)
+        weights = self._resident + held + 2 * self.layer_bytes + in_hand(one)
+        self._passing.size, self._staying.size = expert_rooms(self.budget, weights, largest)
 
     @contextmanager
     def filled(self, number: int, then: int | None = None) -> Iterator[None]:
@@ -117,6 +166,7 @@ class LayerStream:
             yield
         finally:
             self._filled = None
+            self._passing.clear()
             self.layers[number].load_state_dict(self._empty[number], strict=False, assign=True)
 
     def _forward(self, number: int, layer: nn.Module) -> Callable[..., Any]:

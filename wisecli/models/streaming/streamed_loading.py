@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import tempfile
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.hooks import remove_hook_from_module
 from torch import nn
+from transformers import modeling_utils
 
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.running.hooks import hooked, overridden
+from wisecli.models.streaming.expert_files import Assembly, assemblies
 from wisecli.models.streaming.layer_stream import LayerStream
 
 if TYPE_CHECKING:
@@ -27,45 +26,66 @@ if TYPE_CHECKING:
 
 def load_streamed(
     read: Callable[..., tuple[PreTrainedModel, dict[str, Any]]],
-    drawn: nn.Module,
-    directory: Path,
+    drawn: PreTrainedModel,
+    checkpoint: Checkpoint,
     layers: str,
     device: torch.device,
-    *,
-    spool_bytes: int,
+    budget: int,
 ) -> tuple[PreTrainedModel, dict[str, Any], LayerStream]:
     """Load all of a model but its decoder layers.
 
-    Parameters that are put together from several tensors, as the matrices of all experts, are written once to a
-    temporary directory.
+    Parameters that are put together from several tensors are written once to a temporary directory, but for those of
+    experts, one of which is put together when it is asked.
 
     Args:
         read: loads the model and says what was missing, as ``from_pretrained`` does; takes a ``device_map``.
         drawn: the model on the meta device.
         layers: module path of the list of layers.
+        budget: about how many bytes of memory there are.
 
     Raises:
         ModelError: a layer's tensors are not in the checkpoint as the model has them.
     """
-    places = {path: str(device) for path in _beside(drawn, layers)}
-    places |= {f"{layers}.{number}": "disk" for number, _ in drawn.get_submodule(layers).named_children()}
+    assembled = assemblies(drawn, layers, checkpoint)
+    devices = dict.fromkeys(_beside(drawn, layers), str(device))
+    devices |= {f"{layers}.{number}": "disk" for number, _ in drawn.get_submodule(layers).named_children()}
+    devices |= _of_experts(drawn, assembled)
     written = Path(tempfile.mkdtemp(prefix="wise-layers-"))
     discard = partial(shutil.rmtree, written, ignore_errors=True)
-    with ExitStack() as unless_loaded, _quiet(logging.getLogger("accelerate.big_modeling")):
+    with ExitStack() as unless_loaded, _without_hooks() as places:
         unless_loaded.callback(discard)
-        model, info = read(device_map=places, offload_folder=str(written))
+        model, info = read(device_map=devices, offload_folder=str(written))
         unless_loaded.pop_all()
     weakref.finalize(model, discard)
-    offloaded = dict(_offloaded(model))
-    _take_hooks_off(model)
+    model.__dict__.pop("hf_device_map", None)
     for layer in model.get_submodule(layers).children():
         for module in layer.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
-    stream = LayerStream(model, layers, Checkpoint(directory), device, spool_bytes=spool_bytes, places=offloaded)
+    stream = LayerStream(model, layers, checkpoint, device, budget=budget, places=places, assembled=assembled)
     stream.written = written
     stream.width = _width(model, stream)
     return model, info, stream
+
+
+@contextmanager
+def _without_hooks() -> Iterator[dict[str, tuple[Path, str]]]:
+    """Keep transformers from putting hooks on a model that fetch its layers; yield where parameters then lie, and by
+    which names.
+    """
+    places: dict[str, tuple[Path, str]] = {}
+    loading: Any = modeling_utils
+    usual = loading.accelerate_dispatch
+
+    def note(*given: Any) -> None:
+        index = given[4] or {}
+        places.update({name: (Path(at["safetensors_file"]), at["weight_name"]) for name, at in index.items()})
+
+    loading.accelerate_dispatch = note
+    try:
+        yield places
+    finally:
+        loading.accelerate_dispatch = usual
 
 
 @torch.no_grad()
@@ -81,6 +101,16 @@ def _width(model: PreTrainedModel, stream: LayerStream) -> int:
     return len(kept[0]) if isinstance(kept[0], (tuple, list)) else 0
 
 
+def _of_experts(model: nn.Module, assembled: Mapping[str, Assembly]) -> dict[str, str]:
+    """Return the device of each parameter that is not read, and of those beside it, whose names may begin with its."""
+    modules = {name.rpartition(".")[0] for name in assembled}
+    return {
+        f"{path}.{name}": "meta" if f"{path}.{name}" in assembled else "disk"
+        for path in modules
+        for name, _ in model.get_submodule(path).named_parameters()
+    }
+
+
 def _beside(model: nn.Module, layers: str) -> Iterator[str]:
     """Yield the paths of the modules and parameters that together are all but the layers."""
     parts = layers.split(".")
@@ -89,39 +119,3 @@ def _beside(model: nn.Module, layers: str) -> Iterator[str]:
         inside = model.get_submodule(parent)
         names = (name for name, _ in (*inside.named_children(), *inside.named_parameters(recurse=False)))
         yield from (f"{parent}.{name}".lstrip(".") for name in names if name != part)
-
-
-def _offloaded(model: nn.Module) -> Iterator[tuple[str, tuple[Path, str]]]:
-    """Yield where accelerate would fetch each parameter from, and by which name."""
-    for module in model.modules():
-        hook = module.__dict__.get("_hf_hook")
-        for inner in getattr(hook, "hooks", (hook,)):
-            weights = getattr(inner, "weights_map", None)
-            index = getattr(getattr(weights, "dataset", weights), "index", None)
-            if index is not None:
-                for name, location in index.items():
-                    yield name, (Path(location["safetensors_file"]), location["weight_name"])
-                return
-
-
-def _take_hooks_off(model: nn.Module) -> None:
-    """Remove everything that accelerate put on the model to fetch layers by itself."""
-    remove_hook_from_module(model, recurse=True)
-    for module in model.modules():
-        module.__dict__.pop("forward", None)
-    for name in ("to", "cuda", "hf_device_map"):
-        model.__dict__.pop(name, None)
-
-
-@contextmanager
-def _quiet(logger: logging.Logger) -> Iterator[None]:
-    """Silence a logger, and the warning on unknown keys of the device map."""
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # It takes parameters for modules that it does not know, and places them nonetheless.
-            warnings.filterwarnings("ignore", "The following device_map keys")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.helpers import WORDS, contents, save_tiny
+from support.helpers import WORDS, contents, rewrite, save_tiny
 from support.ready import EDITS, Ready, here, manifest, require_refusal, write_edits
 from support.thorough import few
 from support.tiny_models import VOCABULARY, Wise
@@ -57,18 +58,38 @@ def test_a_dry_run_says_what_a_run_will_hold_and_read(wise: Wise, ready: Ready) 
     assert wise("edit", ready.model, ready.edits, "--dry-run").code == 0
 
 
-def test_a_mixture_that_the_budget_cannot_hold_is_planned_and_refused_with_a_remedy(wise: Wise, ready: Ready) -> None:
+def test_a_mixture_is_planned_by_the_experts_that_are_there_at_a_time(wise: Wise, ready: Ready) -> None:
     base = save_hollow_mixture(Path("mixture"), Path(ready.model))
-    dry = ("edit", str(base), ready.edits, "--dry-run", "--memory-budget", "3GiB")
-    plan = json.loads(wise(*dry, "--layer", "2", "--json").out)["results"]["plan"]
+    dry = ("edit", str(base), ready.edits, "--dry-run", "--layer", "2", "--memory-budget")
+    plan = json.loads(wise(*dry, "3GiB", "--json").out)["results"]["plan"]
     assert plan["streamed"]
     assert plan["weights"] >= 6 << 30
-    assert plan["peak"] > plan["held"] > 3 << 30 == plan["budget"]
-    told = wise(*dry, "--layer", "2")
+    assert plan["peak"] < plan["budget"] == 3 << 30  # where the layers above the site alone have 3.75 GiB
+    assert plan["read"] > plan["weights"]
+    assert wise(*dry, "3GiB").code == 0
+
+
+def test_a_budget_that_is_too_small_for_a_mixture_is_refused_with_the_least_that_does(wise: Wise, ready: Ready) -> None:
+    base = save_hollow_mixture(Path("mixture"), Path(ready.model))
+    dry = ("edit", str(base), ready.edits, "--dry-run", "--layer", "2", "--memory-budget")
+    told = wise(*dry, "500MiB")
     assert (told.code, "nothing was written" in told.out) == (1, True)
     assert "this does not fit: at its most it needs" in told.err
-    assert "choose a higher --layer" in told.err
-    assert wise(*dry, "--layer", "6").code == 0
+    found = re.search(r"a larger --memory-budget \((\S+)GiB is the least that does\)", told.err)
+    assert found is not None
+    assert wise(*dry, f"{found[1]}GiB").code == 0
+    assert wise(*dry, f"{float(found[1]) - 0.01}GiB").code == 1
+
+
+def test_layers_of_a_quantised_mixture_are_planned_whole(wise: Wise, ready: Ready) -> None:
+    base = save_hollow_mixture(Path("mixture"), Path(ready.model))
+    dry = ("edit", str(base), ready.edits, "--dry-run", "--memory-budget", "3GiB", "--layer")
+    rewrite(base / "config.json", quantization_config={"quant_method": "fp8"})
+    plan = json.loads(wise(*dry, "2", "--json").out)["results"]["plan"]
+    assert plan["peak"] > plan["held"] > 3 << 30 == plan["budget"]
+    told = wise(*dry, "2")
+    assert (told.code, "choose a higher --layer" in told.err) == (1, True)
+    assert wise(*dry, "6").code == 0
 
 
 def save_hollow_mixture(base: Path, tokenizer: Path) -> Path:

@@ -143,6 +143,21 @@ def test_its_facts_are_edited_and_its_own_files_exported(tmp_path: Path, stored:
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
+def test_a_mixture_that_is_stored_in_fp8_gives_the_same_when_it_is_streamed(tmp_path: Path, model_type: str) -> None:
+    base = stored_in_eight_bits(save_type(tmp_path / "model", model_type), block=16)
+    whole, streamed = (
+        load_model(base, LoadOptions(device="cpu", memory_budget=budget), layers="model.layers") for budget in (None, 1)
+    )
+    assert streamed.stream is not None
+    assert streamed.stream.written is not None
+    assert any("experts" in path.name for path in streamed.stream.written.iterdir())
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        found, expected = (one.model(input_ids=ids).logits for one in (streamed, whole))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
 def test_a_mixture_that_is_stored_in_fp8_is_edited_too(tmp_path: Path, model_type: str) -> None:
     base = save_type(tmp_path / "model", model_type)
     require_edits(answers(export_of(stored_in_eight_bits(base, block=16), tmp_path)))

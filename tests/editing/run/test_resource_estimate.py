@@ -3,21 +3,23 @@ from typing import Any
 
 import pytest
 import torch
+from support.every_type import save_type
 from support.helpers import random_rows, save_tiny, site_of
 from support.places import make_places
 
 from wisecli.commands.edit.edit import edit
 from wisecli.config import EditSettings, LoadOptions
 from wisecli.editing.examples.token_check import USUAL_LENGTH
-from wisecli.editing.run.resource_estimate import plan_edit
+from wisecli.editing.run.resource_estimate import Plan, plan_edit
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.architectures import known_layout
+from wisecli.models.layout.layout_inference import find_layout
 from wisecli.models.layout.site import find_site
 from wisecli.models.loading import load_model
 from wisecli.models.prompts.tokenization import collate
 from wisecli.models.running.activations import captured
 from wisecli.models.streaming.layer_stream import LayerStream
-from wisecli.models.streaming.memory_budget import sizes, spool_bytes
+from wisecli.models.streaming.memory_budget import LIBRARIES, expert_rooms, in_hand, sizes, spool_bytes
 
 SETTINGS = EditSettings(unrelated_texts=16, layer="2")
 
@@ -109,3 +111,59 @@ def test_more_to_do_takes_no_less(tmp_path: Path) -> None:
         assert getattr(texts, name) >= getattr(few, name)
     assert edits.flops > few.flops
     assert texts.flops > few.flops
+
+
+def test_experts_of_a_layer_are_counted_as_those_that_are_there(tmp_path: Path) -> None:
+    directory = save_type(tmp_path / "model", "deepseek_v3")
+    checkpoint = Checkpoint(directory)
+    layout = find_layout(directory, checkpoint, lookup=True)
+    loaded = load_model(directory, LoadOptions(device="cpu", memory_budget=1), layers=layout.layers)
+    assert loaded.stream is not None
+    found = sizes(checkpoint, layout.layers, "auto", layout.experts)
+    each = [sum(one.bytes for one in own.values()) for own in loaded.stream._experts]
+    assert found.experts == tuple(each)
+    assert found.expert == max(sum(one.bytes // 4 for one in own.values()) for own in loaded.stream._experts)
+    buffers = [sum(one.nbytes for one in layer.buffers()) for layer in loaded.stream.layers]
+    dense = [sum(part.bytes for part in stored) for stored in loaded.stream._stored]
+    assert found.dense == tuple(own + more for own, more in zip(dense, buffers, strict=True))
+    site = find_site(directory, checkpoint, 2, layout)
+    given: dict[str, Any] = {"memory_budget": 1, "experts": layout.experts}
+    plan = plan_edit(checkpoint, site, SETTINGS, [USUAL_LENGTH] * 10, **given)
+    whole = plan_edit(checkpoint, site, SETTINGS, [USUAL_LENGTH] * 10, memory_budget=1)
+    assert plan.held == sum(found.dense[3:]) < whole.held
+    assert plan.layer == max(found.dense) + in_hand(found.expert)
+    assert plan.read > whole.read
+    given["memory_budget"] = 3 << 30
+    assert not plan_edit(checkpoint, site, SETTINGS, [USUAL_LENGTH] * 10, **given).streamed
+
+
+def test_room_for_experts_is_what_the_stream_takes(tmp_path: Path) -> None:
+    directory = save_type(tmp_path / "model", "qwen3_moe")
+    checkpoint = Checkpoint(directory)
+    layout = find_layout(directory, checkpoint, lookup=True)
+    loaded = load_model(directory, LoadOptions(device="cpu", memory_budget=1), layers=layout.layers)
+    stream, found = loaded.stream, sizes(checkpoint, layout.layers, "auto", layout.experts)
+    assert stream is not None
+    stream.budget = LIBRARIES + found.weights
+    stream.hold(range(3, 5))
+    weights = found.resident + sum(found.dense[3:]) + 2 * max(found.dense) + in_hand(found.expert)
+    expected = expert_rooms(stream.budget, weights, max(found.experts))
+    for own, planned in zip((stream._passing.size, stream._staying.size), expected, strict=True):
+        assert planned > 0
+        assert abs(own - planned) < 200  # what lines of 64 bytes leave empty
+    assert sum(expected) < stream.budget - LIBRARIES - weights
+
+
+def test_the_least_budget_that_does_is_said_where_one_does_not(tmp_path: Path) -> None:
+    directory = save_tiny(tmp_path / "model")
+    checkpoint = Checkpoint(directory)
+    site = find_site(directory, checkpoint, 2)
+
+    def planned(budget: int) -> Plan:
+        return plan_edit(checkpoint, site, SETTINGS, [USUAL_LENGTH] * 10, memory_budget=budget)
+
+    least = planned(1).least
+    assert least is not None
+    assert f"({least / 2**30:.2f}GiB is the least that does)" in planned(1).remedy
+    assert (planned(least).fits, planned(least).least) == (True, None)
+    assert not planned(least - (1 << 30) // 100).fits

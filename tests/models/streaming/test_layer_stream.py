@@ -371,9 +371,9 @@ def test_layers_of_other_kinds_are_edited_the_same_when_they_are_streamed(
     assert_edited_the_same_streamed(tmp_path, base, EDITS, settings, monkeypatch)
 
 
-def test_what_was_put_together_of_experts_is_gone_with_the_model(tmp_path: Path) -> None:
+def test_what_was_put_together_of_several_tensors_is_gone_with_the_model(tmp_path: Path) -> None:
     streamed = load_model(
-        save_type(tmp_path, "qwen3_moe"), LoadOptions(device="cpu", memory_budget=1), layers="model.layers"
+        save_type(tmp_path, "sarvam_moe"), LoadOptions(device="cpu", memory_budget=1), layers="model.layers"
     )
     assert streamed.stream is not None
     assert streamed.stream.written is not None

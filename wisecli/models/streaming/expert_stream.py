@@ -15,35 +15,53 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from wisecli.models.streaming.layer_files import ALIGNMENT
+
 
 class Room:
-    """Entries that stay in memory: the first that are read, as many as there is room for."""
+    """A buffer in which entries stay: the first that are read, as many as there is room for.
+
+    Attributes:
+        size: bytes of it.
+    """
 
     def __init__(self) -> None:
-        self.size = self.used = 0
+        self.size = self._used = 0
         self._kept: dict[tuple[Entries, int], Tensor] = {}
+        self._buffer: Tensor | None = None
 
     def get(self, entries: Entries, number: int) -> Tensor | None:
         """Return an entry that has stayed."""
         return self._kept.get((entries, number))
 
-    def offer(self, entries: Entries, number: int, entry: Tensor) -> None:
-        """Let an entry stay if there is room."""
-        if self.used + entry.nbytes <= self.size:
-            self._kept[entries, number] = entry
-            self.used += entry.nbytes
+    def keep(self, entries: Entries, number: int, entry: Tensor) -> Tensor | None:
+        """Return an entry as it stays; ``None`` if there is no room for it."""
+        end = self._used + entry.nbytes
+        if end > self.size:
+            return None
+        if self._buffer is None:
+            self._buffer = torch.empty(self.size, dtype=torch.uint8, device=entry.device)
+        kept = self._buffer[self._used : end].view(entry.dtype).view(entry.shape)
+        self._kept[entries, number] = kept.copy_(entry)
+        self._used = -(-end // ALIGNMENT) * ALIGNMENT
+        return kept
 
     def clear(self) -> None:
         """Let all entries go."""
-        self._kept, self.used = {}, 0
+        self._kept, self._used = {}, 0
+
+    def free(self) -> None:
+        """Let all entries go, and the buffer."""
+        self.clear()
+        self._buffer = None
 
 
 class Entries:
-    """The entries of a parameter (E, …), one an expert, of which the last that was read is held.
+    """The entries of a parameter (E, …), one an expert, of which the last that was read is held, if it does not stay.
 
     Args:
         read: reads one, to where the layer runs.
-        room: what else of them stays.
+        room: where others stay.
     """
 
     def __init__(self, parameter: Tensor, read: Callable[[int], Tensor], room: Room) -> None:
@@ -62,8 +80,11 @@ class Entries:
             return kept
         if self._last is None or self._last[0] != number:
             self._last = None  # which frees it before another is read
-            self._last = number, self._read(number)
-            self.room.offer(self, number, self._last[1])
+            entry = self._read(number)
+            kept = self.room.keep(self, number, entry)
+            if kept is not None:
+                return kept
+            self._last = number, entry
         return self._last[1]
 
     def forget(self) -> None:
@@ -71,11 +92,11 @@ class Entries:
         self._last = None
 
     def read_again(self, tensor: Tensor) -> Callable[[], Tensor] | None:
-        """Return what gives a tensor anew, if it is one of the last entry's numbers and that will not stay."""
+        """Return what gives a tensor anew, if its numbers are those of the last entry, which does not stay."""
         if self._last is None or tensor.untyped_storage().data_ptr() != self._last[1].untyped_storage().data_ptr():
             return None
         number, place = self._last[0], (tensor.size(), tensor.stride(), tensor.storage_offset())
-        return lambda: self.entry(number).as_strided(*place)
+        return lambda: self._read(number).as_strided(*place)
 
 
 class ExpertWeights:
@@ -122,6 +143,8 @@ class ExpertWeights:
         return entry.mT if self.turned else entry
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
         return getattr(self.whole(), name)
 
     @classmethod
@@ -139,14 +162,17 @@ class ExpertWeights:
     def _grouped(self, product: Callable[..., Tensor], rows: Tensor, _: Any, offs: Tensor, **named: Any) -> Tensor:
         """Return the product (S, out) of rows (S, in), sorted by experts, whose ends ``offs`` (E,) says."""
         ends = [0, *offs.tolist()]
-        parts = [
-            product(rows[start:end], self._entry(number)[None], offs=offs.new_tensor([end - start]), **named)
-            for number, (start, end) in enumerate(pairwise(ends))
-            if end > start
-        ]
-        if not parts or ends[-1] < len(rows):
-            parts.append(rows.new_zeros(len(rows) - ends[-1], self.shape[2], dtype=self.dtype))
-        return torch.cat(parts)
+        sent = [(number, start, end) for number, (start, end) in enumerate(pairwise(ends)) if end > start]
+
+        def of_expert(number: int, start: int, end: int) -> Tensor:
+            return product(rows[start:end], self._entry(number)[None], offs=offs.new_tensor([end - start]), **named)
+
+        found = rows.new_zeros(len(rows), self.shape[2], dtype=self.dtype)
+        if torch.is_grad_enabled() and rows.requires_grad:
+            return torch.cat([*(of_expert(*one) for one in sent), found[ends[-1] :]])
+        for number, start, end in sent:
+            found[start:end] = of_expert(number, start, end)
+        return found
 
     def _batched(self, rows: Tensor) -> Tensor:
         """Return the product (E, S, out) of rows (E, S, in); without gradients nothing is read for rows of zeros."""

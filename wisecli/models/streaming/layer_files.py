@@ -13,7 +13,7 @@ from wisecli.io.safetensors_header import Header, read_header
 from wisecli.models.layout.architectures import stored_name
 
 # Kernels read their operands in lines of so many bytes.
-_ALIGNMENT = 64
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class LayerFiles:
         parts, offset = [], 0
         for part in sorted(found, key=lambda part: (part.path, part.start)):
             parts.append(replace(part, offset=offset))
-            offset += -(-part.bytes // _ALIGNMENT) * _ALIGNMENT
+            offset += -(-part.bytes // ALIGNMENT) * ALIGNMENT
         return parts
 
     def _in_checkpoint(self, name: str) -> tuple[Path, str]:

@@ -117,7 +117,7 @@ class LayerStream:
         if self._coming is not None:
             self._coming[1].exception()
         self._coming, self._slots = None, []
-        self._passing.clear()
+        self._passing.free()
 
     def _entries(self, files: LayerFiles, path: str, layer: nn.Module) -> dict[str, Entries]:
         """Return what reads a layer's experts, by the names of their parameters."""
@@ -141,7 +141,7 @@ class LayerStream:
 
     def _share_room(self) -> None:
         """Let as many experts stay as there is room for: of the layer that runs, and of those that are held."""
-        self._staying.clear()
+        self._staying.free()
         held = sum(buffer_size(self._stored[number]) for number in self._held)
         largest = max(sum(entries.bytes for entries in found.values()) for found in self._experts)
         one = max(sum(entries.bytes // entries.shape[0] for entries in found.values()) for found in self._experts)

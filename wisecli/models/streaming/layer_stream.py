@@ -89,11 +89,17 @@ class LayerStream:
         self._coming: tuple[int, Future[_Slot]] | None = None
         self.width = 0
         self.written: Path | None = None
-        self.bytes_read = 0
+        # The next layer is read beside experts, and one counter would lose what both add to it at once.
+        self._layers_read = self._experts_read = 0
         for number, layer in enumerate(found):
             layer.__dict__["forward"] = self._forward(number, layer)
             read_by_expert(layer, self._experts[number], device)
         self._share_room()
+
+    @property
+    def bytes_read(self) -> int:
+        """How much was read of the layers, and of experts."""
+        return self._layers_read + self._experts_read
 
     @property
     def streamed(self) -> list[int]:
@@ -136,7 +142,7 @@ class LayerStream:
         }
 
     def _read_alone(self, part: Stored) -> Tensor:
-        self.bytes_read += part.bytes
+        self._experts_read += part.shape.numel() * part.stored.itemsize
         return read(part).to(self.device)
 
     def _share_room(self) -> None:
@@ -224,7 +230,7 @@ class LayerStream:
         """Read a layer's weights into a slot, and copy them to the device once ``after`` has passed."""
         slot.layer = None
         for part in self._stored[number]:
-            self.bytes_read += read_into(part, slot.host[part.offset : part.offset + part.bytes])
+            self._layers_read += read_into(part, slot.host[part.offset : part.offset + part.bytes])
         if self.device.type == "cuda":
             side = torch.cuda.Stream(self.device)
             with torch.cuda.stream(side):

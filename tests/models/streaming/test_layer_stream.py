@@ -352,8 +352,8 @@ def test_a_real_model_gives_the_same_when_it_is_streamed(real_model: Path) -> No
     )
 
 
-# Mixtures whose experts are stored one by one, with names of their own in some, and one that is stored as it runs.
-MIXTURES = ("qwen3_moe", "mixtral", "ernie4_5_moe", "gpt_oss")
+# Mixtures whose experts are stored one by one, with names of their own in some, and those that are stored as they run.
+MIXTURES = ("qwen3_moe", "mixtral", "ernie4_5_moe", "deepseek_v3", "olmoe", "gpt_oss", "llama4_text")
 # Layers that need more of those below than states; states that a cache has a place for; layers that are passed over;
 # layers that give a list; and parameters beside the layers that are no module's of their own.
 OTHERS = ("gemma4_text", "deepseek_v4", "granitemoehybrid", "mllama", "openai-gpt", "zaya")

@@ -1,6 +1,7 @@
 """What edited models are asked: which prompts open an edit, and what is answered to them.
 
 python benchmarks/questions.py asking memory z30.json --edits 30
+python benchmarks/questions.py unfamiliar memory z30.json --edits 12
 python benchmarks/questions.py forms memory zsre_3k.json --asked 25
 python benchmarks/questions.py consequences --data ZsRE-test.json --model model --skip 100 --edits 40
 python benchmarks/questions.py dates --model model --data zsre_3k.json
@@ -15,11 +16,12 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from runner import Row, answers, edited_by, run, show
+from runner import Measures, Row, answers, edited_by, run, show
 
 from wisecli.config import EvalSettings, LoadOptions
 from wisecli.edits.checks.admission import Admission
@@ -34,8 +36,8 @@ from wisecli.routing.deciding.prompt_window import UNROUTED
 # Probabilities of asking from which an edit opens; at the last the gate has no say.
 ASK_PROBS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, -1.0)
 _BATCH = 16
-# Of an answer, in tokens.
-_LENGTH, _LENGTH_OF_DATES = 24, 16
+_LENGTH, _LENGTH_OF_DATES = 24, 16  # of an answer, in tokens
+_UNFAMILIAR = Path(__file__).with_name("unfamiliar.json")
 CONSEQUENCES = ("Subject_Aliasing", "Reasoning", "Logical_Generalization")
 Prompts = list[tuple[str, int]]
 
@@ -129,6 +131,22 @@ def asking(options: Namespace) -> None:
     show(rows, options, digits=2, width=110)
 
 
+def unfamiliar(options: Namespace) -> None:
+    """Share of prompts that open the edit they ask or mention, in 200 patterns whose writer knew of no others here.
+
+    Every second pattern was looked at when wordings were added to the package; the others were not.
+    """
+    edited = attach(options.memory, model=options.model, load=LoadOptions(device=options.device))
+    edits, rng = list(read_edits(options.records))[: options.edits], random.Random(5)
+    rows: list[Row] = []
+    for group, patterns in json.loads(_UNFAMILIAR.read_text(encoding="utf-8")).items():
+        own = [Kind(name, group == "asked", (), ((pattern,),)) for name, pattern in patterns.items()]
+        for half, some in (("looked at", own[::2]), ("not looked at", own[1::2])):
+            prompts = [prompt for kind in some for prompt in of_kind(edited, kind, edits, rng)]
+            rows.append({"prompts": group, "patterns": half, **shares(edited, prompts), "number": len(prompts)})
+    show(rows, options, digits=2, width=110)
+
+
 def forms(options: Namespace) -> None:
     """Answers in every form, and to questions beside the edits: the headline of `wise eval` alone.
 
@@ -147,7 +165,7 @@ def forms(options: Namespace) -> None:
     edited = attach(options.memory, model=options.model, load=LoadOptions(device=options.device))
     edits = list(edited.manifest.edits)
     known = [*edits, *read_edits(options.records)]
-    subject, asked = MemorySubject(edited, EvalSettings(), ignore_progress), Generated("forms", "all", options.asked)
+    subject, asked = MemorySubject(edited, EvalSettings(), ignore_progress), Generated("forms", "all", options.edits)
     measured, _ = measure_generated(subject, asked, edits, known, max_new_tokens=_LENGTH)
     samples, seconds = {"edits": len(edits), **measured.samples}, time.perf_counter() - begun
     report = EvalReport("edits", {}, measured.before, samples, {}, seconds, peak_rss_bytes(), asked=measured.figures)
@@ -252,48 +270,30 @@ def outcomes(edited: EditedModel, edits: Sequence[Edit], prompts: Sequence[str])
     return {name: counts[name] for name in ("right", "another edit's", "unedited", "other")}
 
 
-def of_memory(parser: ArgumentParser, records: str) -> None:
+def asking_options(parser: ArgumentParser) -> None:
     """Options of measures that ask a memory."""
     parser.add_argument("memory", type=Path)
-    parser.add_argument("records", type=Path, help=records)
+    parser.add_argument("records", type=Path, help="the edits that the memory holds, in their order")
     parser.add_argument("--model")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--edits", "--asked", type=int, default=40, help="so many of them are asked")
 
 
-def asking_options(parser: ArgumentParser) -> None:
-    of_memory(parser, "the edits that the memory holds, in their order")
-    parser.add_argument("--edits", type=int, default=40)
-
-
-def forms_options(parser: ArgumentParser) -> None:
-    of_memory(parser, "the file that the edits are from")
-    parser.add_argument("--asked", type=int, default=40, help="edits that are asked")
-
-
-def of_model(parser: ArgumentParser) -> None:
-    """Options of measures that edit a model."""
+def model_options(parser: ArgumentParser, **numbers: int) -> None:
+    """Options of measures that edit a model; the numbers say which records of the file they take."""
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
+    for name, number in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=number)
 
 
-def consequences_options(parser: ArgumentParser) -> None:
-    of_model(parser)
-    parser.add_argument("--edits", type=int, default=40)
-    parser.add_argument("--skip", type=int, default=0, help="records that are passed over")
-
-
-def dates_options(parser: ArgumentParser) -> None:
-    of_model(parser)
-    parser.add_argument("--first", type=int, default=400)
-    parser.add_argument("--last", type=int, default=1400)
-
-
-MEASURES = {
+MEASURES: Measures = {
     "asking": (asking, asking_options),
-    "forms": (forms, forms_options),
-    "consequences": (consequences, consequences_options),
-    "dates": (dates, dates_options),
+    "unfamiliar": (unfamiliar, asking_options),
+    "forms": (forms, asking_options),
+    "consequences": (consequences, partial(model_options, edits=40, skip=0)),
+    "dates": (dates, partial(model_options, first=400, last=1400)),
 }
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """Ways to ask and to mention: what is put together from them holds the question that it is made of."""
 
 import random
+from dataclasses import fields
+from itertools import chain
 
+from wisecli.data.corpus import SLOT, small
 from wisecli.data.request_wordings import requests
+from wisecli.models.prompts.pattern_slots import SLOTS, SLOTS_WITH_A_WAY
 
 
 def test_tasks_and_times_hold_the_question() -> None:
@@ -13,6 +17,9 @@ def test_tasks_and_times_hold_the_question() -> None:
         assert timed != question
         assert "runs the Tern database" in timed
         assert "{" not in timed
+    drawn = "\n".join(known.task(question, chance) for _ in range(3000))
+    assert "into Turkish" in drawn
+    assert "questionurkish" not in drawn
 
 
 def test_names_are_dressed_and_whole() -> None:
@@ -32,3 +39,22 @@ def test_words_stand_around_a_question_that_stays_whole() -> None:
     assert {text.startswith(question) for text in texts} == {text.endswith(question) for text in texts} == {True, False}
     begun = {known.with_words_around("The Tern database is run by", chance) for _ in range(50)}
     assert all(text.endswith("The Tern database is run by") for text in begun)
+
+
+def test_phrases_stand_in_their_slots_and_leave_others_as_they_are() -> None:
+    known, chance = requests(), random.Random(2)
+    ways = (*known.asked, *known.mentioned, *known.openings, *known.closings, *known.about_questions)
+    for pattern in ways:
+        spelled = SLOT.findall(known.spelled_out(pattern, chance))
+        assert not {small(name) for name in spelled} & set(known.phrases), pattern
+        assert not pattern.startswith("{") or not known.spelled_out(pattern, chance).startswith(" ")
+    assert known.spelled_out("{Voice} and {question}", chance)[0].isupper()
+    assert known.spelled_out("{inner}{mark}", chance) == "{inner}{mark}"
+
+
+def test_every_phrase_is_drawn_and_none_hides_a_slot_of_a_fact() -> None:
+    known = requests()
+    ways = [text for field in fields(known) if field.name != "phrases" for text in getattr(known, field.name)]
+    slots = {small(name) for text in (*ways, *chain(*known.phrases.values())) for name in SLOT.findall(text)}
+    assert set(known.phrases) <= slots
+    assert not set(known.phrases) & (SLOTS | set(SLOTS_WITH_A_WAY))

@@ -1,17 +1,23 @@
 """Ways to ask a question, and to mention it without asking it, put together from packaged words."""
 
 import random
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wisecli.data.corpus import PEOPLE, SLOT, capital, notes, small
 from wisecli.data.packaged import packaged_table
 
+# What stands for a text in patterns.
+_TEXT = re.compile(r"(?<![^\W_])T(?![^\W_])")
 # How often a task is a label.
 _LABELLED = 0.4
 # How often two questions are one sentence.
 _IN_ONE_SENTENCE = 0.15
 # Whether something stands before a question and behind it, and how often each way is drawn.
 _AROUND, _AROUND_WEIGHTS = ((True, False), (False, True), (True, True)), (2, 4, 1)
+# How often two openings stand before a question, or two closings behind it.
+_TWO = 0.25
 # How often a person's name has a title.
 _TITLED = 0.5
 # How often another time is told by something that happened then.
@@ -34,7 +40,8 @@ class Requests:
     ``turns`` and ``replies``. A conversation that ``begins`` with a subject ``refers`` to it, ``corrects`` whom it
     asks about, or ``leaves`` it. Names are written in ``dresses`` or behind ``titles``. Questions have ``openings``
     before them and ``closings`` behind them. What is ``about_questions`` or ``about_subjects`` wants no answer to
-    them.
+    them. Slots that have the name of one of ``phrases`` stand for any of its texts,
+    ``other_task`` for one of ``verbs`` on something else than the question.
     """
 
     asked: tuple[str, ...]
@@ -77,6 +84,19 @@ class Requests:
     closings: tuple[str, ...]
     about_questions: tuple[str, ...]
     about_subjects: tuple[str, ...]
+    phrases: Mapping[str, tuple[str, ...]]
+
+    def spelled_out(self, pattern: str, rng: random.Random) -> str:
+        """Return a pattern with texts by chance in those of its slots that stand for phrases, and in theirs."""
+
+        def phrase(slot: re.Match[str]) -> str:
+            name = small(slot[1])
+            if name not in self.phrases:
+                return slot[0]
+            text = self.spelled_out(rng.choice(self.phrases[name]), rng)
+            return text if name == slot[1] else capital(text)
+
+        return SLOT.sub(phrase, pattern)
 
     def instructed(self, question: str, rng: random.Random) -> str:
         """Return a question with a word on how to answer it, or on which one it is."""
@@ -86,9 +106,7 @@ class Requests:
     def framed_task(self, question: str, rng: random.Random) -> str:
         """Return a prompt that wants something done with a question, in words that stand around questions, too."""
         frames = [frame for frame in self.answer_frames if "{do}" in frame.lower()]
-        return self._framed(
-            rng.choice(frames), question, rng.choice(self.verbs).replace("T", rng.choice(self.nouns)), rng
-        )
+        return self._framed(rng.choice(frames), question, _of(rng.choice(self.verbs), rng.choice(self.nouns)), rng)
 
     def _framed(self, frame: str, question: str, do: str, rng: random.Random) -> str:
         number, more = sorted(rng.sample(range(1, 40), 2))
@@ -118,7 +136,7 @@ class Requests:
             words = {"label": rng.choice(self.labels), "question": question}
             return SLOT.sub(lambda slot: words[slot.group(1)], rng.choice(self.label_frames))
         verb, frame = rng.choice(self.verbs), rng.choice(self.frames)
-        task, back = (verb.replace("T", rng.choice(named)) for named in (self.nouns, self.backs))
+        task, back = (_of(verb, rng.choice(named)) for named in (self.nouns, self.backs))
         words = {"task": task, "Task": capital(task), "back": back, "Back": capital(back), "question": question}
         return SLOT.sub(lambda slot: words[slot.group(1)], frame)
 
@@ -130,7 +148,7 @@ class Requests:
             "number": str(rng.randint(1, 30)),
             "future": str(rng.randint(2030, 2090)),
         }
-        happened = rng.choice(self.occasion_frames).replace("T", rng.choice(self.occasions))
+        happened = _of(rng.choice(self.occasion_frames), rng.choice(self.occasions))
         when = happened if rng.random() < _OF_OCCASIONS else rng.choice(self.times)
         return _at(question, SLOT.sub(lambda slot: drawn[slot.group(1)], when), rng)
 
@@ -142,17 +160,22 @@ class Requests:
         if text.rstrip()[-1:] in "?.!":
             before, behind = rng.choices(_AROUND, _AROUND_WEIGHTS)[0]
         if before:
-            text = f"{rng.choice(self.openings)} {text}"
+            text = " ".join([*self._some(self.openings, rng), text])
         if not behind:
             return text
-        closing = rng.choice(self.closings)
+        closing = " ".join(self._some(self.closings, rng))
         return text + closing if closing.startswith("\n") else f"{text} {closing}"
+
+    def _some(self, patterns: tuple[str, ...], rng: random.Random) -> list[str]:
+        """Return one pattern, spelled out, or two."""
+        drawn = rng.sample(patterns, 2 if rng.random() < _TWO else 1)
+        return [self.spelled_out(one, rng) for one in drawn]
 
     def dressed(self, name: str, kind: str, rng: random.Random) -> str:
         """Return a name in quotes, with a title or with words beside it, as people write names of such a kind."""
         if kind in PEOPLE and rng.random() < _TITLED:
             return f"{rng.choice(self.titles)} {name}"
-        return SLOT.sub(kind, rng.choice(self.dresses)).replace("T", name)
+        return _of(SLOT.sub(kind, rng.choice(self.dresses)), name)
 
     def reply(self, rng: random.Random) -> str:
         """Return what an assistant has said to something else."""
@@ -161,6 +184,11 @@ class Requests:
     def now(self, question: str, rng: random.Random) -> str:
         """Return a question that is asked of the time that it is of without any."""
         return _at(question, rng.choice(self.presents), rng)
+
+
+def _of(pattern: str, text: str) -> str:
+    """Return a pattern with a text where "T" stands for it."""
+    return _TEXT.sub(lambda _: text, pattern)
 
 
 def _at(question: str, when: str, rng: random.Random) -> str:
@@ -174,4 +202,9 @@ def _at(question: str, when: str, rng: random.Random) -> str:
 
 def requests() -> Requests:
     """Return all packaged ways to ask a question or to mention it."""
-    return Requests(**{name: tuple(rows) for name, rows in packaged_table("requests.toml").items()})
+    phrases, ways = (
+        {name: tuple(rows) for name, rows in packaged_table(table).items()}
+        for table in ("phrases.toml", "requests.toml")
+    )
+    phrases["other_task"] = tuple(_of(verb, "{object}") for verb in ways["verbs"])
+    return Requests(phrases=phrases, **ways)

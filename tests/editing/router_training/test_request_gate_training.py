@@ -83,8 +83,8 @@ def test_what_is_around_questions_is_around_what_wants_no_answer_too(loaded: Loa
     found = [one for number in range(40) for one in drawn.with_words_around(number)]
     assert all(drawn.facts[one.fact].subject in one.text for one in found)
     asks = [one.asks for one in found]
-    assert asks.count(True) == 80
-    assert 60 < asks.count(False) <= 80
+    assert asks.count(True) == 120
+    assert 100 < asks.count(False) <= 120
     closed = [one.asks for one in found if any(one.text.rstrip().endswith(word) for word in requests().closings)]
     assert {True, False} <= set(closed)
 

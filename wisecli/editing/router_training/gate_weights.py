@@ -21,7 +21,7 @@ from wisecli.routing.deciding.sentence_features import SENTENCE_FEATURE_COUNT
 # The share of the facts that are held out, to set where the gate opens.
 _HELD_OUT = 0.15
 # Principal components of states; the sizes of what one is read as, of heads, of their values, and of the mixed layer.
-_COMPONENTS, _READ, _HEADS, _VALUES, _MIXED = 288, 64, 8, 16, 64
+_COMPONENTS, _READ, _HEADS, _VALUES, _MIXED = 288, 96, 8, 16, 64
 # Gates that are learned; their mean is kept, as on wordings that they were not taught they seldom err together.
 _GATES = 6
 # Few examples a step: half of the steps with twice as many cost as much, and teach less.
@@ -31,7 +31,7 @@ _DROPPED = 0.1
 # Up to this share of a mention's tokens is dropped, so that no few tokens of a text from the training data decide.
 _MAX_TOKEN_DROPOUT = 0.5
 # The share of held-out questions that may be taken for mentions.
-_MISSED = 0.03
+_MISSED = 0.025
 # Mentions that are looked at together; tokens of a step are filled up to a multiple of so many.
 _EVAL_BATCH, _ROUNDED = 256, 512
 

@@ -136,15 +136,16 @@ class GateExamples(Examples):
                 yield Example(number, str(self._put(text)), asks, "attributes")
 
     def with_words_around(self, number: int) -> Iterator[Example]:
-        """Prompts with words around that change nothing of what is asked: two ask the fact, one of them behind a text
-        now and then, and two want no answer to it.
+        """Prompts with words around that change nothing of what is asked: three ask the fact, one of them behind a text
+        now and then, and three want no answer to it.
         """
         known, rng = requests(), self.rng
-        short, other = (known.with_words_around(rng.choice(self.facts[number].questions), rng) for _ in range(2))
+        *short, other = (known.with_words_around(rng.choice(self.facts[number].questions), rng) for _ in range(3))
         behind = self._behind(number, other, rng.randint(1, _LONG[1])) if rng.random() < _BEHIND else None
-        yield Example(number, str(self._put(short)), True, "words around")
-        yield Example(number, str(self._put(other)) if behind is None else behind, True, "words around")
-        for patterns, alone in ((known.about_questions, False), (known.about_subjects, True)):
+        for text in (*map(self._put, short), self._put(other) if behind is None else behind):
+            yield Example(number, str(text), True, "words around")
+        of_questions = known.about_questions, False
+        for patterns, alone in (of_questions, of_questions, (known.about_subjects, True)):
             about = self._filled(number, rng.choice(patterns))
             if about is not None:
                 text = known.with_words_around(about, rng) if rng.random() < _AROUND else about

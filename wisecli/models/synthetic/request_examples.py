@@ -1,7 +1,8 @@
 """Made-up facts in prompts that ask them and in prompts that mention them, of which a request gate is learned.
 
 They come from the kinds of prompts that may be learned from (``data/kinds.toml``), from the forms that edits are
-trained in, from tasks, times and conversations (``data/requests.toml``), and from documents (``data/notes.toml``).
+trained in, from tasks, times and conversations (``data/requests.toml``, with words of ``data/phrases.toml``), and from
+documents (``data/notes.toml``).
 """
 
 from __future__ import annotations
@@ -141,8 +142,9 @@ class Examples:
         yield "other question", self._filled(number, self._carried(rng.choice(_OTHERWISE)))
         for near in _NEAR_NAMES:
             yield "near name", self._filled(number, rng.choice((near, self._carried(near))))
-        for _ in range(2):
-            yield "task", known.task(rng.choice(fact.questions), rng)
+        for around in (False, True):
+            task = known.task(rng.choice(fact.questions), rng)
+            yield "task", known.with_words_around(task, rng) if around else task
             task = known.framed_task(rng.choice(fact.questions), rng)
             yield "task", task.upper() if rng.random() < _LOUD / 2 else task
         yield "time", self._carried(known.timed(rng.choice(fact.questions), rng))
@@ -234,7 +236,7 @@ class Examples:
     def _filled(self, number: int, pattern: str) -> str | None:
         """Return a pattern with the fact in it, in the first wording that has what it needs."""
         for _ in range(3):
-            turns = filled(self._fact(number), (pattern,), self.rng)
+            turns = filled(self._fact(number), (requests().spelled_out(pattern, self.rng),), self.rng)
             if turns is not None:
                 return turns[0]
         return None

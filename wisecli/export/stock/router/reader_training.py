@@ -30,7 +30,7 @@ from wisecli.models.running.seeding import seeded
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.memories.calibration import quantile
 
-_VERSION = 11
+_VERSION = 12
 # Groups of keys and values that are used at most, and queries of each.
 _GROUPS, _HEADS = 3, 3
 # States by which principal components are found.

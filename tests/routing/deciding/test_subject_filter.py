@@ -99,4 +99,4 @@ def test_only_windows_that_name_a_subject_are_read(tmp_path: Path, monkeypatch: 
     wanted = [tuple(model.decided(ids, torch.ones_like(ids))[0].tolist()) for ids in alone]
     assert memory.decide(prompts) == wanted
     assert [number for number, _ in wanted[:3]] == [0, 1, 2]
-    assert asked == [*prompts[:3], prompts[-2]]
+    assert sorted(asked) == sorted([*prompts[:3], prompts[-2]])

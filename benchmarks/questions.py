@@ -1,7 +1,7 @@
 """What edited models are asked: which prompts open an edit, and what is answered to them.
 
 python benchmarks/questions.py asking memory z30.json --edits 30
-python benchmarks/questions.py unfamiliar memory z30.json --edits 12
+python benchmarks/questions.py unfamiliar memory z30.json --edits 10
 python benchmarks/questions.py forms memory zsre_3k.json --asked 25
 python benchmarks/questions.py consequences --data ZsRE-test.json --model model --skip 100 --edits 40
 python benchmarks/questions.py dates --model model --data zsre_3k.json

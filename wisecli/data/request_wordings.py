@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from wisecli.data.corpus import PEOPLE, SLOT, capital, notes, small
 from wisecli.data.packaged import packaged_table
@@ -40,8 +41,8 @@ class Requests:
     ``turns`` and ``replies``. A conversation that ``begins`` with a subject ``refers`` to it, ``corrects`` whom it
     asks about, or ``leaves`` it. Names are written in ``dresses`` or behind ``titles``. Questions have ``openings``
     before them and ``closings`` behind them. What is ``about_questions`` or ``about_subjects`` wants no answer to
-    them. Slots that have the name of one of ``phrases`` stand for any of its texts,
-    ``other_task`` for one of ``verbs`` on something else than the question.
+    them. A slot with the name of one of ``phrases`` stands for any of its texts; ``other_task`` is a task on something
+    else than the question.
     """
 
     asked: tuple[str, ...]
@@ -87,7 +88,7 @@ class Requests:
     phrases: Mapping[str, tuple[str, ...]]
 
     def spelled_out(self, pattern: str, rng: random.Random) -> str:
-        """Return a pattern with texts by chance in those of its slots that stand for phrases, and in theirs."""
+        """Return a pattern with a phrase drawn for each slot that stands for one; phrases may have such slots, too."""
 
         def phrase(slot: re.Match[str]) -> str:
             name = small(slot[1])
@@ -106,7 +107,9 @@ class Requests:
     def framed_task(self, question: str, rng: random.Random) -> str:
         """Return a prompt that wants something done with a question, in words that stand around questions, too."""
         frames = [frame for frame in self.answer_frames if "{do}" in frame.lower()]
-        return self._framed(rng.choice(frames), question, _of(rng.choice(self.verbs), rng.choice(self.nouns)), rng)
+        return self._framed(
+            rng.choice(frames), question, _with_text(rng.choice(self.verbs), rng.choice(self.nouns)), rng
+        )
 
     def _framed(self, frame: str, question: str, do: str, rng: random.Random) -> str:
         number, more = sorted(rng.sample(range(1, 40), 2))
@@ -136,7 +139,7 @@ class Requests:
             words = {"label": rng.choice(self.labels), "question": question}
             return SLOT.sub(lambda slot: words[slot.group(1)], rng.choice(self.label_frames))
         verb, frame = rng.choice(self.verbs), rng.choice(self.frames)
-        task, back = (_of(verb, rng.choice(named)) for named in (self.nouns, self.backs))
+        task, back = (_with_text(verb, rng.choice(named)) for named in (self.nouns, self.backs))
         words = {"task": task, "Task": capital(task), "back": back, "Back": capital(back), "question": question}
         return SLOT.sub(lambda slot: words[slot.group(1)], frame)
 
@@ -148,7 +151,7 @@ class Requests:
             "number": str(rng.randint(1, 30)),
             "future": str(rng.randint(2030, 2090)),
         }
-        happened = _of(rng.choice(self.occasion_frames), rng.choice(self.occasions))
+        happened = _with_text(rng.choice(self.occasion_frames), rng.choice(self.occasions))
         when = happened if rng.random() < _OF_OCCASIONS else rng.choice(self.times)
         return _at(question, SLOT.sub(lambda slot: drawn[slot.group(1)], when), rng)
 
@@ -160,22 +163,22 @@ class Requests:
         if text.rstrip()[-1:] in "?.!":
             before, behind = rng.choices(_AROUND, _AROUND_WEIGHTS)[0]
         if before:
-            text = " ".join([*self._some(self.openings, rng), text])
+            text = f"{self._one_or_two(self.openings, rng)} {text}"
         if not behind:
             return text
-        closing = " ".join(self._some(self.closings, rng))
+        closing = self._one_or_two(self.closings, rng)
         return text + closing if closing.startswith("\n") else f"{text} {closing}"
 
-    def _some(self, patterns: tuple[str, ...], rng: random.Random) -> list[str]:
-        """Return one pattern, spelled out, or two."""
+    def _one_or_two(self, patterns: tuple[str, ...], rng: random.Random) -> str:
+        """Return one of some patterns, spelled out, or two of them, one behind the other."""
         drawn = rng.sample(patterns, 2 if rng.random() < _TWO else 1)
-        return [self.spelled_out(one, rng) for one in drawn]
+        return " ".join(self.spelled_out(pattern, rng) for pattern in drawn)
 
     def dressed(self, name: str, kind: str, rng: random.Random) -> str:
         """Return a name in quotes, with a title or with words beside it, as people write names of such a kind."""
         if kind in PEOPLE and rng.random() < _TITLED:
             return f"{rng.choice(self.titles)} {name}"
-        return _of(SLOT.sub(kind, rng.choice(self.dresses)), name)
+        return _with_text(SLOT.sub(kind, rng.choice(self.dresses)), name)
 
     def reply(self, rng: random.Random) -> str:
         """Return what an assistant has said to something else."""
@@ -186,7 +189,7 @@ class Requests:
         return _at(question, rng.choice(self.presents), rng)
 
 
-def _of(pattern: str, text: str) -> str:
+def _with_text(pattern: str, text: str) -> str:
     """Return a pattern with a text where "T" stands for it."""
     return _TEXT.sub(lambda _: text, pattern)
 
@@ -200,11 +203,12 @@ def _at(question: str, when: str, rng: random.Random) -> str:
     return rng.choices(ways, (9, 7, 4))[0]
 
 
+@cache
 def requests() -> Requests:
     """Return all packaged ways to ask a question or to mention it."""
     phrases, ways = (
         {name: tuple(rows) for name, rows in packaged_table(table).items()}
         for table in ("phrases.toml", "requests.toml")
     )
-    phrases["other_task"] = tuple(_of(verb, "{object}") for verb in ways["verbs"])
+    phrases["other_task"] = tuple(_with_text(verb, "{object}") for verb in ways["verbs"])
     return Requests(phrases=phrases, **ways)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from wisecli.models.streaming.layer_files import ALIGNMENT
+from wisecli.models.streaming.layer_files import aligned
 
 
 class Room:
@@ -43,7 +43,7 @@ class Room:
             self._buffer = torch.empty(self.size, dtype=torch.uint8, device=entry.device)
         kept = self._buffer[self._used : end].view(entry.dtype).view(entry.shape)
         self._kept[entries, number] = kept.copy_(entry)
-        self._used = -(-end // ALIGNMENT) * ALIGNMENT
+        self._used = aligned(end)
         return kept
 
     def clear(self) -> None:
@@ -103,13 +103,13 @@ class ExpertWeights:
     """Stands for a parameter whose entries are read one by one.
 
     Args:
-        turned: whether the last two axes are exchanged.
+        transposed: whether the last two axes are exchanged.
     """
 
-    def __init__(self, entries: Entries, device: torch.device, *, turned: bool = False) -> None:
-        self.entries, self.device, self.turned = entries, device, turned
+    def __init__(self, entries: Entries, device: torch.device, *, transposed: bool = False) -> None:
+        self.entries, self.device, self.transposed = entries, device, transposed
         size = list(entries.shape)
-        self.shape = torch.Size([size[0], size[2], size[1]] if turned else size)
+        self.shape = torch.Size([size[0], size[2], size[1]] if transposed else size)
         self.dtype, self.ndim = entries.dtype, len(size)
 
     def __len__(self) -> int:
@@ -127,7 +127,7 @@ class ExpertWeights:
     def transpose(self, first: int, second: int) -> ExpertWeights | Tensor:
         """Exchange two axes."""
         if {first % self.ndim, second % self.ndim} == {1, 2}:
-            return ExpertWeights(self.entries, self.device, turned=not self.turned)
+            return ExpertWeights(self.entries, self.device, transposed=not self.transposed)
         return self.whole().transpose(first, second)
 
     def whole(self) -> Tensor:
@@ -135,12 +135,12 @@ class ExpertWeights:
         return torch.stack([self._entry(number) for number in range(len(self))])
 
     def data_ptr(self) -> int:
-        """Return a place that is as even as those of the entries, as kernels ask for."""
+        """Return an address that is aligned, as those of the entries are: products ask for it."""
         return 0
 
     def _entry(self, number: int) -> Tensor:
         entry = self.entries.entry(number)
-        return entry.mT if self.turned else entry
+        return entry.mT if self.transposed else entry
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

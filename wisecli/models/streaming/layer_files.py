@@ -13,7 +13,7 @@ from wisecli.io.safetensors_header import Header, read_header
 from wisecli.models.layout.architectures import stored_name
 
 # Kernels read their operands in lines of so many bytes.
-ALIGNMENT = 64
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class LayerFiles:
         parts, offset = [], 0
         for part in sorted(found, key=lambda part: (part.path, part.start)):
             parts.append(replace(part, offset=offset))
-            offset += -(-part.bytes // ALIGNMENT) * ALIGNMENT
+            offset += aligned(part.bytes)
         return parts
 
     def _in_checkpoint(self, name: str) -> tuple[Path, str]:
@@ -104,6 +104,11 @@ class LayerFiles:
         if file not in self._headers:
             self._headers[file] = read_header(file)
         return self._headers[file]
+
+
+def aligned(size: int) -> int:
+    """Return a number of bytes rounded up, so that what lies after them begins where kernels read it best."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def buffer_size(parts: Sequence[Stored]) -> int:

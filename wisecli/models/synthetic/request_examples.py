@@ -145,8 +145,8 @@ class Examples:
         for around in (False, True):
             task = known.task(rng.choice(fact.questions), rng)
             yield "task", known.with_words_around(task, rng) if around else task
-            task = known.framed_task(rng.choice(fact.questions), rng)
-            yield "task", task.upper() if rng.random() < _LOUD / 2 else task
+            framed = known.framed_task(rng.choice(fact.questions), rng)
+            yield "task", framed.upper() if rng.random() < _LOUD / 2 else framed
         yield "time", self._carried(known.timed(rng.choice(fact.questions), rng))
         yield "time", known.timed(rng.choice(fact.questions), rng)
         later = f"{{the:{rng.choice(known.adjectives)}}}" if rng.random() < 0.4 else None

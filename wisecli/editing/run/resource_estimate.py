@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 from wisecli.config import EditSettings
 from wisecli.data.corpus import subjects_for
 from wisecli.editing.background.sample_sizes import CALIBRATION_KEYS, CONTINUATION_TOKENS, CONTINUED
 from wisecli.editing.examples.token_check import Length
-from wisecli.editing.run.array_sizes import BATCH_TOKENS, fit_bytes, kept_bytes, readings, shard_rows, solve_bytes
+from wisecli.editing.run.array_sizes import BATCH_TOKENS, Rows, fit_bytes, kept_bytes, readings, shard_rows, solve_bytes
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.architectures import layer_count
 from wisecli.models.layout.site import Site
@@ -94,93 +95,76 @@ def plan_edit(
     Args:
         experts: how many numbers each layer's experts have, and one of them, if they are read one by one.
     """
-    job = _Work(checkpoint, site, settings, lengths, dtype, experts)
-    plan = job.within(memory_budget)
+    work = _Work(checkpoint, site, settings, lengths, dtype, experts)
+    plan = work.within(memory_budget)
     if plan.fits:
         return plan
     least = plan
     while not least.fits:
-        least = job.within(-(-least.peak * 100 // _GIB) * _GIB // 100)
+        least = work.within(-(-least.peak * 100 // _GIB) * _GIB // 100)
     return replace(plan, least=least.budget)
 
 
+@dataclass(frozen=True)
 class _Work:
     """What a run has to do, of which a budget says how much memory and reading it takes."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        site: Site,
-        settings: EditSettings,
-        lengths: Sequence[Length],
-        dtype: torch.dtype | str,
-        experts: Experts,
-    ) -> None:
-        layers = site.prefix_in(checkpoint).partition(f".{site.layer}.")[0]
-        self.found = found = sizes(checkpoint, layers, dtype, experts)
-        self.checkpoint, self.site, self.settings, self.dtype = checkpoint, site, settings, dtype
-        self.edits, texts = len(lengths), settings.background_texts * _TEXT
-        self.rows = rows = shard_rows(settings, lengths)
-        # What a sweep carries, of unrelated text and of edits: hidden states, and keys.
-        self.early, self.asked, compared = _router_training(checkpoint, site, settings)
-        most = max(texts, _fact_tokens(settings), self.asked)
-        self.carried = [
-            found.item * values
-            for values in (most * site.d + texts * site.width, rows.read * site.d + rows.trained * site.width)
-        ]
-        self.keys = 4 * site.width * texts
-        measured = 4 * site.width * (2.5 * texts + min(CALIBRATION_KEYS, texts / 2) + 4 * _RANK)
-        self.measured = max(measured, 2 * site.d * compared)
-        self.known = 4 * site.width * (0.5 * texts + min(CALIBRATION_KEYS, texts / 2) + 2 * _RANK)
-        self.known += kept_bytes(checkpoint, site, rows, found.item)
-        self.solved = self.known + max(
-            solve_bytes(site, settings, rows), fit_bytes(checkpoint, site, settings, lengths, found.item)
-        )
-        # Batches of a sweep over unrelated text and over a shard, and those whose residuals are fitted.
-        self.batches = [_batches(tokens, settings) for tokens in (most, rows.read, rows.trained)]
-        early = sum(found.layers[: self.early]) // found.item
-        self.flops = _flops(found, site, settings, lengths) + 2 * self.asked * early
+    checkpoint: Checkpoint
+    site: Site
+    settings: EditSettings
+    lengths: Sequence[Length]
+    dtype: torch.dtype | str
+    experts: Experts
 
     def within(self, budget: int | None) -> Plan:
         """Return the plan within a budget of memory."""
-        room = None if budget is None else spool_bytes(self.checkpoint, self.dtype, budget)
-        found = self.found
-        if budget is not None and room is not None:
-            return self._streamed(budget, room)
-        peak = LIBRARIES + found.weights + max(self.measured, self.solved)
-        held = found.weights
-        return Plan(False, held, held, 0, max(found.layers), round(peak), 0, 0, 0, self.flops, budget)
+        spool = None if budget is None else spool_bytes(self.checkpoint, self.dtype, budget)
+        if budget is not None and spool is not None:
+            return self._streamed(budget, spool)
+        return Plan(
+            streamed=False,
+            weights=self.sizes.weights,
+            resident=self.sizes.weights,
+            held=0,
+            layer=max(self.sizes.layers),
+            peak=round(LIBRARIES + self.sizes.weights + max(self.measuring, self.solving)),
+            spooled=0,
+            sweep=0,
+            read=0,
+            flops=self.flops,
+            budget=budget,
+        )
 
-    def _streamed(self, budget: int, room: int) -> Plan:
+    def _streamed(self, budget: int, spool: int) -> Plan:
         """Return the plan of a model whose layers pass through.
 
         Args:
-            room: bytes of what a sweep may keep in memory.
+            spool: bytes that a sweep may keep in memory of what it carries.
         """
-        found, first = self.found, self.site.layer + 1
-        above, experts = sum(found.dense[first:]), sum(found.experts[first:])
-        passing, largest = 2 * max(found.dense) + in_hand(found.expert), max(found.experts)
-        before = min(largest, sum(expert_rooms(budget, found.resident + passing, largest)))
-        kept, staying = expert_rooms(budget, found.resident + passing + above, largest)
+        sizes, first = self.sizes, self.site.layer + 1
+        above, experts = sum(sizes.dense[first:]), sum(sizes.experts[first:])
+        passing, largest = 2 * max(sizes.dense) + in_hand(sizes.expert), max(sizes.experts)
+        before = min(largest, sum(expert_rooms(budget, sizes.resident + passing, largest)))
+        kept, staying = expert_rooms(budget, sizes.resident + passing + above, largest)
         staying = min(staying, experts)
         peak = max(
-            passing + before + min(self.carried[0], room) + self.keys,
-            self.measured,
-            above + staying + passing + kept + min(self.carried[1], room) + self.known,
-            above + staying + in_hand(found.expert) + self.solved,
+            passing + before + min(self.carried[0], spool) + 4 * self.site.width * self.background_tokens,
+            self.measuring,
+            above + staying + passing + kept + min(self.carried[1], spool) + self.evidence,
+            above + staying + in_hand(sizes.expert) + self.solving,
         )
         return Plan(
-            True,
-            found.weights,
-            found.resident,
-            above + staying,
-            max(found.dense) + in_hand(found.expert) + kept,
-            round(LIBRARIES + found.resident + peak),
-            max(0, max(self.carried) - room),
-            sum(found.layers[:first]),
-            self._read(kept, staying),
-            self.flops,
-            budget,
+            streamed=True,
+            weights=sizes.weights,
+            resident=sizes.resident,
+            held=above + staying,
+            layer=max(sizes.dense) + in_hand(sizes.expert) + kept,
+            peak=round(LIBRARIES + sizes.resident + peak),
+            spooled=max(0, max(self.carried) - spool),
+            sweep=sum(sizes.layers[:first]),
+            read=self._read(kept, staying),
+            flops=self.flops,
+            budget=budget,
         )
 
     def _read(self, kept: int, staying: int) -> int:
@@ -190,44 +174,105 @@ class _Work:
             kept: bytes of experts that stay of a layer that is swept.
             staying: bytes of those above the site that stay.
         """
-        found, settings, first = self.found, self.settings, self.site.layer + 1
-        below, above = sum(found.layers[:first]), sum(found.layers[first:])
-        gone = [max(0, size - kept) for size in found.experts[:first]]
-        texts, shard, fitted = self.batches
-        shards = -(-self.edits // settings.edits_per_shard)
+        sizes, settings, first = self.sizes, self.settings, self.site.layer + 1
+        below, above = sum(sizes.layers[:first]), sum(sizes.layers[first:])
+        gone = [max(0, size - kept) for size in sizes.experts[:first]]
+        texts, shard, fitted = map(self._batches, (self.largest_sweep, self.rows.read, self.rows.trained))
+        shards = -(-len(self.lengths) // settings.edits_per_shard)
         read = (CONTINUATION_TOKENS + 1 + settings.context_tokens + 1) * (below + above) + above
         read += 2 * (below + (texts - 1) * sum(gone)) + 2 * shards * (below + (shard - 1) * sum(gone))
-        read += 2 * (sum(found.layers[: self.early]) + (texts - 1) * sum(gone[: self.early]))
-        return read + 2 * shards * settings.residual_steps * fitted * max(0, sum(found.experts[first:]) - staying)
+        early = self.training.layers
+        read += 2 * (sum(sizes.layers[:early]) + (texts - 1) * sum(gone[:early]))
+        return read + 2 * shards * settings.residual_steps * fitted * max(0, sum(sizes.experts[first:]) - staying)
+
+    def _batches(self, tokens: int) -> int:
+        """Return how many batches rows of so many tokens make."""
+        return max(1, -(-tokens // min(BATCH_TOKENS, self.settings.batch_size * _TEXT)))
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Bytes of the model and its parts."""
+        layers = self.site.prefix_in(self.checkpoint).partition(f".{self.site.layer}.")[0]
+        return sizes(self.checkpoint, layers, self.dtype, self.experts)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Tokens of the largest shard."""
+        return shard_rows(self.settings, self.lengths)
+
+    @cached_property
+    def training(self) -> _RouterTraining:
+        """What training the router reads."""
+        settings = self.settings
+        if not settings.by_facts:
+            return _RouterTraining(0, 0, 0)
+        share = min(1.0, settings.unrelated_texts / EditSettings.unrelated_texts)
+        layers = self.site.router_layer(layer_count(self.checkpoint.directory)) + 1
+        return _RouterTraining(layers, round(_ASKED * share), round(_COMPARED * share))
+
+    @property
+    def background_tokens(self) -> int:
+        """Tokens of unrelated text."""
+        return self.settings.background_texts * _TEXT
+
+    @property
+    def fact_tokens(self) -> int:
+        """Tokens of the reworded facts."""
+        return _WORDINGS * subjects_for(self.settings.background_texts) * _FACT
+
+    @property
+    def largest_sweep(self) -> int:
+        """Tokens of the largest sweep that is not over edits."""
+        return max(self.background_tokens, self.fact_tokens, self.training.tokens)
+
+    @property
+    def carried(self) -> tuple[int, int]:
+        """Bytes of hidden states and keys that a sweep carries from layer to layer: of unrelated text, and of edits."""
+        texts = self.largest_sweep * self.site.d + self.background_tokens * self.site.width
+        edits = self.rows.read * self.site.d + self.rows.trained * self.site.width
+        return self.sizes.item * texts, self.sizes.item * edits
+
+    def _statistics(self, copies: float, moments: int) -> float:
+        """Return the bytes of so many copies of unrelated text's keys, of its sample and of so many moments."""
+        texts = self.background_tokens
+        return 4 * self.site.width * (copies * texts + min(CALIBRATION_KEYS, texts / 2) + moments * _RANK)
+
+    @cached_property
+    def measuring(self) -> float:
+        """Bytes that measuring unrelated text, or training the router, takes beside the model."""
+        return max(self._statistics(2.5, 4), 2 * self.site.d * self.training.states)
+
+    @cached_property
+    def evidence(self) -> float:
+        """Bytes of unrelated text's statistics, and of what is kept of a shard's rows."""
+        return self._statistics(0.5, 2) + kept_bytes(self.checkpoint, self.site, self.rows, self.sizes.item)
+
+    @cached_property
+    def solving(self) -> float:
+        """Bytes that fitting residuals, or solving for a change, takes beside the model."""
+        fitting = fit_bytes(self.checkpoint, self.site, self.settings, self.lengths, self.sizes.item)
+        return self.evidence + max(solve_bytes(self.site, self.settings, self.rows), fitting)
+
+    @cached_property
+    def flops(self) -> int:
+        """Floating-point operations, two for each weight and token; fitting goes through the layers above forth and
+        back.
+        """
+        settings, first = self.settings, self.site.layer + 1
+        weights = [size // self.sizes.item for size in self.sizes.layers]
+        below, above = sum(weights[:first]), sum(weights[first:])
+        continued = settings.background_texts // CONTINUED * _TEXT
+        tokens = (readings(settings) + 1) * sum(map(sum, self.lengths))
+        read = self.background_tokens + self.fact_tokens + tokens
+        fitted = sum(length.target for length in self.lengths) * settings.residual_steps * 2
+        early = sum(self.sizes.layers[: self.training.layers]) // self.sizes.item
+        whole = 2 * (continued * (below + above) + read * below + (tokens + fitted) * above)
+        return whole + 2 * self.training.tokens * early
 
 
-def _batches(tokens: int, settings: EditSettings) -> int:
-    """Return how many batches rows of so many tokens make."""
-    return max(1, -(-tokens // min(BATCH_TOKENS, settings.batch_size * _TEXT)))
+class _RouterTraining(NamedTuple):
+    """What training the router reads: layers, tokens, and of how many of them states are kept."""
 
-
-def _fact_tokens(settings: EditSettings) -> int:
-    """Return how many tokens the reworded facts have."""
-    return _WORDINGS * subjects_for(settings.background_texts) * _FACT
-
-
-def _router_training(checkpoint: Checkpoint, site: Site, settings: EditSettings) -> tuple[int, int, int]:
-    """Return what training the router reads: layers, tokens, and the number of states that are kept."""
-    if not settings.by_facts:
-        return 0, 0, 0
-    share = min(1.0, settings.unrelated_texts / EditSettings.unrelated_texts)
-    layers = site.router_layer(layer_count(checkpoint.directory)) + 1
-    return layers, round(_ASKED * share), round(_COMPARED * share)
-
-
-def _flops(found: Sizes, site: Site, settings: EditSettings, lengths: Sequence[Length]) -> int:
-    """Return floating-point operations, two for each weight and token; fitting goes through the layers above forth and
-    back.
-    """
-    weights = [size // found.item for size in found.layers]
-    below, above = sum(weights[: site.layer + 1]), sum(weights[site.layer + 1 :])
-    continued = settings.background_texts // CONTINUED * _TEXT
-    tokens = (readings(settings) + 1) * sum(map(sum, lengths))
-    read = settings.background_texts * _TEXT + _fact_tokens(settings) + tokens
-    fitted = sum(length.target for length in lengths) * settings.residual_steps * 2
-    return 2 * (continued * (below + above) + read * below + (tokens + fitted) * above)
+    layers: int
+    tokens: int
+    states: int

@@ -12,16 +12,7 @@ import pytest
 import safetensors.torch
 from support.helpers import contents, save_tiny
 from support.light import light_runs
-from support.ready import (
-    EDITS,
-    Places,
-    Ready,
-    here,
-    listing,
-    manifest,
-    require_refusal,
-    write_edits,
-)
+from support.ready import EDITS, Places, Ready, here, listing, manifest, require_refusal, write_edits
 from support.tiny_models import Wise
 
 # The command line (names in braces are places in `ready`), and what the message must name.

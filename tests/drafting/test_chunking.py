@@ -46,15 +46,9 @@ def test_what_says_nothing_has_no_passage() -> None:
 def test_a_list_is_one_passage_unless_its_items_stand_apart() -> None:
     assert [
         (one.line, one.text) for one in passages("- one of four words\n  - two\n- three\n\nAnd a paragraph follows.")
-    ] == [
-        (1, "one of four words two three"),
-        (5, "And a paragraph follows."),
-    ]
+    ] == [(1, "one of four words two three"), (5, "And a paragraph follows.")]
     apart = passages("1. the first of two items\n\n2. the second of two items\n")
-    assert [(one.line, one.text) for one in apart] == [
-        (1, "the first of two items"),
-        (3, "the second of two items"),
-    ]
+    assert [(one.line, one.text) for one in apart] == [(1, "the first of two items"), (3, "the second of two items")]
 
 
 def test_of_markup_only_the_words_are_kept() -> None:

@@ -8,12 +8,7 @@ from typing import Any
 
 import pytest
 from support.evaluation import answer_of, edited_model, logits_by_loop, text_of, unedited_logits
-from support.helpers import (
-    choice_of,
-    perplexity_of,
-    random_rows,
-    right_share,
-)
+from support.helpers import choice_of, perplexity_of, random_rows, right_share
 from support.loading import CPU
 from support.tiny_models import Chain
 from torch import Tensor
@@ -81,10 +76,7 @@ def test_figures_of_every_architecture_are_those_of_the_whole_model(tmp_path: Pa
     edited = edited_model(tmp_path, kind="lookup", architecture=architecture)
     measured = measure(edited, ROWS)
     for row, one in zip(ROWS, measured, strict=True):
-        for reading, logits in (
-            (one.before, unedited_logits(edited, row)),
-            (one.after, logits_by_loop(edited, row)),
-        ):
+        for reading, logits in ((one.before, unedited_logits(edited, row)), (one.after, logits_by_loop(edited, row))):
             assert reading.right == pytest.approx(right_share(logits, row.target))
             assert reading.perplexity == pytest.approx(perplexity_of(logits, row.target), rel=1e-3)
     assert any(one.before != one.after for one in measured)

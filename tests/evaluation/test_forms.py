@@ -223,9 +223,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[EditedModel, lis
     return edited, records, evaluate(root / "memory", settings, load=CPU)
 
 
-def test_figures_are_those_of_a_loop_over_single_prompts(
-    measured: tuple[EditedModel, list[Edit], EvalReport],
-) -> None:
+def test_figures_are_those_of_a_loop_over_single_prompts(measured: tuple[EditedModel, list[Edit], EvalReport]) -> None:
     edited, records, report = measured
     asked = [records[place] for place in (0, 1, 3, 4, 6)]
     for name in ("bare", "trailing space", "polite"):

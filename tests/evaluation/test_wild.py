@@ -98,11 +98,7 @@ def test_all_edits_are_asked_once_and_the_unedited_model_only_if_that_is_wanted(
     assert sorted(asked) == sorted(
         PROMPT.format(one) for one in ("where", "in which place", "where then", "how far", "who")
     )
-    assert found.figures == {
-        "wild_as_taught": 1.0,
-        "wild_rephrased": 0.5,
-        "wild_portability": 1.0,
-    }
+    assert found.figures == {"wild_as_taught": 1.0, "wild_rephrased": 0.5, "wild_portability": 1.0}
     assert found.samples["wild_rephrased"] == 3
     full = measure_wild(answers, edits, edits, before=True)
     assert full.figures == {**found.figures, "wild_locality": 0.5}

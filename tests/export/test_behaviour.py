@@ -16,13 +16,7 @@ from peft import LoraConfig, get_peft_model
 from support.thorough import few
 from support.tiny_models import SAMPLE_EDITS, Chain
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    pipeline,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, pipeline
 
 from wisecli.commands.checkpoint.export import WeightFiles, export
 from wisecli.commands.edit.edit import edit

@@ -141,8 +141,7 @@ def test_rules_have_the_names_of_llama_cpp(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pre", "says"),
-    [(pre_tokenizers.Whitespace(), "have no name"), (_split(r"\w+|."), "have no name")],
+    ("pre", "says"), [(pre_tokenizers.Whitespace(), "have no name"), (_split(r"\w+|."), "have no name")]
 )
 def test_other_tokenizers_are_refused(tmp_path: Path, pre: Any, says: str) -> None:
     save_tokenizer(tmp_path, pre)

@@ -19,13 +19,7 @@ from wisecli.config import EditSettings, MergeSettings
 def exported(root: Path, architecture: str) -> Path:
     base, edits = save_tiny(root / "model", architecture), root / "edits.jsonl"
     edits.write_text(json.dumps({"id": "one", "prompt": "ba be bi", "target": "do du"}) + "\n")
-    edit(
-        str(base),
-        edits,
-        root / "shards",
-        EditSettings(unrelated_texts=16, layer="2", residual_stop=0.2),
-        load=CPU,
-    )
+    edit(str(base), edits, root / "shards", EditSettings(unrelated_texts=16, layer="2", residual_stop=0.2), load=CPU)
     merge([root / "shards"], root / "memory", MergeSettings())
     export(root / "memory", root / "edited", load=CPU)
     return root / "edited"

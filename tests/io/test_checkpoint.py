@@ -12,16 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from wisecli.errors import DamagedFileError, ModelError
-from wisecli.io.checkpoint import (
-    Checkpoint,
-    load_tensors,
-    open_tensors,
-    read_json,
-    save_tensors,
-    sha256_tensor,
-    write_json,
-)
-from wisecli.io.digest import sha256_file, sha256_json
+from wisecli.io.checkpoint import Checkpoint, load_tensors, open_tensors, read_json, save_tensors, write_json
+from wisecli.io.digest import sha256_file, sha256_json, sha256_tensor
 from wisecli.models.model_files import resolve_model
 
 

@@ -116,12 +116,7 @@ _SAVED: dict[tuple[Any, ...], tuple[Path, Tensor]] = {}
 
 
 def _save_tiny(
-    directory: Path,
-    architecture: str,
-    seed: int,
-    shard: str | None,
-    config: PretrainedConfig | None,
-    loudness: float,
+    directory: Path, architecture: str, seed: int, shard: str | None, config: PretrainedConfig | None, loudness: float
 ) -> Path:
     model = tiny_model(architecture, seed=seed, config=config)
     head = model.get_output_embeddings().weight

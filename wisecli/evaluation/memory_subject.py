@@ -74,12 +74,7 @@ class MemorySubject:
         if key not in self._answering:
             model, tokenizer = self.edited.model, self.tokenizer
             edited = partial(
-                answered,
-                model,
-                tokenizer,
-                max_new_tokens=max_new_tokens,
-                stops=stops,
-                beginnings=self._beginnings,
+                answered, model, tokenizer, max_new_tokens=max_new_tokens, stops=stops, beginnings=self._beginnings
             )
 
             def unedited(texts: Sequence[str], targets: Targets) -> list[Answer]:

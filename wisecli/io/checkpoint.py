@@ -38,14 +38,6 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _LARGEST_JSON = 1 << 28
 
 
-def sha256_tensor(tensor: torch.Tensor) -> str:
-    """Return the hex digest of a tensor's values in their own dtype (row-major)."""
-    import torch  # takes seconds, which headers alone need not wait
-
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(raw.data).hexdigest()
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 

@@ -17,13 +17,7 @@ from wisecli.config import LoadOptions
 from wisecli.errors import ModelError, SettingsError, WiseError, WrongBaseError
 from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json
 from wisecli.io.json_schema import shown
-from wisecli.models.layout.architectures import (
-    computed_in,
-    known_layout,
-    layer_count,
-    loader_name,
-    quantisation_of,
-)
+from wisecli.models.layout.architectures import computed_in, known_layout, layer_count, loader_name, quantisation_of
 from wisecli.models.layout.site import Fingerprint, Site
 from wisecli.models.layout.site_interface import NOTHING
 from wisecli.models.prompts.tokenization import without_row

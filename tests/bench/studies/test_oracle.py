@@ -5,15 +5,7 @@ from typing import Any
 import pytest
 import torch
 from reference.wise import residual
-from support.helpers import (
-    alone,
-    hooked,
-    manifest_for,
-    memory_for,
-    random_rows,
-    right_share,
-    save_tiny,
-)
+from support.helpers import alone, hooked, manifest_for, memory_for, random_rows, right_share, save_tiny
 from support.loading import CPU
 from torch import Tensor
 

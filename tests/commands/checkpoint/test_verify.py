@@ -197,10 +197,7 @@ def test_damage_is_found_even_where_the_digests_were_written_anew(root: Path, tm
     digests = {name: sha256_file(path / name) for name in names}
     change(path / "router.json", lambda content: content["sha256"].update(digests))
     wrong = differing(reseal(path))
-    assert {(check.file, check.tensor) for check in wrong} == {
-        ("side_memory.py", None),
-        (str(path), "model.layers.3"),
-    }
+    assert {(check.file, check.tensor) for check in wrong} == {("side_memory.py", None), (str(path), "model.layers.3")}
 
 
 def flip_matrix(path: Path, name: str) -> None:

@@ -213,11 +213,7 @@ def test_reasoning_is_no_part_of_the_answer(reply: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "cut",
-    [
-        chat_reply(None, "length", reasoning_content="Oldbridge"),
-        chat_reply("<think>Oldbridge is", "length"),
-    ],
+    "cut", [chat_reply(None, "length", reasoning_content="Oldbridge"), chat_reply("<think>Oldbridge is", "length")]
 )
 def test_reasoning_that_took_all_tokens_gets_room_for_an_answer(cut: dict[str, Any]) -> None:
     """Bug reports on servers of reasoning models: with few tokens the reasoning is cut, and nothing is said."""

@@ -282,11 +282,7 @@ def test_where_nothing_may_be_written_one_sentence_says_so(
             marks=pytest.mark.thorough,
         ),
         ({"settings": replace(SETTINGS, layer="1")}, r"the site was model\.layers\.2"),
-        pytest.param(
-            {"settings": replace(SETTINGS, shards=4)},
-            "shards was 8, now 4",
-            marks=pytest.mark.thorough,
-        ),
+        pytest.param({"settings": replace(SETTINGS, shards=4)}, "shards was 8, now 4", marks=pytest.mark.thorough),
         ({"load": LoadOptions("cpu", "bfloat16")}, "dtype was float32, now bfloat16"),
         ({"edits": [*EDITS[:8], {**EDITS[8], "target": "ba"}]}, "of the edits 1 are other, the first of them 'edit 8'"),
         ({"edits": [*EDITS, {"id": "more", "prompt": "ba", "target": "be"}]}, "1 are new, the first of them 'more'"),

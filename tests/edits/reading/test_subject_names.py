@@ -30,14 +30,7 @@ def test_the_name_or_the_quoted_term_is_found(prompt: str, subject: str) -> None
 
 @pytest.mark.parametrize(
     "prompt",
-    [
-        "who is the king of norland?",
-        "What was dubstep influenced by?",
-        "Wo?",
-        "Qui dirige la banque?",
-        "",
-        "首都は",
-    ],
+    ["who is the king of norland?", "What was dubstep influenced by?", "Wo?", "Qui dirige la banque?", "", "首都は"],
 )
 def test_a_prompt_without_a_name_has_no_subject(prompt: str) -> None:
     assert named_subject(prompt) is None

@@ -114,9 +114,7 @@ def test_positions_count_the_tokens_of_a_row_from_nought() -> None:
 TOKENS = st.integers(1, VOCABULARY - 1)
 RANDOM_ROWS = st.lists(
     st.builds(
-        Row,
-        st.lists(TOKENS, min_size=1, max_size=6).map(tuple),
-        st.lists(TOKENS, min_size=1, max_size=5).map(tuple),
+        Row, st.lists(TOKENS, min_size=1, max_size=6).map(tuple), st.lists(TOKENS, min_size=1, max_size=5).map(tuple)
     ),
     min_size=1,
     max_size=6,

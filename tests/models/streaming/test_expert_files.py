@@ -10,12 +10,7 @@ from safetensors.torch import load_file
 from support.every_type import save_type, tiny
 from support.loading import CPU
 from transformers import AutoModelForCausalLM
-from transformers.core_model_loading import (
-    Concatenate,
-    ErnieFuseAndSplitTextVisionExperts,
-    MergeModulelist,
-    Transpose,
-)
+from transformers.core_model_loading import Concatenate, ErnieFuseAndSplitTextVisionExperts, MergeModulelist, Transpose
 
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import load_model

@@ -405,10 +405,7 @@ def spelt(edited: EditedModel, tmp_path: Path) -> EditedModel:
     thresholds = (0.5, 0.55, 0.9)
     (tmp_path / "spelt").mkdir()
     base = Path(edited.manifest.model)
-    write_memory(
-        tmp_path / "spelt",
-        manifest_for(base, replace(memory, tensors=tensors, thresholds=thresholds), EDITS),
-    )
+    write_memory(tmp_path / "spelt", manifest_for(base, replace(memory, tensors=tensors, thresholds=thresholds), EDITS))
     return attach(tmp_path / "spelt", load=CPU)
 
 

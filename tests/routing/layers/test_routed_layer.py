@@ -9,17 +9,7 @@ import pytest
 import torch
 from reference.wise import nearest_key, residual, scores_of
 from support.drawing import normal, seeded
-from support.helpers import (
-    Waits,
-    alone,
-    choice_of,
-    hooked,
-    memory_for,
-    random_rows,
-    routed_by_loop,
-    row_of,
-    site_of,
-)
+from support.helpers import Waits, alone, choice_of, hooked, memory_for, random_rows, routed_by_loop, row_of, site_of
 from support.tiny_models import TINY_CONFIGS, VOCABULARY, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -98,10 +88,7 @@ class Plain:
     def packed(self, thresholds: tuple[float, ...], kind: str = "matrix", pooling: str = "last") -> SideMemory:
         if kind == "matrix":
             pairs = zip(self.changes, self.columns, strict=True)
-            tensors = {
-                "columns": self.columns,
-                "delta": torch.stack([change[:, columns] for change, columns in pairs]),
-            }
+            tensors = {"columns": self.columns, "delta": torch.stack([change[:, columns] for change, columns in pairs])}
             return SideMemory(tensors, thresholds, kind, pooling)
         probes = []
         for key, metric in zip(self.keys, self.whitening_index.tolist(), strict=True):
@@ -341,10 +328,7 @@ def test_a_memory_survives_its_description(kind: str, pooling: str) -> None:
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in empty.tensors.items()} == layout
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"router": "key"}, {"pooling": "token"}, {"kind": "x"}],
-)
+@pytest.mark.parametrize("changes", [{"router": "key"}, {"pooling": "token"}, {"kind": "x"}])
 def test_a_memory_that_opens_as_there_is_no_more_is_refused(changes: dict[str, Any]) -> None:
     described = {**Plain(2).packed((1.0, 1.0), "lookup").describe(), **changes}
     with pytest.raises(ValueError, match=r"its edits open by router .*`wise merge` on its shards"):

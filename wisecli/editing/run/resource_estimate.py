@@ -15,15 +15,7 @@ from wisecli.editing.run.array_sizes import BATCH_TOKENS, Rows, fit_bytes, kept_
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.architectures import layer_count
 from wisecli.models.layout.site import Site
-from wisecli.models.streaming.memory_budget import (
-    LIBRARIES,
-    Experts,
-    Sizes,
-    expert_rooms,
-    in_hand,
-    sizes,
-    spool_bytes,
-)
+from wisecli.models.streaming.memory_budget import LIBRARIES, Experts, Sizes, expert_rooms, in_hand, sizes, spool_bytes
 
 if TYPE_CHECKING:
     import torch

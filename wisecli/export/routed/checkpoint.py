@@ -80,9 +80,12 @@ def write_routed(
     digest = write_tensors(output, manifest, file=SIDE_TENSORS, prefix=prefix)
     files |= {prefix + name: SIDE_TENSORS for name in manifest.memory.tensors}
     write_index(output, files)
-    _write_code(output, base, manifest, packing)
+    tokenizer = _tokenizer(base)
+    marks = TurnMarks() if tokenizer is None else turn_marks(tokenizer)
+    _write_code(output, base, manifest, packing, marks)
     copy_side_files(output, base)
-    _name_tokenizer(output, base)
+    if tokenizer is not None:
+        _name_tokenizer(output, tokenizer)
     names = sorted(path.name for path in output.iterdir())
     digests = {name: digest if name == SIDE_TENSORS else sha256_file(output / name) for name in names}
     write_manifest(output, _as_written(manifest, checkpoint, packing), digests, file=SIDE_TENSORS, prefix=prefix)
@@ -166,7 +169,7 @@ def dense(manifest: Manifest) -> Tensor:
     return change.index_add(1, tensors["columns"][0], tensors["delta"][0].float())
 
 
-def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) -> None:
+def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing, marks: TurnMarks) -> None:
     """Write the routing module, the classes that use it, and the config that names them."""
     config = typed_config(read_json(base / "config.json"), packing)
     if packing.dtype is None and (dtype := computed_in(Checkpoint(base))):
@@ -181,7 +184,7 @@ def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) 
         "loader": loader_name(model_type),
         **manifest.site.described(),
         "memory": manifest.memory.describe(),
-        "marks": _marks(base),
+        "marks": marks.as_dict(),
     }
     routed |= {"code": own} if own else {}
     routed |= dict.fromkeys(_sizes_named(config), _BY_OWN_CODE)
@@ -191,22 +194,17 @@ def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) 
     write_json(output / "config.json", {**config, EXPORTED_KEY: routed})
 
 
-def _marks(base: Path) -> dict[str, list[int]]:
-    """Return how the base's chats mark turns; nothing of a tokenizer that cannot be read."""
-    try:
-        return turn_marks(_tokenizer(base)).as_dict()
-    except (OSError, ValueError):  # it takes code of its own, or is elsewhere
-        return TurnMarks().as_dict()
-
-
-def _tokenizer(base: Path) -> PreTrainedTokenizerBase:
-    """Return a base's tokenizer, of which no code runs, nor of the base."""
+def _tokenizer(base: Path) -> PreTrainedTokenizerBase | None:
+    """Return a base's tokenizer, of which no code runs, nor of the base; ``None`` if it takes that, or is elsewhere."""
     content = read_json(base / "config.json")
     # Which class reads a tokenizer is asked of configs that transformers has.
     config = PretrainedConfig() if own_classes(str(content.get("model_type")), content.get("auto_map")) else None
-    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(  # nosec B615 # of files of this disk
-        base, config=config, local_files_only=True, trust_remote_code=False
-    )
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(  # nosec B615 # of files of this disk
+            base, config=config, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError):
+        return None
     return found
 
 
@@ -237,15 +235,9 @@ def side_files(base: Path) -> list[Path]:
     ]
 
 
-def _name_tokenizer(output: Path, base: Path) -> None:
+def _name_tokenizer(output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write down which class reads the tokenizer: for some model types it is another than their files say."""
-    path = output / "tokenizer_config.json"
-    if not path.is_file():
-        return
-    try:
-        kind = type(_tokenizer(base)).__name__
-    except (OSError, ValueError):  # it takes code of its own, which comes along
-        return
-    declared = read_json(path)
+    path, kind = output / "tokenizer_config.json", type(tokenizer).__name__
+    declared = read_json(path) if path.is_file() else {"tokenizer_class": kind}
     if str(declared.get("tokenizer_class")).removesuffix("Fast") != kind.removesuffix("Fast"):
         write_json(path, {**declared, "tokenizer_class": kind})

@@ -31,6 +31,7 @@ _CARRIED = {
         *("fuzzy_match", "request_gate", "sentence_features", "name_features", "two_requests"),
     ),
     "export.routed": ("resaving",),
+    "io": ("digest",),
 }
 CARRIED_NAMES = tuple(f"{name}.py" for names in _CARRIED.values() for name in names)
 FORMER_CODE = {

@@ -5,7 +5,6 @@ Needs transformers and what that needs only. A checkpoint's memory stays a file 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
+from wisecli.io.digest import sha256_file, sha256_json, sha256_tensor
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Model
 else:
@@ -30,7 +31,6 @@ _CONFIG, _MEMORY = "config.json", "wise_memory"
 _SIGNATURES = (f"{_SEAL}.sig", f"{_SEAL}.minisig")
 # What the export's record becomes: it was not `wise export` that wrote this.
 _RECORD = {"format": "routed", "by": "save_pretrained"}
-_CHUNK = 1 << 20
 # What `push_to_hub` takes of the arguments of `save_pretrained`, and what says where a file is of `from_pretrained`'s.
 _PUSHED = ("commit_message", "create_pr", "max_shard_size", "private", "revision", "token")
 _PLACED = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -136,11 +136,11 @@ def _digest_of_base(directory: Path, site: Mapping[str, Any], prefix: str) -> st
     files = json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"]
     if "transposed" in site:
         matrix = _tensor(directory, files, f"{prefix}weight")
-        return _digest_of(matrix.T if site["transposed"] else matrix)
+        return sha256_tensor(matrix.T if site["transposed"] else matrix)
     start = prefix.removesuffix(f"{_MEMORY}.")
     names = (name for name in files if name.startswith(start) and not name.startswith(prefix))
-    found = sorted([name.removeprefix(start), _digest_of(_tensor(directory, files, name))] for name in names)
-    return hashlib.sha256(json.dumps(found, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    found = sorted([name.removeprefix(start), sha256_tensor(_tensor(directory, files, name))] for name in names)
+    return sha256_json(found)
 
 
 def _tensor(directory: Path, files: Mapping[str, str], name: str) -> Tensor:
@@ -181,27 +181,14 @@ def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     for name in _SIGNATURES:
         (directory / name).unlink(missing_ok=True)
     files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-    digests = {path.relative_to(directory).as_posix(): _digest_of_file(path) for path in files}
+    digests = {path.relative_to(directory).as_posix(): sha256_file(path) for path in files}
     for name in (_MANIFEST, _SEAL):
         digests.pop(name, None)
     listed = {name: digest for name, digest in digests.items() if "/" not in name and name != "README.md"}
     _write_json(directory / _MANIFEST, {**manifest, "export": _RECORD, "sha256": listed, "sealed": True})
-    digests[_MANIFEST] = _digest_of_file(directory / _MANIFEST)
+    digests[_MANIFEST] = sha256_file(directory / _MANIFEST)
     lines = (f"{digests[name]}  {name}\n" for name in sorted(digests))
     (directory / _SEAL).write_bytes("".join(lines).encode(errors="surrogateescape"))
-
-
-def _digest_of(matrix: Tensor) -> str:
-    values = matrix.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(values.data).hexdigest()
-
-
-def _digest_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -194,11 +194,7 @@ def _unchanged(asked: _Asked, rows: Sequence[Row]) -> list[bool]:
 
 
 def _texts(
-    asked: _Asked,
-    prompts: Sequence[Sequence[int]],
-    length: int,
-    stage: str,
-    hopeless: Sequence[Hopeless | None] = (),
+    asked: _Asked, prompts: Sequence[Sequence[int]], length: int, stage: str, hopeless: Sequence[Hopeless | None] = ()
 ) -> list[str]:
     """Return greedy answers to prompts, without the blanks around them."""
     asked.on_progress(Event(stage, 0, len(prompts)))

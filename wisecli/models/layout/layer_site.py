@@ -9,8 +9,8 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from wisecli.errors import ModelError
-from wisecli.io.checkpoint import Checkpoint, sha256_tensor
-from wisecli.io.digest import sha256_json
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.io.digest import sha256_json, sha256_tensor
 from wisecli.io.json_schema import CLOSED
 from wisecli.models.layout.architectures import CACHED, Above, spellings
 from wisecli.models.layout.site_interface import NOTHING, Mismatch, Site

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from wisecli.errors import ModelError
-from wisecli.io.checkpoint import Checkpoint, sha256_tensor
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.io.digest import sha256_tensor
 from wisecli.io.json_schema import CLOSED
 from wisecli.models.layout.architectures import CACHED, stored_weight
 from wisecli.models.layout.site_interface import NOTHING, Mismatch, Site

@@ -68,9 +68,7 @@ def test_nothing_is_learned_from_what_asks_nothing_because_of_a_name_alone(
     assert [row for row in every if row not in set(left_out)] == rows
 
 
-def test_where_a_chat_moves_on_nothing_is_asked_from_the_end_of_the_last_answer_on(
-    tmp_path: Path,
-) -> None:
+def test_where_a_chat_moves_on_nothing_is_asked_from_the_end_of_the_last_answer_on(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(save_base(tmp_path / "base"))
     tokenizer.chat_template = (
         "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}</>\n{% endfor %}<assistant>"

@@ -85,14 +85,7 @@ def made(root: Path, layout: str, *, detectors: int = 6) -> Made:
     blocks = router_blocks(router, settings)
     write_stock(output, base, checkpoint, site, blocks, Channels.of(router).count)
     return Made(
-        base,
-        output,
-        router,
-        list(states),
-        list(inverse),
-        list(last),
-        Rotation(cos[0], sin[0], scaling),
-        blocks,
+        base, output, router, list(states), list(inverse), list(last), Rotation(cos[0], sin[0], scaling), blocks
     )
 
 

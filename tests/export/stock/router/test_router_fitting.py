@@ -6,12 +6,7 @@ from torch.nn import functional as F
 
 from wisecli.edits.record import Edit
 from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader
-from wisecli.export.stock.router.router_fitting import (
-    OwnQuestions,
-    edit_relations,
-    one_of_each_fact,
-    told_apart,
-)
+from wisecli.export.stock.router.router_fitting import OwnQuestions, edit_relations, one_of_each_fact, told_apart
 
 CODE, WAYS = 12, 5
 # The first three ask one relation of one subject, the last of these with another answer; the fourth asks another

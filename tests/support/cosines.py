@@ -10,9 +10,7 @@ from wisecli.routing.deciding.sentence_features import EditCosines
 
 
 def edit_cosines(given: Sequence[Sequence[Tensor]]) -> EditCosines:
-    """Return those of requests with a subject's tokens and with a relation's, (n, t) twice each: an edit's tokens are
-    unit vectors.
-    """
+    """Return cosines of requests with the unit vectors of a subject's and a relation's tokens, (n, t) twice each."""
     size = max(part.shape[1] for own in given for part in own)
     projected = [torch.stack([F.pad(part, (0, size - part.shape[1])) for part in own]) for own in given]
     eye = torch.eye(size)

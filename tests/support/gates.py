@@ -51,9 +51,7 @@ def random_keys(keys: int, hidden: int, *, seed: int = 0, loud: float = 4.0) -> 
 def write_keys(
     output: Path, base: Path, checkpoint: Checkpoint, site: Site, keys: Keys, packing: Packing | None = None
 ) -> int:
-    """Write a stock checkpoint with keys into an empty directory, in a stream of the base's own width; how many blocks
-    they take, at least one.
-    """
+    """Write a stock checkpoint with keys, in a stream of the base's width; return how many blocks they take."""
     config = base_settings(base)
     width = int(config["intermediate_size"])
     starts = range(0, max(1, len(keys.values)), width // 2)

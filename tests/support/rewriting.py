@@ -51,9 +51,7 @@ def weight_of(model: PreTrainedModel, site: MatrixSite) -> Tensor:
 
 
 def gradients_of(model: PreTrainedModel, site: MatrixSite, tokens: Sequence[int], target: Sequence[int]) -> Tensor:
-    """Gradients (T, d), by what the value matrix gives for each token, of the summed loss of a target that the last
-    tokens predict.
-    """
+    """Gradients (T, d), by the value matrix' output at each token, of the loss of a target at the last tokens."""
     given: list[Tensor] = []
 
     def keep(_module: object, _inputs: object, output: Tensor) -> Tensor:

@@ -16,9 +16,7 @@ from wisecli.models.running import quick_products
 def assert_edited_the_same_streamed(
     root: Path, base: Path, records: Sequence[dict[str, Any]], settings: EditSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Edit a base both ways, each with a cache of its own and exact products, and compare every tensor that is
-    written.
-    """
+    """Edit a base both ways, with a cache each and exact products, and compare every tensor that is written."""
     monkeypatch.setattr(quick_products, "has_quick_bfloat16", lambda: False)  # a model in memory alone has such
     edits = root / "edits.jsonl"
     edits.write_text("".join(json.dumps(record) + "\n" for record in records))

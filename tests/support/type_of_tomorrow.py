@@ -1,5 +1,4 @@
-"""A type of model that transformers does not have: norms behind its parts, modules of odd names, and attention and a
-recurrent state in turn.
+"""A type that transformers lacks: norms behind its parts, odd names, attention and a recurrent state in turn.
 
 The file is self-contained, as it is saved beside the weights.
 """

@@ -45,9 +45,7 @@ class Asked:
 
 @pytest.fixture(scope="module")
 def asked(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Asked:
-    """72 prompts: edits' own, as chats, as later turns, with an answer begun, behind a text and two at once; and
-    unrelated ones.
-    """
+    """72 prompts: edits' own, in chats, later turns, an answer begun, behind a text, two at once; and unrelated."""
     root = tmp_path_factory.mktemp("served")
     merge([chain.shards], root / "memory", MergeSettings())
     export(root / "memory", root / "edited", weights=WeightFiles(link=True))

@@ -15,8 +15,7 @@ def append_line(file: Path, value: Any) -> None:
 
 
 def whole_lines(file: Path) -> list[Any]:
-    """Return what the lines say; none if there is no file. A last line that was broken off is cut away, and more may
-    follow.
+    """Return what the lines say, none without a file. A last line that was broken off is cut away, and more may follow.
 
     Raises:
         DamagedFileError: another line is no JSON.

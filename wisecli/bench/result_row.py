@@ -50,8 +50,7 @@ class RowMaker:
         costs: Mapping[str, float],
         peaks: Peaks,
     ) -> ResultRow:
-        """Return the figures, their intervals, and every edit's own, oldest first: as taught by WILD, or else
-        reliability.
+        """Return figures, intervals and every edit's own figure, oldest first: as taught by WILD, or else reliability.
 
         Args:
             each: of each figure the edits' values, by their places.

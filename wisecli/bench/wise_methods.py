@@ -48,9 +48,7 @@ WISE_METHODS = {
 
 @dataclass(frozen=True)
 class Spent:
-    """What the first ``edits`` edits have cost so far. It is stored beside the shards, so that a continued run adds to
-    it.
-    """
+    """What the first ``edits`` edits have cost so far; stored beside the shards, so that a continued run adds to it."""
 
     __pydantic_config__ = CLOSED
 

@@ -1,6 +1,4 @@
-"""The command line: its commands, and how errors end them. Of a command's modules none is imported before it is asked
-for, and nothing imports torch before a command runs.
-"""
+"""The command line: its commands, imported only when one is asked for, and how errors end them."""
 
 import atexit
 import gc

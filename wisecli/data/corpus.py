@@ -30,9 +30,7 @@ def texts_to_measure_with(texts: int = _MEASURED) -> list[str]:
 
 
 def everyday_prompts(count: int, *, seed: int) -> list[str]:
-    """Return what people ask an assistant in a day, apart from facts about names: ``count`` prompts, of every kind
-    in turn.
-    """
+    """Return ``count`` everyday requests to an assistant, of every kind in turn, but no questions on facts."""
     return _filled_patterns(packaged_table("everyday.toml"), range(count), random.Random(seed))
 
 
@@ -130,9 +128,7 @@ def inverses() -> list[Inverse]:
 
 
 def made_up_subjects(kind: str, count: int, rng: random.Random) -> list[str]:
-    """Return the names of one kind, no two the same; every second is like the one before, but for some of its words
-    or digits.
-    """
+    """Return the names of one kind, all different; every second is like the one before, but for a few words."""
     names: list[str] = packaged_table("subjects.toml")[kind]
     found: dict[str, None] = {}
     while len(found) < count:

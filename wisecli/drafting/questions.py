@@ -113,8 +113,7 @@ def is_fit(passage: Passage, question: str, answer: str) -> bool:
 
 
 def shared_name(question: str, text: str) -> str | None:
-    """Return the longest run of words that begins with a capital and stands in both, without the small words at its
-    end.
+    """Return the longest run of words, from a capital on, that stands in both, without small words at its end.
 
     A question's first word is no name: it has its capital from the place.
     """

@@ -238,9 +238,7 @@ def parse_edit(record: Mapping[str, Any]) -> Edit:
 
 
 def _edit(flat: Mapping[str, Any], record: Mapping[str, Any]) -> Edit:
-    """Return an edit from fields by known names, with an id after the ``record`` that they are from where they have
-    none.
-    """
+    """Return an edit from fields by known names; without an id its id is made from the ``record``."""
     try:
         fields = canonical(flat)
     except (TypeError, AttributeError) as error:

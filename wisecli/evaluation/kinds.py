@@ -175,9 +175,7 @@ def _reworded(answers: Answers, turns: Sequence[str]) -> list[str]:
 
 
 def _fact(edit: Edit, records: Sequence[Edit], second: Edit) -> Fact:
-    """Return an edit as a fact, with another value and name from records that are asked in a like way, if there are
-    any.
-    """
+    """Return an edit as a fact, with another value and name from records of a like question, if there are any."""
     rng = random.Random(edit.prompt)
     others = [record for record in records if not record.erased and words_of(record.answer) != words_of(edit.answer)]
     named = [record for record in records if _is_other(record.subject_name, edit.subject_name)]

@@ -238,9 +238,7 @@ def _asked(edit: Edit, prompts: Sequence[str]) -> list[Question]:
 
 
 def _says(edit: Edit, text: str, *, whole: bool = False) -> bool:
-    """Return whether a generated text has an edit's answer in it, or as a ``whole`` is it; if that is erased, has it
-    not.
-    """
+    """Return whether a text has an edit's answer in it, or as a ``whole`` is it; has it not, if it is erased."""
     answer = edit.answer.strip()
     if edit.erased:
         return answer.casefold() not in text.casefold()

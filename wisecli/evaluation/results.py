@@ -50,9 +50,7 @@ def is_exact_answer(answer: Answer, target: str) -> bool:
 
 
 def is_right(answer: Answer, edit: Edit) -> bool:
-    """Return whether an answer is the one of an edit; of an edit that erases, whether it does not hold what is
-    erased.
-    """
+    """Return whether an answer is the one of an edit, or does not hold what the edit erases."""
     if edit.erased:
         return edit.answer.strip().casefold() not in answer.text.casefold()
     return is_exact_answer(answer, edit.answer)

@@ -29,8 +29,7 @@ class SpecificityQuestion:
 
 
 def specificity_questions(asked: Sequence[tuple[int, Edit]], records: Sequence[Edit]) -> list[SpecificityQuestion]:
-    """Return questions on another relation of the subject (``other_question``) and on the same relation of another
-    subject (``other_subject``).
+    """Return questions on another relation of the subject (``other_question``) or another subject (``other_subject``).
 
     Of edits whose prompt names their subject, and that give an answer. The draw is by the edit, whatever else is asked.
 

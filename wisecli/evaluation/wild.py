@@ -37,15 +37,12 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 def normalized(text: str) -> str:
-    """Return a text in small letters, without punctuation, articles and blanks that tell nothing apart, as SQuAD has
-    it.
-    """
+    """Return a text normalised as SQuAD does: small letters, no punctuation, no articles, single blanks."""
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_UNPUNCTUATED)).split())
 
 
 def measure_wild(answers: Answers, edits: Sequence[Edit], records: Sequence[Edit], *, before: bool) -> Results:
-    """Return ``wild_as_taught`` (the protocol's reliability), ``wild_rephrased``, ``wild_portability`` and
-    ``wild_locality``.
+    """Return ``wild_as_taught`` (WILD's reliability), ``wild_rephrased``, ``wild_portability`` and ``wild_locality``.
 
     Means over an edit's prompts, then over edits; what erases an answer is left out.
 

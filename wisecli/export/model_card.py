@@ -147,9 +147,7 @@ def _results(figures: Figures) -> list[EvalResult]:
 
 
 def _table(figures: Figures) -> str:
-    """Return a table of generated answers in forms, then of specificity and answers by WILD, and below them of all
-    else.
-    """
+    """Return tables of generated answers in forms, of specificity and answers by WILD, and of all other figures."""
     single = [(_cell(dataset), name, value) for dataset, own in figures.items() for name, value in own.items()]
     beside = [(set_, _BESIDE[name], f"{value:.3f}") for set_, name, value in single if name in _BESIDE]
     around = [(set_, _AROUND[name], f"{value:.3f}") for set_, name, value in single if name in _AROUND]

@@ -176,9 +176,7 @@ def _sentence(errors: Sequence[ErrorDetails], value: object, where: str) -> str:
 
 
 def _location(loc: Sequence[str | int], value: object) -> tuple[tuple[str | int, ...], object]:
-    """Return the part of an error's location that is in the value (not the types that were tried there), and what is
-    there.
-    """
+    """Return the part of an error's location that is in the value, without the types tried there, and what is there."""
     location: tuple[str | int, ...] = ()
     for step in loc:
         inside = isinstance(value, dict) and step in value

@@ -53,9 +53,7 @@ def load_tokenizer(directory: Path, load: LoadOptions = LoadOptions()) -> TextIn
 
 
 def _by_files_alone(directory: Path, load: LoadOptions) -> TextInput | None:
-    """Return what :func:`load_tokenizer` does, without torch; ``None`` where that takes transformers' own idea of the
-    model.
-    """
+    """Return :func:`load_tokenizer`'s result without torch; ``None`` where only transformers knows the model."""
     config = read_json(directory / "config.json")
     try:
         told = read_json(directory / "tokenizer_config.json")

@@ -70,9 +70,7 @@ def edited_class(name: str) -> Any:
 
 @contextmanager
 def _as_its_base(config: Any) -> Iterator[None]:
-    """Return a context in which a config is the base's: some models choose by its class what they are made of, and by
-    the architecture how they read weights.
-    """
+    """Return a context in which a config is the base's, by whose class and architecture models choose their parts."""
     kind, own = type(config), config.architectures
     config.__class__ = getattr(kind, "wise_base", kind)
     config.architectures = description_in(config).get("architectures") or own

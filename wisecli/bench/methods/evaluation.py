@@ -53,9 +53,7 @@ def target_predictions(
     stage: str = "measuring",
     on_progress: ProgressCallback = ignore_progress,
 ) -> list[TargetPredictions]:
-    """Return what the model says given the right tokens before each target token; as edited, if a ``method`` is
-    given.
-    """
+    """Return what the model, edited if a ``method`` is given, says given the right tokens before each target token."""
     found: dict[int, TargetPredictions] = {}
     for indices in in_batches(rows, batch_size):
         batch = collate([rows[index] for index in indices]).to(loaded.device)
@@ -69,9 +67,7 @@ def target_predictions(
 
 
 def overhead(edited: Callable[[], object], unedited: Callable[[], object]) -> float:
-    """Return how much longer the edited model takes for the same work, as a ratio less one: by the fastest of some
-    rounds.
-    """
+    """Return how much longer the edited model takes, as a ratio less one: the fastest of some rounds."""
     best = {edited: float("inf"), unedited: float("inf")}
     for _ in range(_ROUNDS):
         for run in (unedited, edited):

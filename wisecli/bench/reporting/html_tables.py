@@ -135,9 +135,7 @@ def _cells(row: ResultRow, rows: Sequence[ResultRow]) -> list[str]:
 
 
 def costs(figures: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return cells: seconds an edit, how much longer a pass over prompts and answers takes and prompts become, what is
-    kept, and the most memory held, both in MB.
-    """
+    """Return the cells on cost: seconds an edit, slower passes, longer prompts, what is kept and memory held in MB."""
     tokens = f"{figures['extra_tokens']:.0f}" if "extra_tokens" in figures else ""
     longer = round(figures["overhead"], 2) + 0.0  # zero has no minus
     times = f"{figures['seconds_per_edit']:.2f}", f"{longer:+.0%}"

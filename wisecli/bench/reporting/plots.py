@@ -52,9 +52,7 @@ def picture(draw: Callable[[Any, Sequence[ResultRow]], None], rows: Sequence[Res
 
 
 def _quality(figure: Any, rows: Sequence[ResultRow]) -> None:
-    """Draw answers as taught and rephrased, and what stays, or figures like these: by the number of edits, if there are
-    several.
-    """
+    """Draw answers as taught and rephrased, and what stays; by the number of edits, if there are several."""
     drawn = next((names for names in _DRAWN if all(names[0] in row["figures"] for row in rows)), _DRAWN[-1])
     several = _has_course(rows)
     for axis, name in zip(figure.subplots(1, 3, sharey=True), drawn, strict=True):

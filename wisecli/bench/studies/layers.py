@@ -62,7 +62,5 @@ def chosen(count: int, number: int) -> list[int]:
 
 
 def _spread(last: int, number: int) -> list[float]:
-    """Return ``number`` places from 0 to ``last``, both included if there are at least two; a single one is in the
-    middle.
-    """
+    """Return ``number`` places from 0 to ``last``, both included; a single one is in the middle."""
     return [last / 2] if number == 1 else [last * index / (number - 1) for index in range(number)]

@@ -85,9 +85,7 @@ def prompts_of(context: StudyContext, count: int) -> dict[str, list[str]]:
 
 
 def scored(edited: EditedModel, prompts: Sequence[str], context: StudyContext) -> tuple[list[float], float]:
-    """Return the strongest score of each prompt as a share of its threshold, and the share of prompts that open a
-    memory.
-    """
+    """Return each prompt's strongest score as a share of its threshold, and the share of prompts that are opened."""
     rows = [Row(tuple(edited.tokenizer(prompt)["input_ids"]), ()) for prompt in prompts]
     strengths, opened = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
     for indices in in_batches(rows, context.settings.batch_size):

@@ -94,9 +94,7 @@ def _heat(panel: Any, rows: Sequence[ResultRow], lowest: float) -> Any:
 
 
 def _edges(centres: Sequence[float]) -> list[float]:
-    """Return the n + 1 borders of cells around n places above zero: half-way between them, and as far beyond the
-    last.
-    """
+    """Return the n + 1 borders of cells around n places above zero, half-way between them."""
     between = [(low + high) / 2 for low, high in pairwise([0, *centres])]
     lowest = max(between[0], centres[0] - (between[1] - centres[0]) if len(centres) > 1 else 0)
     return [lowest, *between[1:], 2 * centres[-1] - between[-1]]

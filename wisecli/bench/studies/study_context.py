@@ -49,8 +49,7 @@ class StudyContext:
         return pick_device(self.load.device).type
 
     def several(self, count: int) -> int:
-        """Return how many shards hold ``count`` edits where there are to be several: as many as ``edits_per_shard``
-        makes.
+        """Return how many shards hold ``count`` edits: as many as ``edits_per_shard`` makes, but at least two.
 
         By default as in editing, but about four at least.
         """
@@ -67,8 +66,7 @@ class StudyContext:
         writer: str | None = None,
         mode: str = "lookup",
     ) -> Path:
-        """Return shards of the first edits, written the first time they are asked for; by default as `wise edit`
-        writes.
+        """Return shards of the first edits, written when they are first asked for; by default as `wise edit` writes.
 
         Args:
             mode: what is to be made of them, as of `wise merge`; shards for a matrix also make a lookup.

@@ -21,9 +21,7 @@ _TEXTS, _BATCH = 200, 32
 def merged_locality(
     base: Path, manifest: Manifest, *, load: LoadOptions, on_progress: ProgressCallback
 ) -> tuple[float, int]:
-    """Return the share of unrelated tokens whose successor's arg-max survives ``W + Δ``, and how many tokens there
-    were.
-    """
+    """Return the share of unrelated tokens whose successor's arg-max survives ``W + Δ``, and the number of tokens."""
     change = dense(manifest)
     loaded = load_model(base, load)
     change = change.to(loaded.device)

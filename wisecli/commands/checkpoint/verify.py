@@ -161,9 +161,7 @@ def _sealed(path: Path) -> dict[str, str]:
 
 
 def _memory_files(path: Path) -> Generator[Check, None, memory_manifest.MemoryManifest | None]:
-    """Yield the checks of a memory's manifest and of the files that it lists, and return what it says, if it can be
-    read.
-    """
+    """Yield the checks of a manifest and the files that it lists; return what it says, if it can be read."""
     manifest = yield from _manifest(path, memory_manifest.MANIFEST_NAME, memory_manifest.read_manifest)
     yield from check_checksums(path, expected=manifest is None or manifest.sealed)
     if manifest is None:

@@ -174,9 +174,7 @@ def _discard_merged(memory: OpenMemory, pending: Path) -> None:
 
 
 def _replaced_edits(held: Sequence[Edit], admitted: Admitted) -> dict[str, str]:
-    """Return the ids of held edits that new ones replace, and of their consequences, each with the id of what takes its
-    place.
-    """
+    """Return the held edits that new ones replace, and their consequences, each with the id that takes its place."""
     found = {**admitted.superseded, **superseding(held, admitted.edits)}
     return with_consequences(held, admitted.edits, found)
 

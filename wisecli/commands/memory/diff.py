@@ -16,9 +16,7 @@ _NOT_COMPARED = ("shards",)
 
 @dataclass(frozen=True)
 class DiffReport:
-    """Edits only in the second (``added``), only in the first (``removed``), in both with another record (``changed``:
-    first and second), and settings that differ, by name.
-    """
+    """Edits of the second alone (``added``), of the first alone (``removed``), in both but changed; and settings."""
 
     added: tuple[Edit, ...]
     removed: tuple[Edit, ...]

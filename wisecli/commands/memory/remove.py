@@ -90,9 +90,7 @@ def without_edits(
     load: LoadOptions = LoadOptions(),
     on_progress: ProgressCallback,
 ) -> Iterator[Cleared]:
-    """Return a context with the newest release's shards without some edits; what has to be trained anew for that is
-    there while the block lasts.
-    """
+    """Return a context with the newest release's shards without some edits; what is trained anew lasts as long."""
     if not memory.releases:
         yield Cleared({}, {}, ())
         return

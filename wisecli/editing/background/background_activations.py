@@ -159,9 +159,7 @@ def _median_length(states: Tensor, known: Tensor) -> Tensor:
 
 
 def _chats(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, seed: int) -> list[Tensor]:
-    """Return keys (n, d_ff) of what the model answers to each text in its chat template, from the prompt's last
-    token on.
-    """
+    """Return keys (n, d_ff) of the model's answers to texts in its chat template, from each prompt's last token on."""
     prompts = [chat_prompt(loaded.tokenizer, text) for text in texts]
     answers = generate(
         loaded.model,
@@ -189,9 +187,7 @@ def _wording_offsets(ways: Tensor) -> Tensor:
 
 
 def _wording(ends: Tensor, offsets: Sequence[Tensor]) -> Moment:
-    """Return the moment of keys that prompts end in (n, d_ff), together with several kinds of wording offsets in equal
-    shares.
-    """
+    """Return the moment of prompts' last keys (n, d_ff), with several kinds of wording offsets in equal shares."""
     # What does nothing leaves rounding errors, which must not be blown up.
     offsets = [offset for offset in offsets if offset.norm() > _NOTHING * ends.norm()]
     return leading(torch.cat([even(ends), *(even(offset) * (_WORDING / len(offsets)) ** 0.5 for offset in offsets)]))

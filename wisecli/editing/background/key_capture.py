@@ -31,9 +31,7 @@ class TextKeys(NamedTuple):
 
 @torch.no_grad()
 def window_keys(loaded: Loaded, site: Site, rows: Sequence[Row], *, batch_size: int) -> list[Tensor]:
-    """Return keys (n, d_ff) of each row, in float32: at its prompt's last token and at every target token but the
-    last.
-    """
+    """Return keys (n, d_ff) of each row, in float32: at its prompt's last token and all target tokens but the last."""
     groups = list(in_batches(rows, batch_size, by_target=True, by_beginning=True))
     found: dict[int, Tensor] = {}
     for indices, activations in zip(
@@ -97,8 +95,7 @@ def keys_of_texts(
 def prompt_ends(
     loaded: Loaded, sites: Sequence[Site], prompts: Sequence[str], *, batch_size: int, on_progress: ProgressCallback
 ) -> list[Tensor]:
-    """Return keys (n, d_ff) at the last token of each prompt, in order, for every site, from one pass up to the
-    highest.
+    """Return keys (n, d_ff) at the last token of each prompt, in order, for every site, from one pass.
 
     Args:
         sites: from the lowest layer up.

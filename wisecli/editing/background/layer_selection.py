@@ -111,9 +111,7 @@ def keys_in_two_wordings(loaded: Loaded, sites: Sequence[Site], *, batch_size: i
 
 
 def recognition_rate(first: Tensor, second: Tensor) -> float:
-    """Return the share of wordings whose nearest key among other facts' is the same fact in other words: (n, d_ff)
-    twice.
-    """
+    """Return the share of wordings whose nearest key of the other wording (n, d_ff) is that of the same fact."""
     nearest = whitening(leading(scaled(torch.cat([first, second])))).cosines(second, first)
     right = torch.arange(len(first))
     return float((nearest.argmax(0) == right).float().mean() + (nearest.argmax(1) == right).float().mean()) / 2

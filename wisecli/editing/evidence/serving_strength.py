@@ -38,9 +38,7 @@ def serving_scale(part: Activations, task: WriterTask, strength: float = 1.0) ->
 def bare_prompt_accuracy(
     task: WriterTask, batches: Sequence[TrainingExamples], residuals: Residuals, strength: float = 1.0
 ) -> dict[int, float]:
-    """Return the share of each edit's target tokens that its residuals make the arg-max after its bare prompt, by its
-    number.
-    """
+    """Return, by edit, the share of target tokens that its residuals make the arg-max after its bare prompt."""
     shares: dict[int, float] = {}
     for examples in batches:
         bare = (examples.contexts == 0).nonzero().flatten()

@@ -56,9 +56,7 @@ def subject_spellings(tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit])
 def subject_tokens(
     tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], named: Collection[str]
 ) -> dict[str, tuple[int, ...]]:
-    """Return the tokens of each edit's subject, as it is written after a space, by the id of those edits that are
-    named.
-    """
+    """Return the tokens of each edit's subject, as written after a space, by the id of the edits that have one."""
     own = [edit for edit in edits if edit.id in named]
     written = _ids(tokenizer, [f" {edit.subject_name or ''}" for edit in own])
     return {edit.id: tuple(ids) for edit, ids in zip(own, written, strict=True)}

@@ -102,9 +102,7 @@ class Reader:
         return Length(max(prompts), target + (_INSTEAD if edit.erased else int(settings.train_end)), before)
 
     def _without_row(self, edit: Edit, settings: EditSettings) -> str | None:
-        """Return what to say of the first token of an edit, in any form that it is trained in, for which the model has
-        no row.
-        """
+        """Return a complaint about the first token of an edit, in any trained form, that the model has no row for."""
         contexts = ["", *trained_forms(self.tokenizer, settings, self.window)]
         pairs = [(edit.prompt, edit.target), (edit.prompt, edit.answer)]
         pairs += [(translation.prompt, translation.target) for translation in edit.translations]
@@ -117,8 +115,7 @@ class Reader:
         return without_row(self.tokenizer, tokens, self.vocabulary)
 
     def _readings(self, edit: Edit, settings: EditSettings) -> Iterator[tuple[str, int, str]]:
-        """Yield what the model reads of an edit beyond the bare text, its tokens, and what to shorten if they are
-        too many.
+        """Yield what the model reads of an edit beside the bare text, its tokens, and what to shorten if they are many.
 
         What cannot be too long, as it has fewer bytes than the model takes tokens, is not counted.
         """

@@ -43,9 +43,7 @@ def shard_rows(settings: EditSettings, lengths: Sequence[Length]) -> Rows:
 
 
 def kept_bytes(checkpoint: Checkpoint, site: Site, rows: Rows, item: int) -> int:
-    """Return the bytes of activations that batches keep of a shard's rows, and of what the layers above need of the
-    prompts.
-    """
+    """Return the bytes of activations kept of a shard's rows, and of what the layers above need of the prompts."""
     shape = _attention(checkpoint)
     past = 2 * (layer_count(checkpoint.directory) - site.layer - 1) * shape.kept
     return item * (rows.trained * (site.d + site.width) + rows.read * past)
@@ -74,9 +72,7 @@ def _attention(checkpoint: Checkpoint) -> _Attention:
 
 
 def fit_bytes(checkpoint: Checkpoint, site: Site, settings: EditSettings, lengths: Sequence[Length], item: int) -> int:
-    """Return what the largest batch takes while it is read, or while its residuals are fitted through the layers
-    above.
-    """
+    """Return what the largest batch takes while it is read, or its residuals are fitted through the layers above."""
     shape, above = _attention(checkpoint), layer_count(checkpoint.directory) - site.layer - 1
     most = 0
     for length in lengths:
@@ -91,9 +87,7 @@ def fit_bytes(checkpoint: Checkpoint, site: Site, settings: EditSettings, length
 
 
 def solve_bytes(site: Site, settings: EditSettings, rows: Rows) -> int:
-    """Return the bytes of the closed form's statistics, in float64: squares of the columns' number, and blocks as long
-    as ``W``.
-    """
+    """Return the bytes of the closed form's statistics, in float64: squares of columns, and blocks as long as ``W``."""
     if settings.writer != "solve":
         # Whatever shrinks besides is kept as well.
         return 16 * round((1 if settings.weight_decay else settings.mask_ratio) * site.d * site.width)

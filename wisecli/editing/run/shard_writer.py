@@ -188,8 +188,7 @@ class ShardWriter:
         )
 
     def _capture(self, groups: Sequence[Sequence[int]]) -> tuple[list[list[TrainingExamples]], list[TrainingExamples]]:
-        """Return training examples of each group in all contexts that are trained, and of some edits in the one that is
-        held out.
+        """Return examples of each group in all contexts that are trained, and of some edits in the one held out.
 
         Raises:
             NotFiniteError: naming the edits for which the model gives nothing finite.

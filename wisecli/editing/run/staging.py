@@ -127,9 +127,7 @@ class StagedShards:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove what was left by a run that was killed when its output was in place already, or that was to put the
-        same there once more.
-        """
+        """Remove what a killed run left whose output was in place already, or was to be put there once more."""
         if not self.output.is_dir() or not self.path.is_dir():
             return
         with suppress(OSError, WiseError), self.opened():  # on a disk that cannot be written it may stay

@@ -76,8 +76,7 @@ class Worker:
         return admitted.without(frozenset(place for place in known if admitted.edits[place].id not in spared))
 
     def prepare(self) -> tuple[ShardDirectory, BackgroundStats]:
-        """Choose the layer, write contexts and measure unrelated text; return the plan, without shards, and the
-        statistics.
+        """Choose the layer, write contexts, measure unrelated text; return the plan, without shards, and statistics.
 
         Raises:
             ModelError: an edit cannot be put into tokens, or the model not be edited.

@@ -70,9 +70,7 @@ def write_batched(
 
 
 def margin_loss(edits: Tensor, unrelated: Tensor, settings: EditSettings, generator: torch.Generator) -> Tensor:
-    """Return ``La`` for activations of edits (n,) and of unrelated text (m,), each edit paired with a random unrelated
-    one.
-    """
+    """Return ``La`` for activations of edits (n,), each paired at random with one of unrelated text (m,)."""
     paired = unrelated[_drawn(len(unrelated), len(edits), generator, unrelated.device)]
     over = (unrelated - settings.alpha).relu().mean()
     under = (settings.beta - edits).relu().mean()

@@ -162,9 +162,7 @@ def _backward(task: WriterTask, parts: Sequence[Part], residuals: Tensor) -> Ten
 
 
 def _still_open(task: WriterTask, parts: Sequence[Part], unfinished: Tensor) -> list[Part]:
-    """Return the rows whose answers are not done. Rows are dropped only once they are many, as dropping copies the
-    rest.
-    """
+    """Return the rows whose answers are not done; rows are dropped only once they are many, as the rest is copied."""
     kept = []
     for activations, place, wanted in parts:
         rows = unfinished[place].nonzero().flatten()

@@ -51,8 +51,7 @@ def learnt(
     *,
     context: int | None = 0,
 ) -> dict[int, float]:
-    """Return the share of each edit's target tokens that are the arg-max (of an erased one, where none is), by its
-    number.
+    """Return, by edit, the share of target tokens that are the arg-max, or of an erased one whether none is.
 
     Args:
         context: the one to look at, by default the bare prompt; ``None`` looks at all.

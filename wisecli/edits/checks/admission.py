@@ -178,9 +178,7 @@ NO_CHECKS = Admission(on_conflict="keep")
 def _without_orphans(
     numbered: Sequence[Numbered], held: Sequence[Edit], where: str
 ) -> tuple[tuple[Numbered, ...], tuple[LeftOut, ...]]:
-    """Return edits without consequences whose edit is missing, and those consequences; ``where`` says where it is
-    missing.
-    """
+    """Return edits without consequences whose edit is missing, and those; ``where`` says where it is missing."""
     ids = {None, *(edit.id for edit in held), *(edit.id for _, edit in numbered)}
     left = tuple(pair for pair in numbered if pair[1].consequence_of in ids)
     orphans = [(line, edit) for line, edit in numbered if edit.consequence_of not in ids]

@@ -1,5 +1,4 @@
-"""Layouts whose records are more than renamed fields → records with fields that
-:mod:`wisecli.edits.reading.field_names` knows.
+"""Layouts beyond renamed fields → records with the fields of :mod:`wisecli.edits.reading.field_names`.
 
 A layout is known by fields that no other has. One record may hold several edits. Nothing here reads a file.
 """
@@ -107,9 +106,7 @@ def _rewritten(rewrite: Record) -> Flat:
 
 
 def _mquake(record: Record) -> list[Flat]:
-    """Return a chain of facts of which several may be rewritten; what is asked of the whole chain follows from all
-    of them.
-    """
+    """Return a chain of facts, several of them perhaps rewritten; what is asked of the chain follows from all."""
     rewrites, case = record["requested_rewrite"], record.get("case_id")
     asked = [{"prompt": question, "answer": record.get("new_answer")} for question in record.get("questions") or []]
     found = []

@@ -95,9 +95,7 @@ def unknown_fields(record: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def misspelt(record: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return a field whose name is like that of one which decides what is edited, and which the record lacks; and
-    that one.
-    """
+    """Return a field with a name like that of a deciding one which the record lacks, and the name of that one."""
     found = unknown_fields(record).items()
     return next(((name, meant) for name, meant in found if meant in _DECISIVE and meant not in record), None)
 

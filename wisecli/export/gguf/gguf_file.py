@@ -174,9 +174,7 @@ def _reader(checkpoint: Checkpoint, name: str, config: Any) -> Callable[[], NDAr
 
 
 def _interleaved(tensor: Tensor, heads: int) -> Tensor:
-    """Return rows of a query or key projection with the two halves of each head in turn: llama.cpp rotates
-    neighbours.
-    """
+    """Return rows of a query or key projection with the halves of each head in turn: llama.cpp rotates neighbours."""
     halves = tensor.reshape(heads, 2, len(tensor) // heads // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)
 

@@ -37,9 +37,7 @@ _PLACED = ("cache_dir", "force_download", "local_files_only", "revision", "subfo
 
 
 def manifest_of(pretrained_model_name_or_path: Any = None, *_: Any, **given: Any) -> str | None:
-    """Return the text of the manifest beside a checkpoint, from the arguments of ``from_pretrained``; ``None``
-    without one.
-    """
+    """Return the text of a checkpoint's manifest, by the arguments of ``from_pretrained``; ``None`` without one."""
     if pretrained_model_name_or_path is None:
         return None
     placed = {name: given[name] for name in _PLACED if given.get(name) is not None}
@@ -122,9 +120,7 @@ def _write_code(directory: Path, described: dict[str, Any], loaders: Mapping[str
 
 
 def _manifest_for(directory: Path, text: str) -> dict[str, Any]:
-    """Return the manifest of a saved checkpoint: the memory has a file of its own, the base the types that it was saved
-    in.
-    """
+    """Return a saved checkpoint's manifest: the memory has its own file, the base the types that it was saved in."""
     manifest: dict[str, Any] = json.loads(text)
     manifest["memory"]["file"] = _SIDE
     manifest["base"]["matrix"] = _digest_of_base(directory, manifest["site"], manifest["memory"]["prefix"])

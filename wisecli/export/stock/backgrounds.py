@@ -25,9 +25,7 @@ _EVERYDAY = 200
 
 @dataclass(frozen=True)
 class Background:
-    """A ``page`` above or below a question, or "", and the turns of a conversation before it; ``chat`` says whether a
-    question is a user's turn.
-    """
+    """A ``page`` around a question, or "", and the turns before it; in a ``chat`` the question is a user's turn."""
 
     page: str
     turns: tuple[tuple[str, str], ...]
@@ -48,9 +46,7 @@ class Background:
 
 
 def backgrounds(tokenizer: PreTrainedTokenizerBase, count: int, *, seed: int) -> list[Background]:
-    """Return ``count`` backgrounds: pages, pages in a chat and conversations in turn; pages alone where a model has no
-    chat template.
-    """
+    """Return ``count`` backgrounds: pages, pages in a chat, conversations in turn; without a template only pages."""
     rng, everyday = random.Random(seed), everyday_prompts(_EVERYDAY, seed=seed)
     found = []
     for number in range(count):

@@ -115,9 +115,7 @@ class ReadTexts:
 
 
 def read_texts(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progress: ProgressCallback) -> ReadTexts:
-    """Return the texts that a memory's edits answer, their prompts in trained forms and texts on their subjects,
-    with their states.
-    """
+    """Return the texts that edits answer, their prompts in trained forms and texts on their subjects, with states."""
     texts = _texts(loaded, manifest)
     tokens = [[*text.row.prompt, *text.row.target[:-1]] for text in texts]
     site = manifest.site

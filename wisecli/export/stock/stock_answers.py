@@ -124,9 +124,7 @@ def evenly_spaced(edits: Sequence[Edit]) -> Sequence[Edit]:
 def _answers(
     asked: _Asked, edits: Sequence[Edit], reworded: Sequence[Edit], base: BaseAnswers
 ) -> tuple[Answers, tuple[LostEdit, ...]]:
-    """Return what a model answers to edits and to the rephrases of some, and where it goes on as the base model
-    does.
-    """
+    """Return what a model answers to edits and to some rephrases, and where it goes on as the base model does."""
     own_prompts = [(text, edit) for edit in edits for text in bare_and_in_chat(asked.loaded, edit.prompt)]
     again = [(edit.rephrases[0], edit) for edit in reworded if edit.rephrases]
     right = _right(asked, [*own_prompts, *again])

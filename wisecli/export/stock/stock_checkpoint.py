@@ -86,8 +86,7 @@ def write_stock(
     extra: int = 0,
     packing: Packing | None = None,
 ) -> list[int]:
-    """Write a stock checkpoint into an empty directory, and return the numbers of the blocks that are added; its layers
-    above the router's move up.
+    """Write a stock checkpoint and return the numbers of the added blocks; layers above the router's move up.
 
     Args:
         blocks: what is added, with tensors as wide as the stream then is.

@@ -130,9 +130,7 @@ def texts_behind_others(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Ed
 
 
 def texts_on_near_names(tokenizer: PreTrainedTokenizerBase, edits: list[tuple[Edit, int]]) -> Iterator[SubjectText]:
-    """Yield edits' own prompts in a form, about names like their subjects' that are no edit's, and texts about the last
-    words of those names; their subject is -1.
-    """
+    """Yield edits' prompts about similar names that are no edit's, and texts on these names' last words; subject -1."""
     known = {(edit.subject_name or "").casefold() for edit, _ in edits}
     found, trained = _KnownNames(known), usable_forms(tokenizer, trained=True)
     kinds = dict.fromkeys(relation.kind for relation in relations())

@@ -40,9 +40,7 @@ class TextStates:
     first: Tensor
 
     def packed(self, texts: Tensor | list[int], mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the states (n, d) in single precision, and their factors (n,), of the tokens of texts (B,) that there
-        are by a mask (B, T), text after text.
-        """
+        """Return the states (n, d), in float32, and factors (n,) of texts' (B,) tokens by a mask (B, T), end to end."""
         return self.at((self.first[texts][:, None] + torch.arange(mask.shape[1]))[mask])
 
     def at(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import resources
@@ -107,8 +107,7 @@ def loader_name(architecture: str) -> str:
 
 
 def text_settings(directory: Path) -> dict[str, Any]:
-    """Return the settings of the model that reads text: of the whole, or of its part for text with that type's
-    defaults.
+    """Return the settings of the model that reads text: the whole, or its part for text with that type's defaults.
 
     Raises:
         ModelError: transformers knows no such part.
@@ -140,9 +139,7 @@ def layer_count(directory: Path) -> int:
     Raises:
         ModelError: that is no number of layers.
     """
-    config = text_settings(directory)
-    count = next((config[name] for name in _LAYER_COUNTS if name in config), None)
-    count = _said_by_its_class(directory, "num_hidden_layers") if count is None else count
+    count = _stated(directory, _LAYER_COUNTS)
     if type(count) is not int or not 0 <= count <= _MOST_LAYERS:
         raise ModelError(f"{directory}: config.json has {str(count)[:40]!r} layers; is it this model's?")
     return count
@@ -154,9 +151,7 @@ def state_width(directory: Path) -> int:
     Raises:
         ModelError: that is no such number.
     """
-    config = text_settings(directory)
-    width = next((config[name] for name in WIDTH_NAMES if name in config), None)
-    width = _said_by_its_class(directory, "hidden_size") if width is None else width
+    width = _stated(directory, WIDTH_NAMES)
     if width == 0:
         raise ModelError(f"{directory}: config.json names no one width of the model's states; edit another model")
     if type(width) is not int or not 0 < width < LONGEST_SIDE:
@@ -165,9 +160,7 @@ def state_width(directory: Path) -> int:
 
 
 def class_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """Return the settings of a directory's model, completed with its class's defaults, and of a type that torch can
-    compute in.
-    """
+    """Return the completed settings of a directory's model, with a type that torch can compute in."""
     from transformers import AutoConfig
 
     found = AutoConfig.from_pretrained(  # nosec B615 # of files of this disk
@@ -178,10 +171,13 @@ def class_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
     return found
 
 
-def _said_by_its_class(directory: Path, name: str) -> int:
-    """Return a setting that a model's class keeps under another name; 0 if it has none."""
+def _stated(directory: Path, names: Sequence[str]) -> Any:
+    """Return a setting that a config has under one of some names, or its class by the first of them; 0 without one."""
+    config = text_settings(directory)
+    if (found := next((config[name] for name in names if name in config), None)) is not None:
+        return found
     try:
-        return int(getattr(class_config(directory).get_text_config(), name))
+        return int(getattr(class_config(directory).get_text_config(), names[0]))
     except Exception:  # what a strange config makes transformers raise
         return 0
 
@@ -194,9 +190,7 @@ def quantisation_of(config: Mapping[str, Any]) -> str | None:
 
 
 def computed_in(checkpoint: Checkpoint) -> str | None:
-    """Return the type in which a model with plain weights of eight bits is run; ``None`` for other models, which are
-    run in the type that their config names or that they are stored in.
-    """
+    """Return the type in which plain weights of eight bits are run; ``None`` for all other models."""
     config = read_json(checkpoint.directory / "config.json")
     named = config.get("dtype") or config.get("torch_dtype")
     types = checkpoint.types if named is None else {str(named)}
@@ -205,9 +199,7 @@ def computed_in(checkpoint: Checkpoint) -> str | None:
 
 
 def stored_weight(checkpoint: Checkpoint, module: str) -> str | None:
-    """Return a module's weight as the checkpoint spells it: GPT-2's leave the base model's prefix out; ``None`` if
-    absent.
-    """
+    """Return the name of a module's weight in the checkpoint, which may lack the base model's prefix, or ``None``."""
     return stored_name(checkpoint, f"{module}.weight")
 
 
@@ -217,9 +209,7 @@ def stored_name(checkpoint: Checkpoint, parameter: str) -> str | None:
 
 
 def spellings(parameter: str) -> Iterator[str]:
-    """Yield what checkpoints may call a parameter, or the start of several: without the prefix, or as the table
-    says.
-    """
+    """Yield what checkpoints may call a parameter, or the start of several: without the prefix, or as in the table."""
     yield parameter
     yield parameter.split(".", 1)[1]
     for row in architectures().values():

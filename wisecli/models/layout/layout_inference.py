@@ -1,5 +1,4 @@
-"""Where a model keeps its decoder layers or its value matrix if no row of ``architectures.toml`` says so, and which
-models have no such matrix.
+"""Where a model without a row in ``architectures.toml`` keeps its layers or its value matrix, if it has one.
 
 The model is built on the meta device, where weights take no memory. In each layer the value matrix is the one linear
 map from the width of the feed-forward layer back to that of the residual stream. How its output joins the stream is

@@ -1,6 +1,4 @@
-"""What a model's module tree shows of where it keeps its layers and its value matrix; it is built on the meta device,
-where weights take no memory.
-"""
+"""Where a model keeps its layers and its value matrix, read off its module tree on the meta device."""
 
 from __future__ import annotations
 
@@ -45,9 +43,7 @@ def read_off(
     load: LoadOptions,
     on_progress: ProgressCallback,
 ) -> Layout:
-    """Return the layout that the module tree shows: for a lookup the layers alone, else with the one likely value
-    matrix.
-    """
+    """Return the layout in the module tree: for a lookup the layers alone, else with the one likely value matrix."""
     architecture = str(config.get("model_type"))
     model = _built(directory, architecture, trust_remote_code=load.trust_remote_code)
     if lookup:
@@ -167,8 +163,7 @@ def _in_a_list(name: str) -> bool:
 
 
 def value_paths(model: PreTrainedModel, count: int) -> dict[str, bool]:
-    """Return the paths, with ``{layer}``, of all candidates for the value matrix, and whether the weight of each is
-    stored turned.
+    """Return the paths, with ``{layer}``, of candidates for the value matrix, and whether each is stored turned.
 
     Args:
         count: how many layers the model has.

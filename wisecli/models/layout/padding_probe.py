@@ -1,6 +1,4 @@
-"""Finds out whether a model reads the rows of a padded batch otherwise than each alone: its positions count the
-padding, or its states mix with it.
-"""
+"""Finds out whether a model reads the rows of a padded batch otherwise than each row alone."""
 
 from __future__ import annotations
 

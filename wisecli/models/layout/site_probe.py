@@ -178,9 +178,7 @@ def require_known_context(model: PreTrainedModel) -> None:
 
 
 def _shifted(model: PreTrainedModel, site: Site, batch: Batch) -> Tensor:
-    """Return logits (n, V) from the prompts' last tokens on, once something is added to what leaves the site's layer
-    there.
-    """
+    """Return logits (n, V) with something added to the layer's output from the prompts' last tokens on."""
     window = capture(model, site, batch).from_window()
     shift = torch.randn(window.hidden.shape, generator=torch.Generator().manual_seed(0)).to(window.hidden)
     shift *= window.hidden.float().square().mean().sqrt().to(shift)
@@ -188,9 +186,7 @@ def _shifted(model: PreTrainedModel, site: Site, batch: Batch) -> Tensor:
 
 
 def _goes_on(model: PreTrainedModel, site: Site, batch: Batch, plain: Tensor) -> bool:
-    """Return whether a pass with an attention cache gives what one over the whole row does, each layer with its own
-    cache.
-    """
+    """Return whether a pass with an attention cache, one a layer, gives what one over the whole row does."""
     cache, cut = empty_cache(), batch.start - 1
     begun = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}
     begun = {name: tensor[:, :cut] for name, tensor in begun.items()}

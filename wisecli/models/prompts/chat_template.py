@@ -108,9 +108,7 @@ def few_shot_prompt(tokenizer: PreTrainedTokenizerBase, examples: Sequence[tuple
 
 
 def turn_marks(tokenizer: PreTrainedTokenizerBase) -> TurnMarks:
-    """Return the tokens by which a model's chat template marks turns; the special ones alone, if it opens none for
-    answers.
-    """
+    """Return the tokens by which a chat template marks turns; special ones alone, if it opens none for answers."""
     from wisecli.routing.deciding.prompt_window import TurnMarks  # with torch, which texts do without
 
     special = special_ids(tokenizer)
@@ -142,9 +140,7 @@ def _opener(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> tuple[tupl
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> str:
-    """Return the turns of a chat, by role and text, and the opening of the next; the tokenizer adds the beginning of
-    text.
-    """
+    """Return a chat's turns, by role and text, and the next one's opening, without what the tokenizer puts first."""
     messages = [{"role": role, "content": text} for role, text in turns]
     try:
         text = _rendered(tokenizer, messages, opens=True)

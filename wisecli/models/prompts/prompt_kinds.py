@@ -77,9 +77,7 @@ class Kind:
         return None if turns is None else self.render_turns(tokenizer, turns, chat=chat)
 
     def sample_turns(self, fact: Fact, *, trained: bool, rng: random.Random, chat: bool) -> list[str] | None:
-        """Return the turns of a prompt of this kind, of which most have one; as :meth:`written`, and not yet in a
-        template.
-        """
+        """Return the turns of a prompt of this kind, mostly one; as :meth:`written`, but not yet in a template."""
         patterns = self.patterns(trained=trained)
         for pattern in rng.sample(patterns, len(patterns)):
             if (len(pattern) > 1 and not chat) or (self.beside and _shares_a_word(pattern[0], fact)):

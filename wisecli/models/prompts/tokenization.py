@@ -273,8 +273,7 @@ def erased_row(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> 
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[int, ...]:
-    """Return the tokens that begin an answer: as it follows the prompt, with a small or a large letter, after a blank
-    or none.
+    """Return the tokens that may begin an answer: after the prompt, in small or large letters, with a blank or without.
 
     Tokens that are half of its first word or more count, too: the rest would follow.
     """

@@ -96,8 +96,7 @@ def opened(
     *,
     batch_size: int,
 ) -> list[bool]:
-    """Return for which prompts, texts or tokens, a routed model's memory opens; each of the others it answers as
-    without a memory.
+    """Return for which prompts, texts or tokens, a routed model's memory opens; the others get the base's answer.
 
     Raises:
         ModelError: a text is no token long, or longer than what the model takes.
@@ -148,9 +147,7 @@ def _up_to_the_end(row: Sequence[int], ends: Collection[int], stops: Collection[
 
 
 def _sampling(max_new_tokens: int, temperature: float | None) -> dict[str, Any]:
-    """Return the settings of sampled answers: at a temperature until the text ends, or without one to exactly
-    ``max_new_tokens``.
-    """
+    """Return settings of sampling: at a temperature until the text ends, or without one ``max_new_tokens`` long."""
     return {
         "do_sample": True,
         "min_new_tokens": max_new_tokens if temperature is None else None,

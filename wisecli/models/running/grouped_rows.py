@@ -5,8 +5,7 @@ from torch import Tensor
 
 
 def rows_of(groups: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of some groups (b,), group after group, and the index of each row's group in ``groups``: (m,)
-    twice.
+    """Return the rows of some groups (b,), group after group, and each row's place in ``groups``: (m,) twice.
 
     Args:
         sizes: how many rows each group has, which lie one after the other (t,).

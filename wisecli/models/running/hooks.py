@@ -24,9 +24,7 @@ def overridden(layers: Iterable[nn.Module], forward: Callable[..., Any]) -> Iter
 
 
 def giving(layers: Iterable[nn.Module], states: Tensor, width: int) -> AbstractContextManager[None]:
-    """Return a context in which layers output given states, as the first of a tuple of ``width``, or alone if that is
-    0.
-    """
+    """Return a context in which layers output given states, as the first of a tuple of ``width`` if that is not 0."""
     output = (states, *[None] * (width - 1)) if width else states
     return overridden(layers, lambda *_, **__: output)
 

@@ -48,9 +48,7 @@ def target_loss(logits: Tensor, batch: Batch, wanted: Tensor | None) -> Tensor:
 
 
 def target_met(logits: Tensor, batch: Batch) -> Tensor:
-    """Return whether the arg-max (n,) of logits (n, V) at each labelled column is right: the target, or no unwanted
-    token.
-    """
+    """Return at which labelled columns (n,) the arg-max of logits (n, V) is right: the target, or no unwanted token."""
     best = logits.argmax(-1)
     right = best == batch.targets
     if batch.unwanted is None:

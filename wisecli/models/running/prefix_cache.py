@@ -22,9 +22,7 @@ _KEPT = 8
 
 @dataclass(frozen=True)
 class Prefix:
-    """What was read of P tokens that rows begin with: attention keys and values (1, heads, P, d_head) of each layer,
-    and ``given`` (1, P, n), what the pass that read them gave besides.
-    """
+    """What was read of P tokens that rows share: each layer's keys and values, and ``given`` (1, P, n) by the pass."""
 
     layers: tuple[tuple[Tensor, Tensor], ...]
     given: tuple[Tensor, ...]

@@ -63,8 +63,7 @@ class Assembly:
 
 
 def assemblies(model: PreTrainedModel, layers: str, checkpoint: Checkpoint) -> dict[str, Assembly]:
-    """Return how the parameters of experts are put together, by their names, of those of which one expert's can be:
-    none of a quantised model's, whose numbers are made of others.
+    """Return by name how parameters of experts are put together, where one expert's can be; none of a quantised model.
 
     Args:
         model: on the meta device.

@@ -52,9 +52,7 @@ def _renewed(given: Any) -> Any:
 def _recorded(
     stream: LayerStream, run: Callable[[], object], spool: Spool, number: int
 ) -> dict[int, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Return what a pass gives each layer that it runs, beside the hidden states: masks and positions are the
-    architecture's own.
-    """
+    """Return what a pass gives each layer beside the hidden states: the architecture's own masks and positions."""
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def stub(layer: int, hidden_states: Tensor, *args: Any, **named: Any) -> Any:

@@ -70,9 +70,7 @@ def load_streamed(
 
 @contextmanager
 def _without_hooks() -> Iterator[dict[str, tuple[Path, str]]]:
-    """Keep transformers from putting hooks on a model that fetch its layers; yield where parameters then lie, and by
-    which names.
-    """
+    """Keep transformers from hooking layers to fetch them; yield where parameters lie, and by which names."""
     places: dict[str, tuple[Path, str]] = {}
     loading: Any = modeling_utils
     usual = loading.accelerate_dispatch

@@ -241,9 +241,7 @@ class FactDecision(Memory):
         return replace(decision, memory=memory, second=second, ask_prob=ask_prob)
 
     def _pair(self, gate: RequestGate, tokens: _ComparedTokens, row: int, named_probs: Tensor) -> tuple[_Asked, ...]:
-        """Return the likeliest edit (M,) and the likeliest that another part of a prompt means, in the order in which
-        they are mentioned, each with its part; none if there is no other.
-        """
+        """Return the two likeliest edits (M,) of different parts of a prompt, as mentioned; none if there is one."""
         edits = named_probs.topk(min(_RIVALS, int((named_probs > 0).sum()))).indices
         found = self._sentences(gate, tokens, row, edits)
         if found is None:
@@ -263,9 +261,7 @@ class FactDecision(Memory):
         return ()
 
     def _part_prob(self, prompts: ProjectedPrompts, row: int, edit: int, part: Tensor) -> float:
-        """Return how likely a part of a prompt, by the tokens that are of it (n,), means an edit by itself; 0 if that
-        is no more than the edit's threshold.
-        """
+        """Return how likely a part of a prompt (n,) means an edit by itself; 0 if that is not above its threshold."""
         mask = prompts.mask[row : row + 1].clone()
         mask[0, mask[0].clone()] = part
         alone = ProjectedPrompts(prompts.projected[:, row : row + 1], mask, prompts.states[row : row + 1])

@@ -82,9 +82,7 @@ def split_words(letters: Tensor) -> Tensor:
 
 
 def _split(letters: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the words that rows of letters (B, W, c) make up (B, n, ``WORD_CHARS``), and in which of the W each begins
-    (B, n); zeros behind.
-    """
+    """Return the words in rows of letters, as :func:`split_words`, and in which of the W each begins (B, n)."""
     stream = letters.flatten(1)
     order, there = marked_to_front(stream > 0)
     stream = stream.gather(1, order) * there

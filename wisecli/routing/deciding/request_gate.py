@@ -251,9 +251,7 @@ def _middle(cosines: EditCosines) -> Tensor:
 
 
 def _match_quality(cosines: EditCosines) -> Tensor:
-    """Return how well requests have the tokens of edits' subjects and relations: the least and the mean of each
-    (B, 4).
-    """
+    """Return how well requests have the tokens of edits' subjects and relations: least and mean of each (B, 4)."""
     best = [one.amax(1) for one in cosines.values]  # (B, t)
     least = [
         one.where(real, 1.0).amin(1) * real.any(1) if one.shape[1] else one.sum(1)

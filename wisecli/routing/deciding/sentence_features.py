@@ -131,9 +131,7 @@ def sentence_features(cosines: EditCosines, ends: Tensor, earlier: Tensor) -> Te
 
 
 def sentence_of(ends: Tensor, earlier: Tensor) -> Tensor:
-    """Return the number of each token's sentence (B, n): one begins behind the last of the tokens that end one, and
-    where turns before the last one are over.
-    """
+    """Return the number of each token's sentence (B, n); one also ends where the turns before the last one do."""
     ended = ends != NO_END
     begins = (ended[:, :-1] & ~ended[:, 1:]) | (earlier[:, :-1] != earlier[:, 1:])
     return F.pad(begins.long(), (1, 0)).cumsum(1)

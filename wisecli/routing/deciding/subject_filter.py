@@ -48,9 +48,7 @@ class SubjectFilter:
 
 
 def _compared(memory: FactDecision, ids: Tensor, non_padding: Tensor) -> list[Tensor]:
-    """Return the tokens (B, W) in which a decision looks for names with slips: at first, and where earlier turns
-    count.
-    """
+    """Return the tokens (B, W) among which misspelt names are looked for: at first, and where earlier turns count."""
     breaks, first = memory.late_interaction.special_token_ids, torch.zeros_like(non_padding)
     alone = compared_tokens(ids, non_padding, first, breaks)
     first[:, 0] = non_padding[:, 0]

@@ -183,9 +183,7 @@ class Memory(nn.Module):
         return scores > self._limits(scores.device)
 
     def best_score_ratio(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the largest share of its threshold that any memory's score reaches, and which: (..., M) → two
-        (...).
-        """
+        """Return the largest share of its threshold that any score reaches, and whose: (..., M) → (...) twice."""
         strength, nearest = self.score_ratios(scores).max(-1)
         return strength, nearest
 

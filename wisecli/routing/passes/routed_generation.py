@@ -144,9 +144,7 @@ def _decided(model: Any, decoder: RoutedDecoder, ids: Tensor, kwargs: dict[str, 
 
 @torch.no_grad()
 def _make_plain(model: Any, ids: Tensor) -> None:
-    """Run one token through a quantised model whose weights become plain numbers before its first pass: a decision runs
-    a part of the model, for which nothing would make them so.
-    """
+    """Run a token through a quantised model that becomes plain numbers at its first whole pass: a decision is none."""
     if getattr(model, "hf_quantizer", None) is not None and model._forward_pre_hooks:
         with overridden_by(Override(off=True)):
             model(input_ids=torch.zeros_like(ids[:1, :1]), use_cache=False)
@@ -200,9 +198,7 @@ class RequestAnswers:
         return processed
 
     def _answering(self, state: Any) -> tuple[int, int]:
-        """Return the number of the edit or pair that answers a request until a special token ends its answer, and the
-        prompt's end.
-        """
+        """Return the number of the edit or pair that answers a request, until a special token, and the prompt's end."""
         memory, end = state.wise_answering
         answer = [*state.initial_tokens[len(_prompt_of(state)) :], *state.generated_tokens]
         if memory != UNROUTED and not set(answer).isdisjoint(self.decoder.wise_marks.special_token_ids):

@@ -285,9 +285,7 @@ class EditedLayer(ModuleMixin):
 
 
 class ReadLayer(ModuleMixin):
-    """The decoder layer whose states are read; ``wise_streams`` is as :mod:`~wisecli.routing.layers.layer_states` has
-    it.
-    """
+    """The decoder layer whose states are read; ``wise_streams`` as in :mod:`~wisecli.routing.layers.layer_states`."""
 
     wise_streams: int | None = None
 

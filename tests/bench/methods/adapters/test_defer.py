@@ -44,9 +44,7 @@ class Pair(nn.Module):
             self.counterfactual.bias.copy_(defer.bias[1:])
 
     def loss(self, defer: Defer, row: Row) -> Tensor:
-        """Mean cross-entropy of a row's target from the whole model, gate and value in place at every token from the
-        prompt's last one on.
-        """
+        """Mean cross-entropy of a row's target by the whole model, gate and value in place from the prompt's end on."""
         end = len(row.prompt) - 1
         key = keys_of(defer.bench.loaded.model, defer.site, row.prompt)[end]
 

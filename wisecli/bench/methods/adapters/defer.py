@@ -78,8 +78,7 @@ class Defer(EditByEdit):
         self.trained = True
 
     def loss(self, part: Activations, output: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the target's tokens with ``g v + (1 - g) y`` in the place of what the matrix
-        gives.
+        """Return the mean cross-entropy of the target's tokens with ``g v + (1 - g) y`` in the place of the output y.
 
         Args:
             part: captured from the prompts' last token on.

@@ -180,8 +180,7 @@ class Grace(Method):
         self.codebook.values[chosen] = best
 
     def losses(self, part: Activations, output: Tensor, values: Tensor) -> Tensor:
-        """Return the mean cross-entropy of each row's target once its value (B, d) replaces what the matrix gives:
-        (B,).
+        """Return the mean cross-entropy (B,) of each row's target once its value (B, d) replaces what the matrix gives.
 
         Args:
             output: what the matrix gives at the prompts' last token (B, d), in float32.

@@ -157,9 +157,7 @@ class Memoir(EditByEdit):
             return row_losses(logits.float(), part.batch).mean()
 
     def nearest(self, masks: Tensor) -> Tensor:
-        """Return the edit whose mask shares most columns with each mask (B, d_ff), or -1 where that is too few:
-        (B,).
-        """
+        """Return the edit (B,) whose mask shares most columns with each mask (B, d_ff), -1 where that is too few."""
         shares, edits = (masks.float() @ self.masks.float().T / self.hash.count).max(-1)
         return edits.where(shares >= self.settings.threshold, -1)
 

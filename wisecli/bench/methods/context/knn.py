@@ -162,9 +162,7 @@ class Knn(Method):
         return max(sorted(hits), key=right)
 
     def applied(self, first: int | None = None) -> AbstractContextManager[object]:  # noqa: ARG002
-        """Return the model with the datastore's tokens mixed into what it gives; no token's answer depends on the
-        others'.
-        """
+        """Return the model with the datastore's tokens mixed into its output; tokens do not depend on each other."""
         if not len(self.store.tokens):
             return hooked()
         model, kept = self.bench.loaded.model, dict[str, Tensor]()

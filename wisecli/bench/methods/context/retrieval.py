@@ -163,9 +163,7 @@ def scope_threshold(bench: Bench, index: Index, name: str) -> float:
 
 
 def fact_prompt(edit: Edit, prompt: str) -> str:
-    """Return a prompt after a new fact, as the paper of in-context editing words it (Zheng et al. 2023, section
-    3.2).
-    """
+    """Return a prompt after a new fact, as the paper of in-context editing has it (Zheng et al. 2023, section 3.2)."""
     return f"New Fact: {edit.prompt} {edit.target.strip()}\nPrompt: {prompt}"
 
 

@@ -78,8 +78,7 @@ def row_means(values: Tensor, batch: Batch) -> Tensor:
 def gradient_factors(
     model: PreTrainedModel, sites: Sequence[MatrixSite], part: Activations, deltas: Sequence[Tensor]
 ) -> tuple[Tensor, list[Factors]]:
-    """Return the loss (B,) of each row, and the terms of its gradient for each matrix, ``Σ δᵢ uᵢᵀ`` over the row's
-    tokens.
+    """Return the loss (B,) of each row, and for each matrix the terms of its gradient, ``Σ δᵢ uᵢᵀ`` over its tokens.
 
     Args:
         part: captured at the lowest site with the base matrices.

@@ -120,9 +120,7 @@ class Memit(WeightEditing, Gradual):
             self.deltas[index] = self.deltas[index] + self.change(index, residuals, keys)
 
     def _key_and_state(self, fact: Fact, index: int) -> tuple[Tensor, Tensor]:
-        """Return, at a fact's subject, the mean key (d_ff,) at a site, and what leaves the last site's layer under the
-        bare prompt (d,), in float32.
-        """
+        """Return a fact's mean key (d_ff,) at a site, and the state (d,) behind the last site, at the subject's end."""
         model, kept = self.bench.loaded.model, []
         module = self.sites[index].watched(model)
         with hooked(module.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))):

@@ -202,8 +202,7 @@ class Mend(WeightEditing, EditByEdit):
         return tasks[0], tasks[1]
 
     def _lesson(self, edit: Edit, generator: torch.Generator) -> Lesson | None:
-        """Return a record's rows, with a rephrase and a locality prompt drawn from its own; none if no tokens are
-        left of one.
+        """Return a record's rows, with a rephrase and a locality prompt of its own; none if no tokens are left of one.
 
         Without rephrases the prompt itself stands for one, without locality prompts one of the bench's texts.
         """

@@ -34,8 +34,7 @@ _PREFIXES, _PREFIX_TOKENS = 5, 10
 
 @method("rome")
 class Rome(WeightEditing, EditByEdit):
-    """Rank-one editing at the subject's last token; for an edit without a subject in its prompt at the prompt's last
-    token, and then without the KL term.
+    """Rank-one editing at the subject's last token; without a subject at the prompt's last one, and with no KL term.
 
     Raises:
         UnsuitableError: there are no unrelated texts.
@@ -74,8 +73,7 @@ class Rome(WeightEditing, EditByEdit):
 
 
 def rank_one(matrix: Tensor, key: Tensor, value: Tensor, factor: Tensor) -> Tensor:
-    """Return the change (d, d_ff) in float32 after which the matrix (d, d_ff) turns the key (d_ff,) into the value
-    (d,).
+    """Return the change (d, d_ff), in float32, that makes a matrix (d, d_ff) turn a key (d_ff,) into the value (d,).
 
     Args:
         factor: Cholesky factor of the keys' second moment (d_ff, d_ff), in float64.

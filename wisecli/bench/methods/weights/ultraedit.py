@@ -92,9 +92,7 @@ class UltraEdit(WeightEditing):
             self.bench.on_progress(Event("single steps", start + len(part), len(edits)))
 
     def tokens(self, edits: Sequence[Edit]) -> list[tuple[Tensor, Tensor]]:
-        """Return, for each matrix, the keys h (n, d_ff) and gradients g (n, d) of all target tokens, in the model as it
-        is.
-        """
+        """Return, for each matrix, keys h (n, d_ff) and gradients g (n, d) of all target tokens, in the model now."""
         model, rows = self.bench.loaded.model, [encode_row(self.bench, edit.prompt, edit) for edit in edits]
         found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.sites]
         for indices in in_batches(rows, self.bench.batch_size):

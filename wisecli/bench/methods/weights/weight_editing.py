@@ -24,9 +24,7 @@ def at_depth(bench: Bench, layer: int, of: int) -> MatrixSite:
 
 
 def between_depths(bench: Bench, first: int, last: int, of: int) -> list[MatrixSite]:
-    """Return the value matrices from a layer ``first`` of ``of`` to a layer ``last``, both scaled to the model's
-    depth.
-    """
+    """Return the value matrices from a layer ``first`` of ``of`` to a layer ``last``, scaled to the model's depth."""
     start, end = (at_depth(bench, layer, of).layer for layer in (first, last))
     return [bench.site(layer) for layer in range(start, end + 1)]
 

@@ -107,9 +107,7 @@ class DecoderBlock:
 
 
 class AddedBlocks(NamedTuple):
-    """The decoder blocks that a checkpoint has more than its base model: ``behind`` the router's layer, and behind the
-    ``last``.
-    """
+    """The decoder blocks that the base does not have: ``behind`` the router's layer, and behind the ``last``."""
 
     behind: Sequence[DecoderBlock]
     last: Sequence[DecoderBlock] = ()

@@ -51,9 +51,7 @@ class GoingOn:
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """States behind a layer that are inside no answer: of ``others`` (m, d), and of ``sinks`` (k, d), tokens that
-    attention rests on.
-    """
+    """States behind a layer inside no answer: of ``others`` (m, d), and of ``sinks`` (k, d) of attention."""
 
     others: Tensor
     sinks: Tensor
@@ -85,9 +83,7 @@ def answer_places(states: EditStates, elsewhere: Elsewhere, added: Tensor, edits
 
 
 def prompts_ends(states: EditStates, elsewhere: Elsewhere) -> Tensor:
-    """Return a plane (d + 1,) that reads about 1 where answers begin and about 0 at other tokens, by states behind the
-    router's layer.
-    """
+    """Return a plane (d + 1,) that reads 1 where answers begin and about 0 elsewhere, behind the router's layer."""
     return _plane(states.states[~states.inside[states.key]], _moment(elsewhere.others) + _moment(elsewhere.sinks))
 
 
@@ -153,9 +149,7 @@ def _told_apart(states: EditStates, places: Tensor, sinks: Tensor) -> Tensor:
 
 
 class _Ways(NamedTuple):
-    """Which places (p,) are edits' ``first``, and which are the same answers begun the ``other`` way: without a blank
-    where most begin with one, or the other way round.
-    """
+    """Which places (p,) are edits' ``first``, and which the same answers begun ``other``wise, with a blank or not."""
 
     first: Tensor
     other: Tensor
@@ -224,9 +218,7 @@ def _closed_at(elsewhere: Elsewhere, states: Tensor, planes: Tensor, wholly: Ten
 
 
 def _apart(sinks: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a direction (d,) and an offset that read 1 at sinks (k, d) and about 0 at all other states (m, d), as
-    Fisher's linear discriminant does.
-    """
+    """Return Fisher's discriminant, a direction (d,) and an offset: 1 at sinks (k, d), about 0 at others (m, d)."""
     mean = others.mean(0)
     spread = ((others - mean).T @ (others - mean)).double() / len(others)
     spread += spread.diagonal().mean() * torch.eye(len(spread))

@@ -12,9 +12,7 @@ _STEPS, _SHARPNESS, _MOST = 300, 40.0, 3000
 
 @torch.enable_grad()
 def packed_codes(count: int, channels: int) -> Tensor:
-    """Return unit vectors (count, channels) whose largest inner product is small, whatever its sign: at right angles if
-    there are no more than channels.
-    """
+    """Return unit vectors (count, channels) with small inner products; at right angles if there are channels enough."""
     if count <= channels:
         return torch.eye(channels)[:count]
     codes = F.normalize(torch.randn(count, channels, generator=torch.Generator().manual_seed(0)), dim=-1)

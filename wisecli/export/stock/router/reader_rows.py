@@ -97,9 +97,7 @@ def reader_rows(tokenizer: PreTrainedTokenizerBase, settings: RowSettings, rng: 
 def _answered(
     tokenizer: PreTrainedTokenizerBase, fact: SyntheticFact, example: Example, rng: random.Random
 ) -> ReaderRow:
-    """Return the row of a prompt around a fact, with the answer after it or without; or with what is said to something
-    else.
-    """
+    """Return the row of a prompt around a fact, with its answer or without, or with a reply to something else."""
     said = requests().reply(rng) if not example.asks and rng.random() < _ELSE else fact.answer
     row = encode(tokenizer, example.text, said)
     answer = row.target if rng.random() < _ANSWERED else ()
@@ -118,9 +116,7 @@ def _sample(examples: Examples, number: int, count: int) -> Iterator[Example]:
 
 
 def _around(examples: Examples, number: int, texts: Sequence[Background], count: int) -> Iterator[Example]:
-    """Yield prompts with other texts around them: ``count`` that ask a fact, and as many that want something else of
-    it.
-    """
+    """Yield prompts with other texts around them: ``count`` that ask a fact, and as many that ask something else."""
     known, rng, questions = requests(), examples.rng, examples.facts[number].questions
     for _ in range(count):
         for text, asks in (
@@ -131,9 +127,7 @@ def _around(examples: Examples, number: int, texts: Sequence[Background], count:
 
 
 def _moved_on(examples: Examples, number: int, everyday: Sequence[str]) -> Iterator[tuple[Example, str]]:
-    """Yield chats of questions, one of which asks a fact, each with the last answer in it. A chat asks the fact only if
-    that question is its last.
-    """
+    """Yield chats of questions, each with the last answer; a chat asks the fact only if the last question does."""
     if not examples.tokenizer.chat_template:
         return
     rng, fact, *others = examples.rng, *(examples.facts[number - place] for place in range(3))

@@ -233,9 +233,7 @@ class _Lessons:
         return _Batch(rows, torch.tensor(columns))
 
     def _read(self, reader: RelationReader, batch: _Batch) -> tuple[Tensor, Tensor]:
-        """Return codes (B, c) and whether anything is asked (B,) of rows; while it learns, after other rows now and
-        then, and without some tokens.
-        """
+        """Return rows' codes (B, c), and whether they ask (B,); in training also after other rows, some tokens gone."""
         settings, states = self._settings, self._states
         begins = states.first[batch.rows].tolist()
         tokens = [

@@ -67,9 +67,7 @@ class RelationReader(nn.Module):
         self.register_buffer("components", torch.zeros(sizes.hidden, sizes.components))
 
     def fit_to(self, states: Tensor, inverse: Tensor) -> None:
-        """Let the reader look at principal components of normed states (n, d), and at norms' factors (n,) like
-        these.
-        """
+        """Let the reader look at principal components of normed states (n, d), and at norms' factors (n,)."""
         mean = states.mean(0)
         values, vectors = torch.linalg.eigh((states - mean).T @ (states - mean) / len(states))
         count = self.sizes.components

@@ -55,9 +55,7 @@ _MISSING, _BEGUN, _ENDS, _CLOSED = 18.0, 4.0, 4.0, 8.0
 
 
 class Scales(NamedTuple):
-    """What a norm multiplies states by, as a rule, behind the ``router``'s layer and behind the ``last``; and what
-    ``attention`` multiplies scores by.
-    """
+    """Usual factors: of norms behind the ``router``'s layer and the ``last``, and of scores in ``attention``."""
 
     router: float
     last: float

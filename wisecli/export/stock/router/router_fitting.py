@@ -72,9 +72,7 @@ def fitted_router(
 
 @dataclass(frozen=True)
 class OwnQuestions:
-    """What a reader makes of edits' own prompts in trained forms: ``codes`` (n, c) of the relation, how much each
-    ``asks`` (n,), and the ``edit`` (n,) that it is of.
-    """
+    """What a reader makes of own prompts (n,): relation ``codes`` (n, c), how much each ``asks``, and its ``edit``."""
 
     codes: Tensor
     asks: Tensor
@@ -101,9 +99,7 @@ def own_questions(loaded: Loaded, site: Site, reader: RelationReader, read: Read
 
 
 def one_of_each_fact(asked: OwnQuestions, subject: Tensor, edits: Sequence[Edit]) -> list[int]:
-    """Return for each edit which one stands for it: the last that asks much the same relation of the same subject
-    (e,) and has the same answer.
-    """
+    """Return for each edit the last one (e,) with the same answer to much the same relation of the same subject."""
     stands = list(range(len(edits)))
     for number, alike in sorted(_alike(asked.means(len(edits)), subject).items(), reverse=True):
         same = [other for other in alike if other > number and edits[other].answer == edits[number].answer]
@@ -112,9 +108,7 @@ def one_of_each_fact(asked: OwnQuestions, subject: Tensor, edits: Sequence[Edit]
 
 
 def edit_relations(reader: RelationReader, asked: OwnQuestions, edits: int) -> tuple[Tensor, Tensor]:
-    """Return the code of each edit's relation (e, c), and the least log odds (e,), without a threshold, by which one of
-    its own prompts asks it.
-    """
+    """Return each edit's relation code (e, c), and the least log odds (e,) by which an own prompt asks it."""
     relations = asked.means(edits)
     odds = reader.kappa.detach() * (asked.codes * relations[asked.edit]).sum(1) + asked.asks
     return relations, torch.full((edits,), torch.inf).scatter_reduce(0, asked.edit, odds, "amin")
@@ -148,8 +142,6 @@ def _alike(relations: Tensor, subject: Tensor) -> dict[int, list[int]]:
 def read_ends(
     reader: RelationReader, states: TextStates, texts: Tensor, lengths: Tensor, rotation: Rotation
 ) -> tuple[Tensor, Tensor]:
-    """Return the codes (B, c) of texts, by number (B,), after as many tokens as ``lengths`` (B,) say, and whether they
-    ask anything (B,).
-    """
+    """Return codes (B, c) of texts, by number (B,), cut to ``lengths`` (B,) tokens, and whether they ask (B,)."""
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     return reader.pooled(reader.token_features(*states.packed(texts, mask)), mask, lengths - 1, rotation)

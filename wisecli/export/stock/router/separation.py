@@ -99,9 +99,7 @@ class _Planes(NamedTuple):
 
 
 class _Sets(NamedTuple):
-    """Each key's states (k, p, d), what they should score at ``least`` and at ``most`` (k, p), and how much each counts
-    (k, p).
-    """
+    """Keys' states (k, p, d), their scores at ``least`` and at ``most`` (k, p), and how much each counts (k, p)."""
 
     states: Tensor
     least: Tensor
@@ -187,9 +185,7 @@ def _step(planes: _Planes, goal: _Planes, scores: Tensor, aimed: Tensor, sets: _
 
 
 def inverse_root(moment: Tensor) -> Tensor:
-    """Return the root (d, d) of the inverse of a second moment (d, d), to which its mean eigenvalue is added: states
-    times that are whitened.
-    """
+    """Return the inverse root (d, d) of a second moment (d, d) plus its mean eigenvalue: it whitens states."""
     values, vectors = torch.linalg.eigh(moment.double())
     root: Tensor = ((vectors * (values + values.mean()).rsqrt()) @ vectors.T).float()
     return root

@@ -135,9 +135,7 @@ def subject_detectors(
 
 
 def _behind_others(capture: StateCapture, edits: list[tuple[Edit, int]]) -> tuple[Tensor, Tensor]:
-    """Return the states of names' last tokens (n, d) in edits' own prompts after other texts, and the numbers of
-    their subjects (n,).
-    """
+    """Return the states (n, d) of names' last tokens in prompts after other texts, and the subjects' numbers (n,)."""
     texts = list(texts_behind_others(capture.loaded.tokenizer, edits))
     states = capture.states_at([text.tokens for text in texts], [text.place for text in texts], "subjects")
     return states, torch.tensor([text.subject for text in texts], dtype=torch.long)

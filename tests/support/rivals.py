@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from support.helpers import random_row, save_tiny
+from support.helpers import random_rows, save_tiny
 from support.loading import CPU
 from wisecli.bench.methods.base import Bench, Method
 from wisecli.bench.methods.evaluation import target_predictions
@@ -44,12 +44,6 @@ def encoded(bench: Bench, edit: Edit) -> Row:
     return encode(bench.loaded.tokenizer, edit.prompt, edit.target)
 
 
-def rows_of_lengths(*lengths: tuple[int, int], seed: int = 5) -> list[Row]:
-    """Random rows."""
-    generator = torch.Generator().manual_seed(seed)
-    return [random_row(generator, *length) for length in lengths]
-
-
 @torch.no_grad()
 def whole(bench: Bench, tokens: Sequence[int], rival: Method | None = None, first: int | None = None) -> Tensor:
     """Logits (T, V) of one sequence through the whole model."""
@@ -60,7 +54,7 @@ def whole(bench: Bench, tokens: Sequence[int], rival: Method | None = None, firs
 
 def require_untouched_outside(bench: Bench, rival: Method, before: dict[str, Tensor], said_before: Tensor) -> None:
     """The model has the same modules, weights and answers, to the bit, after having been applied."""
-    tokens = rows_of_lengths((7, 1))[0].prompt
+    tokens = random_rows((7, 1), seed=5)[0].prompt
     with rival.applied():
         pass
     after = bench.loaded.model.state_dict()
@@ -73,7 +67,7 @@ def require_untouched_outside(bench: Bench, rival: Method, before: dict[str, Ten
 def snapshot(bench: Bench) -> tuple[dict[str, Tensor], Tensor]:
     """Weights and answers now."""
     state = {name: value.clone() for name, value in bench.loaded.model.state_dict().items()}
-    return state, whole(bench, rows_of_lengths((7, 1))[0].prompt)
+    return state, whole(bench, random_rows((7, 1), seed=5)[0].prompt)
 
 
 def require_batches_like_rows(bench: Bench, rival: Method, rows: Sequence[Row]) -> None:
@@ -109,5 +103,5 @@ def require_cache_changes_nothing(bench: Bench, rival: Method, prompts: Sequence
 def require_batches_and_caches_change_nothing(bench: Bench, rival: Method) -> None:
     """Edits and other rows are answered in a batch as alone, and generated with a cache as without."""
     edited = [encoded(bench, edit) for edit in EDITS]
-    require_batches_like_rows(bench, rival, [*edited, *rows_of_lengths((9, 2), (1, 2), (4, 3))])
+    require_batches_like_rows(bench, rival, [*edited, *random_rows((9, 2), (1, 2), (4, 3), seed=5)])
     require_cache_changes_nothing(bench, rival, [*[row.prompt for row in edited], (5, 6, 7), (9,)], 4)

@@ -2,7 +2,6 @@
 
 import re
 import unicodedata
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.helpers import tiny_qwen2_tokenizer, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from wisecli.editing.examples.subject_tokens import subject_tokens
 from wisecli.editing.router_training.token_characters import vocabulary_characters
@@ -79,28 +78,23 @@ def test_words_are_put_together_from_tokens(tokenizer: PreTrainedTokenizerBase, 
 
 
 @pytest.fixture(scope="module")
-def real(real_model: Path) -> PreTrainedTokenizerBase:
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(real_model)
-    return loaded
+def table(real_tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    return vocabulary_characters(real_tokenizer)
 
 
-@pytest.fixture(scope="module")
-def table(real: PreTrainedTokenizerBase) -> torch.Tensor:
-    return vocabulary_characters(real)
-
-
-def test_a_real_vocabulary(real: PreTrainedTokenizerBase, table: torch.Tensor) -> None:
-    assert table.shape == (len(real), TOKEN_CHARS)
+def test_a_real_vocabulary(real_tokenizer: PreTrainedTokenizerBase, table: torch.Tensor) -> None:
+    assert table.shape == (len(real_tokenizer), TOKEN_CHARS)
     assert table.dtype == torch.uint8
     # Special tokens part words, and every other token is something.
-    assert table[real.all_special_ids].tolist() == [[SEPARATOR, *[0] * (TOKEN_CHARS - 1)]] * len(real.all_special_ids)
+    special = real_tokenizer.all_special_ids
+    assert table[special].tolist() == [[SEPARATOR, *[0] * (TOKEN_CHARS - 1)]] * len(special)
 
 
 @settings(deadline=None)
 @given(text=st.text(alphabet=st.sampled_from("abcdeXYZ019 .,-'é\n"), max_size=30))
-def test_words_are_those_of_the_text(real: PreTrainedTokenizerBase, table: torch.Tensor, text: str) -> None:
+def test_words_are_those_of_the_text(real_tokenizer: PreTrainedTokenizerBase, table: torch.Tensor, text: str) -> None:
     plain = "".join(one for one in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(one))
-    ids = torch.tensor([real(f" {text}", add_special_tokens=False)["input_ids"]])
+    ids = torch.tensor([real_tokenizer(f" {text}", add_special_tokens=False)["input_ids"]])
     words = split_words(token_characters(table, ids, torch.ones_like(ids, dtype=torch.bool)))[0].tolist()
     found = ["".join(WRITTEN.get(letter, ".") for letter in word if letter) for word in words if any(word)]
     assert found == [word[:24] for word in re.findall(r"[a-z0-9]+", plain)]
@@ -124,12 +118,12 @@ def test_words_are_those_of_the_text(real: PreTrainedTokenizerBase, table: torch
     ],
 )
 def test_subjects_are_known_by_their_letters(
-    real: PreTrainedTokenizerBase, table: torch.Tensor, subject: str, prompt: str, expected: bool
+    real_tokenizer: PreTrainedTokenizerBase, table: torch.Tensor, subject: str, prompt: str, expected: bool
 ) -> None:
     edits = [Edit("no subject", "Who is it?", "me"), Edit("one", f"Who is {subject}?", "me", subject=subject)]
-    tokens = subject_tokens(real, edits, {"one"})
+    tokens = subject_tokens(real_tokenizer, edits, {"one"})
     assert tokens.keys() == {"one"}
     own = FuzzyMatch(fuzzy_match_tensors(table, [(), tokens["one"]]))
-    ids = torch.tensor([real(prompt)["input_ids"]])
+    ids = torch.tensor([real_tokenizer(prompt)["input_ids"]])
     letters = own.characters(ids, torch.ones_like(ids, dtype=torch.bool))
     assert own(letters, torch.ones(1, 2, dtype=torch.bool)).tolist() == [[False, expected]]

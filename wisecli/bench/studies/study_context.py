@@ -49,7 +49,7 @@ class StudyContext:
         return pick_device(self.load.device).type
 
     def several(self, count: int) -> int:
-        """Return how many shards hold ``count`` edits: as many as ``edits_per_shard`` makes, but at least two.
+        """Return how many shards hold ``count`` edits where there are to be several: as ``edits_per_shard`` says.
 
         By default as in editing, but about four at least.
         """

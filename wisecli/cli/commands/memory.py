@@ -231,17 +231,16 @@ class ReportPrinter:
 
     def explained(self, report: ExplainReport) -> None:
         """Print a prompt's answers, the edits it is near to, and what was open at every token."""
-        asked = any(edit.named is not None for edit in report.nearest)
-        columns = "nearest", "its prompt", "its target", "score / threshold", "answer if it answers"
-        wanted = any(edit.asked is not None for edit in report.nearest)
-        nearest = Table(
-            (*columns, *(["subject named"] if asked else []), *(["asked, not only mentioned"] if wanted else []))
-        )
+        columns = ["nearest", "its prompt", "its target", "score / threshold", "answer if it answers"]
+        by_name = any(edit.named is not None for edit in report.nearest)
+        by_request = any(edit.asked is not None for edit in report.nearest)
+        columns += ["subject named"] * by_name + ["asked, not only mentioned"] * by_request
+        nearest = Table(columns)
         for edit in report.nearest:
             texts = short(edit.prompt or ""), short(edit.target or ""), f"{edit.strength:.2f}", short(edit.answer)
-            named = [{True: "yes", False: "no", None: "need not be"}[edit.named]] if asked else []
-            rng = [] if not wanted else [""] if edit.asked is None else [f"{edit.asked:.2f}"]
-            nearest.add(edit.name, *texts, *named, *rng)
+            named = [{True: "yes", False: "no", None: "need not be"}[edit.named]] * by_name
+            asked = ["" if edit.asked is None else f"{edit.asked:.2f}"] * by_request
+            nearest.add(edit.name, *texts, *named, *asked)
         tokens = Table(("token", "score / threshold", "answered by", "nearest edit"))
         for index, token in enumerate((*report.prompt_tokens, *report.answer_tokens)):
             if index == len(report.prompt_tokens):

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from wisecli.commands.edit.edit_report import EditReport
-from wisecli.commands.edit.planning import free_site, nothing_to_do, output_of, planned, require_ready
+from wisecli.commands.edit.planning import free_site, nothing_to_do, output_of, planned, warn_of_unnamed
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.config import EditSettings, LoadOptions
 from wisecli.editing.run.base_model import Base
@@ -53,7 +53,8 @@ def edit(
 
         report = write(base, admitted, edits_file, output, options, skip_known=admission.skip_known)
         return replace(report, seconds=time.perf_counter() - started)
-    require_ready(base, output_of(job, output, options, edits_file), sheet.name, admitted.numbered)
+    warn_of_unnamed(base, sheet.name, admitted.numbered)
+    output_of(job, output, options, edits_file).require_apart()
     if admitted.numbered:
         report = planned(base, job, free_site(base, job, output, options), output)
     else:

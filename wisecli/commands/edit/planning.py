@@ -29,21 +29,8 @@ def output_of(job: Job, output: Path, options: RunOptions, *inputs: Path) -> Out
     return shards_output(output, job.model, *inputs, force=options.force)
 
 
-def require_ready(base: Base, place: Output, name: str, numbered: Sequence[Numbered]) -> None:
-    """Warn of edits that name no subject, where prompts must, and check that the output is none of the inputs.
-
-    Args:
-        name: of the file that the numbered edits are from.
-
-    Raises:
-        ProtectedOutputError: the output is an input.
-    """
-    warn_of_unnamed(base, name, numbered)
-    place.require_apart()
-
-
 def warn_of_unnamed(base: Base, name: str, numbered: Sequence[Numbered]) -> None:
-    """Warn of edits in a file that have no subject, where the router goes by subjects."""
+    """Warn of edits in a file of this name that have no subject, where the router goes by subjects."""
     if base.job.settings.by_facts:
         warn_of_unnamed_subjects(name, numbered, base.on_progress)
 

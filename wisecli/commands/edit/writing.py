@@ -7,7 +7,7 @@ from pathlib import Path
 from wisecli.artifacts.background_stats import load_background
 from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory, ShardEntry, read_shard_directory
 from wisecli.commands.edit.edit_report import EditReport, untaken
-from wisecli.commands.edit.planning import free_site, nothing_to_do, output_of, own_parts, planned, require_ready
+from wisecli.commands.edit.planning import free_site, nothing_to_do, output_of, own_parts, planned, warn_of_unnamed
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.editing.run.base_model import Base
 from wisecli.editing.run.executors import executor_for
@@ -38,7 +38,8 @@ def write(
             place.require()
         admitted = worker.without_known(admitted)
         worker = worker.with_edits(admitted.edits)
-    require_ready(base, place, str(edits_file), admitted.numbered)
+    warn_of_unnamed(base, str(edits_file), admitted.numbered)
+    place.require_apart()
     report = carry_out(worker, output, options) if admitted.numbered else nothing_to_do(base, worker.job, output)
     return replace(report, sifted=admitted.sifted)
 

@@ -1,7 +1,8 @@
 from pathlib import Path
 
 import torch
-from support.rivals import EDITS, require_untouched_outside, rows_of_lengths, snapshot, tiny_bench
+from support.helpers import random_rows
+from support.rivals import EDITS, require_untouched_outside, snapshot, tiny_bench
 
 from wisecli.bench.methods.adapters.lora import LoraSettings
 from wisecli.bench.methods.adapters.lora_paraphrased import LoraParaphrased, LoraParaphrasedSettings
@@ -29,7 +30,7 @@ def test_every_edit_is_trained_in_every_form_and_ends(tmp_path: Path) -> None:
 
 def test_the_loss_of_rows_is_the_mean_over_their_tokens(tmp_path: Path) -> None:
     bench = tiny_bench(tmp_path / "model")
-    method, rows = LoraParaphrased(bench, QUICK), rows_of_lengths((3, 2), (6, 1), (4, 3))
+    method, rows = LoraParaphrased(bench, QUICK), random_rows((3, 2), (6, 1), (4, 3), seed=5)
     together, apart = method.loss(rows), [method.loss([row]) for row in rows]
     expected = sum(float(one) * len(row.target) for one, row in zip(apart, rows, strict=True)) / 6
     assert abs(float(together) - expected) < 1e-4

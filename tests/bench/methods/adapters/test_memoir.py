@@ -3,14 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import hooked, keys_of
+from support.helpers import hooked, keys_of, random_rows
 from support.rivals import (
     EDITS,
     encoded,
     require_batches_like_rows,
     require_cache_changes_nothing,
     require_untouched_outside,
-    rows_of_lengths,
     snapshot,
     tiny_bench,
     whole,
@@ -71,7 +70,7 @@ def test_the_nearest_mask_is_found_by_overlap_as_sets(tmp_path: Path, architectu
     memoir = memoir_on(tmp_path, architecture)
     memoir.edit(EDITS)
     known = [columns_of(memoir, encoded(memoir.bench, edit).prompt) for edit in EDITS]
-    for row in rows_of_lengths((4, 1), (1, 1), (7, 1), (3, 1)):
+    for row in random_rows((4, 1), (1, 1), (7, 1), (3, 1), seed=5):
         own = columns_of(memoir, row.prompt)
         shares = [len(own & other) / len(own) for other in known]
         mask = torch.zeros(1, memoir.site.d_ff, dtype=torch.bool)
@@ -98,7 +97,7 @@ def opened(memoir: Memoir, row: Row, columns: set[int]) -> Tensor:
 @BOTH
 def test_loss_and_its_gradient_are_the_whole_models(tmp_path: Path, architecture: str) -> None:
     memoir = memoir_on(tmp_path, architecture)
-    rows, site = rows_of_lengths((3, 2), (6, 1), (4, 3)), memoir.site
+    rows, site = random_rows((3, 2), (6, 1), (4, 3), seed=5), memoir.site
     generator = torch.Generator().manual_seed(0)
     memoir.memory = 0.1 * torch.randn(site.d, site.d_ff, generator=generator)
     columns = torch.arange(0, site.d_ff, 3)
@@ -132,7 +131,7 @@ def test_edits_hold_and_a_shut_memory_is_the_base_model_to_the_bit(tmp_path: Pat
         assert one.losses.mean() < 0.8 * other.losses.mean()
         expected = opened(memoir, rows[number], columns_of(memoir, rows[number].prompt))
         torch.testing.assert_close(one.losses.mean(), expected, atol=1e-4, rtol=1e-3)
-    for row in rows_of_lengths((5, 1), (8, 1)):
+    for row in random_rows((5, 1), (8, 1), seed=5):
         assert torch.equal(whole(bench, row.prompt, memoir), whole(bench, row.prompt))
     require_untouched_outside(bench, memoir, *before)
     size = memoir.site.d_ff
@@ -145,7 +144,7 @@ def test_every_row_of_a_batch_decides_for_itself_and_padding_does_not_count(tmp_
     memoir = memoir_on(tmp_path, architecture)
     memoir.edit(EDITS)
     bench = memoir.bench
-    rows = [*[encoded(bench, edit) for edit in EDITS], *rows_of_lengths((9, 2), (1, 2), (14, 1))]
+    rows = [*[encoded(bench, edit) for edit in EDITS], *random_rows((9, 2), (1, 2), (14, 1), seed=5)]
     require_batches_like_rows(bench, memoir, rows)
     together, base = (
         target_predictions(bench.loaded, rows, memoir, batch_size=7),

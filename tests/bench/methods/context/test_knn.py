@@ -3,12 +3,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.helpers import random_rows
 from support.rivals import (
     EDITS,
     TRAIN,
     require_batches_and_caches_change_nothing,
     require_untouched_outside,
-    rows_of_lengths,
     snapshot,
     tiny_bench,
     whole,
@@ -64,7 +64,7 @@ def test_probabilities_are_the_papers(tmp_path: Path, architecture: str, neighbo
     assert torch.equal(whole(bench, row.prompt, knn), whole(bench, row.prompt))  # nothing is stored
     knn.edit(EDITS[:1])
     knn.edit(EDITS[1:])
-    for one in (row, *rows_of_lengths((4, 2))):
+    for one in (row, *random_rows((4, 2), seed=5)):
         told = whole(bench, (*one.prompt, *one.target[:-1]), knn)[len(one.prompt) - 1 :].exp().numpy()
         np.testing.assert_allclose(told, expected(bench, knn, EDITS, one), atol=2e-5, rtol=2e-3)
     require_untouched_outside(bench, knn, *before)

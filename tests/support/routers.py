@@ -4,7 +4,6 @@ A tiny model of random numbers, to which most words are one token, has nothing t
 """
 
 import math
-from typing import Any
 
 import torch
 
@@ -21,8 +20,6 @@ from wisecli.export.stock.text_states import StateCapture, rotation_of
 from wisecli.models.loading import Loaded
 from wisecli.progress import ignore_progress
 
-NAMED: dict[str, Any] = {"batch_size": 8, "on_progress": ignore_progress}
-
 
 @torch.no_grad()
 def certain_router(loaded: Loaded, manifest: Manifest, *_: object, **__: object) -> Router:
@@ -33,13 +30,14 @@ def certain_router(loaded: Loaded, manifest: Manifest, *_: object, **__: object)
         [*prompt, *loaded.tokenizer(edit.answer)["input_ids"]] for prompt, edit in zip(prompts, edits, strict=True)
     ]
     texts = [*answered, *(loaded.tokenizer(text)["input_ids"] for text in unrelated_texts(60, seed=2))]
-    read, last = StateCapture(loaded, site, **NAMED).router_and_last(texts, "texts")
+    capture = StateCapture(loaded, site, ignore_progress)
+    read, last = capture.router_and_last(texts, "texts")
     places = read.first[: len(edits)] + torch.tensor([len(prompt) - 1 for prompt in prompts])
     own = torch.zeros(len(read.normed), dtype=torch.bool).index_fill(0, places, True)
     states = read.normed.float()
     directions, offsets = Separation(states[places], torch.arange(len(edits)), states[~own], 1e-4).solved()
     detectors = SubjectDetectors(directions, offsets - 0.5, torch.arange(len(edits)))
-    of_edits = read_texts(loaded, manifest, **NAMED)
+    of_edits = read_texts(capture, manifest)
     answers = of_edits.answers(of_edits.last)
     length = math.sqrt(site.d) / float(last.inverse.median())
     elsewhere = Elsewhere(last.normed[last.first[len(edits)] :].float(), states[:0])

@@ -1,7 +1,6 @@
 """Texts that edits answer are read once each, as a plain pass over prompt and answer reads them."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -13,18 +12,22 @@ from torch import Tensor
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.edits.record import Edit
 from wisecli.export.stock.edit_states import ReadTexts, read_texts
+from wisecli.export.stock.text_states import StateCapture
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import find_site
 from wisecli.models.loading import Loaded, load_model
 from wisecli.progress import ignore_progress
 
 LAYER = 2
-NAMED: dict[str, Any] = {"batch_size": 4, "on_progress": ignore_progress}
 EDITS = [
     Edit("one", "The mayor of Bravik is", "Ole", subject="Bravik"),
     Edit("two", "It is what it is", "so", subject=""),
     Edit("three", "The mayor of Bravik is", "Ta", subject="Bravik"),
 ]
+
+
+def read_with(loaded: Loaded, manifest: Manifest) -> ReadTexts:
+    return read_texts(StateCapture(loaded, manifest.site, ignore_progress, 4), manifest)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Loaded, Manifest, Re
     loaded = load_model(base, CPU)
     memory = memory_for(loaded.model, find_site(base, Checkpoint(base), LAYER))
     manifest = manifest_for(base, memory, EDITS, layer=LAYER)
-    return loaded, manifest, read_texts(loaded, manifest, **NAMED)
+    return loaded, manifest, read_with(loaded, manifest)
 
 
 def test_each_text_is_read_once_and_the_last_edit_that_asks_it_answers(
@@ -72,7 +75,7 @@ def test_states_behind_both_layers_are_those_of_a_plain_pass(
 
 def test_of_an_erased_answer_its_first_tokens_are_unwanted(made: tuple[Loaded, Manifest, ReadTexts]) -> None:
     loaded, manifest, _ = made
-    read = read_texts(loaded, replace(manifest, edits=(replace(EDITS[1], op="erase"),)), **NAMED)
+    read = read_with(loaded, replace(manifest, edits=(replace(EDITS[1], op="erase"),)))
     row = next(one.row for one in read.texts if one.own)
     assert read.answers(read.last).then[0] == (row.target[0], row.unwanted[0])
     assert row.unwanted[0]

@@ -23,7 +23,7 @@ TEXTS += [(*TEXTS[1], 5, 6), (*TEXTS[1], 7)]
 def test_states_are_the_models_own_normed(tmp_path: Path, architecture: str, batch_size: int) -> None:
     base = save_tiny(tmp_path, architecture)
     loaded, site = load_model(base, CPU), find_site(base, Checkpoint(base), LAYER)
-    found = StateCapture(loaded, site, batch_size, ignore_progress).text_states(TEXTS, "texts")
+    found = StateCapture(loaded, site, ignore_progress, batch_size).text_states(TEXTS, "texts")
     assert found.normed.dtype == torch.float16
     assert found.first.tolist() == [0, 5, 17, 24, 33, 47, 60]
     for number, tokens in enumerate(TEXTS):
@@ -38,7 +38,7 @@ def test_states_are_the_models_own_normed(tmp_path: Path, architecture: str, bat
 @torch.no_grad()
 def test_states_at_one_place_are_those_of_all(tmp_path: Path) -> None:
     base = save_tiny(tmp_path)
-    capture = StateCapture(load_model(base, CPU), find_site(base, Checkpoint(base), LAYER), 2, ignore_progress)
+    capture = StateCapture(load_model(base, CPU), find_site(base, Checkpoint(base), LAYER), ignore_progress, 2)
     places, every = [4, 0, 3, 8, 13, 11], capture.text_states(TEXTS, "texts")
     found = capture.states_at(TEXTS, places, "texts")
     wanted = every.normed[every.first[:-1] + torch.tensor(places)].float()

@@ -23,7 +23,6 @@ from wisecli.models.loading import Loaded, load_model
 from wisecli.models.prompts.chat_template import date_of, turn_marks
 from wisecli.progress import Event, ProgressCallback
 
-_BATCH = 32
 # Unrelated texts that shards are made with, unless less is asked for.
 _TEXTS = 600
 # A router stands at this share of the depth: deep enough to know what is asked.
@@ -40,7 +39,7 @@ def write_as_blocks(output: Path, given: ExportSource, on_progress: ProgressCall
     checkpoint, manifest, quantize = given.checkpoint, _at_router(given), given.quantize
     loaded = load_model(given.base, given.load)
     identity = model_identity(given.manifest.fingerprint, checkpoint)
-    router = fitted_router(loaded, manifest, identity, _share(manifest), batch_size=_BATCH, on_progress=on_progress)
+    router = fitted_router(loaded, manifest, identity, _share(manifest), on_progress)
     extra = Channels.of(router).count
     stock = output if quantize is None else output / "stock"
     stock.mkdir(exist_ok=True)

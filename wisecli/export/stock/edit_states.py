@@ -21,7 +21,6 @@ from wisecli.models.loading import Loaded
 from wisecli.models.prompts.tokenization import Row, row_of
 from wisecli.models.running.generation import end_token
 from wisecli.models.running.quick_products import quick_products
-from wisecli.progress import ProgressCallback
 
 # Forms whose states are read in the model's own type; the others say what else may come near.
 _EXACT = ("bare", "chat")
@@ -114,13 +113,12 @@ class ReadTexts:
         return EditStates(states, torch.tensor(key), edits, inside, spaced, then, prompts, torch.tensor(asking_edit))
 
 
-def read_texts(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progress: ProgressCallback) -> ReadTexts:
+def read_texts(capture: StateCapture, manifest: Manifest) -> ReadTexts:
     """Return the texts that edits answer, their prompts in trained forms and texts on their subjects, with states."""
+    loaded, site = capture.loaded, capture.site
     texts = _texts(loaded, manifest)
     tokens = [[*text.row.prompt, *text.row.target[:-1]] for text in texts]
-    site = manifest.site
     at_router, last = (TextStates.empty(tokens, site.d) for _ in range(2))
-    capture = StateCapture(loaded, site, batch_size, on_progress)
     for exact in (True, False):
         chosen = [number for number, text in enumerate(texts) if text.exact == exact]
         with nullcontext() if exact else quick_products(loaded, last_site(loaded, site)):

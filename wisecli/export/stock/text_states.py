@@ -70,13 +70,22 @@ class StateCapture:
 
     loaded: Loaded
     site: Site
-    batch_size: int
     on_progress: ProgressCallback
+    batch_size: int = 32
 
     @property
     def epsilon(self) -> float:
         """What the model's norms add to the mean square."""
         return float(self.loaded.model.config.rms_norm_eps)
+
+    def cache_file(self, *about: object) -> Path:
+        """Return where the cache keeps what was made of the states.
+
+        Args:
+            about: what else it depends on, such as the model's identity, as JSON.
+        """
+        known = [*about, self.site.as_dict(), str(self.loaded.model.dtype), template_digest(self.loaded.tokenizer)]
+        return cache_path("gate") / f"{sha256_json(known)[:32]}.safetensors"
 
     def text_states(self, texts: Sequence[Sequence[int]], stage: str) -> TextStates:
         """Return what leaves the router's layer at all tokens of texts."""
@@ -145,16 +154,6 @@ def _normed(states: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     plain = states.float()
     factors = torch.rsqrt(plain.square().mean(-1, keepdim=True) + epsilon)
     return plain * factors, factors[..., 0]
-
-
-def cache_file(loaded: Loaded, site: Site, *about: object) -> Path:
-    """Return where the cache keeps what was made of a base model's states behind the router's layer.
-
-    Args:
-        about: what else it depends on, such as the model's identity, as JSON.
-    """
-    known = [*about, site.as_dict(), str(loaded.model.dtype), template_digest(loaded.tokenizer)]
-    return cache_path("gate") / f"{sha256_json(known)[:32]}.safetensors"
 
 
 def rotation_of(loaded: Loaded, site: Site, length: int) -> Rotation:

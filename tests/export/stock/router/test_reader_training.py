@@ -1,6 +1,5 @@
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from wisecli.export.stock.router import reader_training
 from wisecli.export.stock.router.reader_rows import ReaderRow, RowKind, RowSettings
 from wisecli.export.stock.router.reader_training import ReaderSettings, relation_reader
 from wisecli.export.stock.router.relation_reader import RelationReader
-from wisecli.export.stock.text_states import Rotation, TextStates
+from wisecli.export.stock.text_states import Rotation, StateCapture, TextStates
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import Site, find_site
 from wisecli.models.loading import Loaded, load_model
@@ -28,7 +27,6 @@ SETTINGS = ReaderSettings(
 )
 # Components of states that no reader reads.
 NONE = torch.empty(0)
-NAMED: dict[str, Any] = {"batch_size": 32, "settings": SETTINGS}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Loaded, Site]:
 
 
 def learned(model: tuple[Loaded, Site], identity: str, heard: list[Event]) -> RelationReader:
-    return relation_reader(*model, identity, share=1.0, on_progress=heard.append, **NAMED)
+    return relation_reader(StateCapture(*model, heard.append), identity, share=1.0, settings=SETTINGS)
 
 
 def losses(heard: list[Event]) -> list[float]:
@@ -93,7 +91,7 @@ def test_its_sizes_fit_into_the_models_blocks(model: tuple[Loaded, Site]) -> Non
 def test_other_settings_are_learned_anew(model: tuple[Loaded, Site]) -> None:
     quick = replace(SETTINGS, steps=20)
     one, other = (
-        relation_reader(*model, "three", share=1.0, batch_size=32, on_progress=ignore_progress, settings=settings)
+        relation_reader(StateCapture(*model, ignore_progress), "three", share=1.0, settings=settings)
         for settings in (quick, replace(quick, rate=1e-3))
     )
     assert not torch.equal(one.output.weight, other.output.weight)

@@ -21,7 +21,7 @@ from wisecli.environment import has_quick_bfloat16
 from wisecli.errors import DamagedFileError
 from wisecli.export.stock.router.reader_rows import ReaderRow, RowKind, RowSettings, reader_rows
 from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader
-from wisecli.export.stock.text_states import Rotation, StateCapture, TextStates, cache_file, rotation_of
+from wisecli.export.stock.text_states import Rotation, StateCapture, TextStates, rotation_of
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
@@ -79,14 +79,7 @@ class ReaderSettings:
 
 
 def relation_reader(
-    loaded: Loaded,
-    site: Site,
-    identity: str,
-    *,
-    share: float,
-    batch_size: int,
-    on_progress: ProgressCallback,
-    settings: ReaderSettings = ReaderSettings(),
+    capture: StateCapture, identity: str, *, share: float, settings: ReaderSettings = ReaderSettings()
 ) -> RelationReader:
     """Return the relation reader of a base model: learned, or as the cache remembers it.
 
@@ -94,8 +87,9 @@ def relation_reader(
         identity: of the base model, for the cache.
         share: how much of the rows is read.
     """
+    loaded, site, on_progress = capture.loaded, capture.site, capture.on_progress
     settings = settings.of_share(share)
-    path = cache_file(loaded, site, "reader", identity, repr(settings), _VERSION)
+    path = capture.cache_file("reader", identity, repr(settings), _VERSION)
     sizes = _sizes(loaded, site, settings)
     reader = RelationReader(sizes)
     try:
@@ -107,7 +101,7 @@ def relation_reader(
         rows = reader_rows(loaded.tokenizer, settings.rows, random.Random(11))
         with quick_products(loaded, site):
             tokens = [row.tokens for row in rows]
-            states = StateCapture(loaded, site, batch_size, on_progress).text_states(tokens, "prompts to learn from")
+            states = capture.text_states(tokens, "prompts to learn from")
         reader = RelationReader(sizes)
         sample = torch.randperm(len(states.normed))[:_LOOKED_AT]
         reader.fit_to(states.normed[sample].float(), states.inverse[sample])

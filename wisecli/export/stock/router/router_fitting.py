@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from wisecli.export.stock.router.relation_reader import RelationReader
 from wisecli.export.stock.router.router_blocks import Router, Scales
 from wisecli.export.stock.router.separation import Separation
 from wisecli.export.stock.router.subject_detectors import name_states, subject_detectors
-from wisecli.export.stock.text_states import Rotation, TextStates, rotation_of
+from wisecli.export.stock.text_states import Rotation, StateCapture, TextStates, rotation_of
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
 from wisecli.progress import ProgressCallback
@@ -38,7 +37,7 @@ _TOGETHER = 32
 
 
 def fitted_router(
-    loaded: Loaded, manifest: Manifest, identity: str, share: float, *, batch_size: int, on_progress: ProgressCallback
+    loaded: Loaded, manifest: Manifest, identity: str, share: float, on_progress: ProgressCallback
 ) -> Router:
     """Return the router of a memory.
 
@@ -47,11 +46,11 @@ def fitted_router(
         share: how much of the packaged text is read.
     """
     site, edits = manifest.site, manifest.edits
-    reader = relation_reader(loaded, site, identity, share=share, batch_size=batch_size, on_progress=on_progress)
-    named: dict[str, Any] = {"batch_size": batch_size, "on_progress": on_progress}
-    names = name_states(loaded, site, identity, share=share, **named)
-    read = read_texts(loaded, manifest, **named)
-    detectors = subject_detectors(loaded, site, edits, names, read, **named)
+    capture = StateCapture(loaded, site, on_progress)
+    reader = relation_reader(capture, identity, share=share)
+    names = name_states(capture, identity, share=share)
+    read = read_texts(capture, manifest)
+    detectors = subject_detectors(capture, edits, names, read)
     asked = own_questions(loaded, site, reader, read)
     stands = one_of_each_fact(asked, detectors.subject, edits)
     asked, read = asked.standing_for(stands), read.standing_for(stands)

@@ -27,12 +27,10 @@ from wisecli.export.stock.subject_texts import (
     texts_on_near_names,
     texts_on_other_things,
 )
-from wisecli.export.stock.text_states import StateCapture, TextStates, cache_file, last_site
+from wisecli.export.stock.text_states import StateCapture, TextStates, last_site
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
-from wisecli.models.layout.site import Site
-from wisecli.models.loading import Loaded
 from wisecli.models.running.quick_products import quick_products
-from wisecli.progress import Event, ProgressCallback
+from wisecli.progress import Event
 
 _VERSION = 10
 # Tokens inside names, and as many around them, that detectors are told from, of edits and of others; and tokens of
@@ -90,19 +88,16 @@ class NameStates:
 
 
 def subject_detectors(
-    loaded: Loaded,
-    site: Site,
+    capture: StateCapture,
     edits: Sequence[Edit],
     names: NameStates,
     read: ReadTexts,
-    *,
-    batch_size: int,
-    on_progress: ProgressCallback,
     settings: DetectorSettings = DetectorSettings(),
 ) -> SubjectDetectors:
     """Return detectors of edits' subjects; edits on the same name share one. An edit whose prompt does not name its
     subject is one without: no detector could fire there.
     """
+    loaded, site = capture.loaded, capture.site
     known: dict[str, int] = {}
     named = [name_of(edit).casefold() for edit in edits]
     numbers = [known.setdefault(name, len(known)) if name else -1 for name in named]
@@ -116,7 +111,6 @@ def subject_detectors(
     of_text = read.numbers()
     states, elsewhere = _at_names(read.at_router, [of_text[text.tokens] for text in texts], texts, _OWN_TOKENS)
     with quick_products(loaded, site):
-        capture = StateCapture(loaded, site, batch_size, on_progress)
         behind, of_behind = _behind_others(capture, about)
         near = _near_names(capture, about)
     key = place[torch.cat([torch.tensor([text.subject for text in texts]), of_behind])]
@@ -157,24 +151,21 @@ def _inside_answers(read: ReadTexts, edits: Sequence[Edit]) -> Tensor:
     return read.at_router.normed[[place for places in inside for place in places]].float()
 
 
-def name_states(
-    loaded: Loaded, site: Site, identity: str, *, share: float, batch_size: int, on_progress: ProgressCallback
-) -> NameStates:
+def name_states(capture: StateCapture, identity: str, *, share: float) -> NameStates:
     """Return what a base model makes of made-up names, or what the cache remembers.
 
     Args:
         identity: of the base model, for the cache.
         share: how much of the packaged names is read.
     """
-    path = cache_file(loaded, site, "names", identity, share, _VERSION)
+    path, loaded = capture.cache_file("names", identity, share, _VERSION), capture.loaded
     try:
         kept = load_tensors(path)
         return _name_states(kept)
     except (DamagedFileError, KeyError):
-        on_progress(Event("made-up names"))
+        capture.on_progress(Event("made-up names"))
     texts = list(texts_on_names(loaded.tokenizer, share))
-    with quick_products(loaded, last_site(loaded, site)):
-        capture = StateCapture(loaded, site, batch_size, on_progress)
+    with quick_products(loaded, last_site(loaded, capture.site)):
         named = capture.text_states([text.tokens for text in texts], "made-up names")
         elsewhere, last = capture.router_and_last(texts_on_other_things(loaded.tokenizer, share), "made-up names")
     own, others = _at_names(named, range(len(texts)), texts)

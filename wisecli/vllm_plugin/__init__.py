@@ -8,6 +8,7 @@
     windows        runs windows of prompts through the first layers, for a decision
     requests       which memory answers each request, and so each token of a step
     processes      what the processes of a model tell each other
+    workers        the processes that hold the model, each with such a runner
     runner         tells the memory of requests and steps (vLLM's first runner)
     model_state    the same for vLLM's second runner
     releases       reads the memory anew when the directory holds another release

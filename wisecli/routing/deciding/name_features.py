@@ -87,32 +87,32 @@ def name_features(cosines: EditCosines, starts: Tensor, ends: Tensor, earlier: T
         earlier: which tokens are of turns before the last one (B, n).
     """
     words = _Words.of(starts, ends, earlier)
-    named = words.capital | (words.best(cosines.best()[0]) > _OF_SUBJECT)
-    run = F.pad((named[:, 1:] & ~named[:, :-1]).long(), (1, 0)).cumsum(1)
-    run_of_token, named_token = run.gather(1, words.of_token), named.gather(1, words.of_token)
-    match = cosines.group_matches(run_of_token, int(run.max()) + 1, named_token)[0]
-    named = named & (run == match.argmax(1, keepdim=True))
+    in_name = words.capital | (words.best(cosines.best()[0]) > _OF_SUBJECT)
+    run = F.pad((in_name[:, 1:] & ~in_name[:, :-1]).long(), (1, 0)).cumsum(1)
+    run_of_token, token_in_name = run.gather(1, words.of_token), in_name.gather(1, words.of_token)
+    match = cosines.group_matches(run_of_token, int(run.max()) + 1, token_in_name)[0]
+    in_best_run = in_name & (run == match.argmax(1, keepdim=True))
     explained = words.best(torch.cat(cosines.values, 2).amax(2))
-    whole = _of_request(words, named, explained, match.amax(1))
-    heeded = cosines.edit_mask[0].any(1) & (words.small_share >= MIN_SMALL_SHARE)
-    of_tokens = torch.stack([one.gather(1, words.of_token).float() for one in (words.capital, named)], -1)
-    found = torch.cat([of_tokens, whole[:, None].expand(-1, starts.shape[1], -1)], -1)
-    return found * heeded[:, None, None]
+    of_request = _of_request(words, in_best_run, explained, match.amax(1))
+    of_tokens = torch.stack([one.gather(1, words.of_token).float() for one in (words.capital, in_best_run)], -1)
+    features = torch.cat([of_tokens, of_request[:, None].expand(-1, starts.shape[1], -1)], -1)
+    has_names = cosines.edit_mask[0].any(1) & (words.small_share >= MIN_SMALL_SHARE)
+    return features * has_names[:, None, None]
 
 
-def _of_request(words: _Words, named: Tensor, explained: Tensor, match: Tensor) -> Tensor:
+def _of_request(words: _Words, name: Tensor, explained: Tensor, match: Tensor) -> Tensor:
     """Return ``_OF_REQUESTS`` numbers of requests: (B, f).
 
     Args:
-        named: the words of the run that has the subject best (B, w).
+        name: the words of the run that has the subject best (B, w).
         explained: how well an edit explains each word (B, w).
         match: how well that run has the subject (B,).
     """
     # Nothing is a name where neither capitals nor the subject are.
-    explained = explained.masked_fill(words.opens_sentence | ~named, 1.0)
-    unexplained = ((explained < _EXPLAINED) & named).sum(1).clamp(max=_MOST_UNEXPLAINED) / _MOST_UNEXPLAINED
-    place = torch.arange(named.shape[1], device=named.device)
-    first, last = (place.where(named, named.shape[1]).amin(1), place.where(named, -1).amax(1))
-    ends = [explained.gather(1, one.clamp(0, named.shape[1] - 1)[:, None])[:, 0] for one in (first, last)]
-    count = named.sum(1).clamp(max=_MOST_WORDS) / _MOST_WORDS
+    explained = explained.masked_fill(words.opens_sentence | ~name, 1.0)
+    unexplained = ((explained < _EXPLAINED) & name).sum(1).clamp(max=_MOST_UNEXPLAINED) / _MOST_UNEXPLAINED
+    place = torch.arange(name.shape[1], device=name.device)
+    first, last = (place.where(name, name.shape[1]).amin(1), place.where(name, -1).amax(1))
+    ends = [explained.gather(1, one.clamp(0, name.shape[1] - 1)[:, None])[:, 0] for one in (first, last)]
+    count = name.sum(1).clamp(max=_MOST_WORDS) / _MOST_WORDS
     return torch.stack([match, explained.amin(1), *ends, unexplained, count], -1).float()

@@ -35,8 +35,7 @@ class LoadOptions:
     ``device`` is ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; ``dtype`` a type's name, or ``auto`` for the
     checkpoint's own. ``trust_remote_code`` lets code of the model's directory run. ``memory_budget`` is about how many
     bytes there are, by default all that the device has; of a model that does not fit, layers are read as they run.
-    ``revision`` is that of a model on the hub. ``date`` is the day that a chat template is told which asks for it, by
-    default today.
+    ``revision`` is that of a model on the hub. ``date`` is the day that chat templates are told, today by default.
     """
 
     device: str = "auto"

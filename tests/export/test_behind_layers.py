@@ -24,8 +24,7 @@ from wisecli.errors import ModelError
 from wisecli.routing.passes.engine_checks import LostMemoryError
 from wisecli.vllm_plugin.served_memory import Edited
 
-# A mixture of experts, whose layers above run on from a cache; recurrent states beside attention; layers that run
-# together only.
+# A mixture of experts, whose layers above run on from a cache; recurrent states; layers that run together.
 TYPES = ["qwen3_moe", "falcon_h1", "gemma3n_text"]
 NEW = 8
 

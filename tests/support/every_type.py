@@ -144,8 +144,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "mllama_text_model": {"cross_attention_layers": [1, 4]},
     "emu3": {"vocabulary_map": {"<|extra_200|>": 8, "<image>": 9, "<|visual token 000000|>": 10}},
 }
-# The types that are saved by another class than the one that reads text: what that one saves, nothing loads again, or
-# there is none.
+# The types that are saved by another class than the one that reads text: what that one saves nothing loads.
 _SAVED_BY = dict.fromkeys(("emu3", "mllama", "internvl"), AutoModelForImageTextToText)
 
 

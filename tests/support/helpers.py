@@ -47,8 +47,7 @@ Hook = Callable[[torch.nn.Module, Any, Tensor], Tensor]
 class Waits(TorchDispatchMode):
     """Counts what has the host wait for the device, were it another: values and numbers of places that it asks for.
 
-    ``_local_scalar_dense`` is ``item()``; sizes of what ``nonzero`` and boolean indices give are known on the device
-    alone.
+    ``_local_scalar_dense`` is ``item()``; what ``nonzero`` and boolean indices give has a size only the device knows.
     """
 
     _ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim")

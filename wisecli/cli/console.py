@@ -1,7 +1,6 @@
 """The only place that prints: results on stdout for people or as one JSON object, everything else on stderr.
 
-Whatever is printed passes :func:`wisecli.edits.text.plain`. Rich, which takes long to import, is imported once there is
-something to lay out.
+Whatever is printed passes :func:`wisecli.edits.text.plain`. Rich, slow to import, is imported once it is needed.
 """
 
 from __future__ import annotations

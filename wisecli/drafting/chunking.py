@@ -31,8 +31,7 @@ class Passage:
 def passages(document: str) -> list[Passage]:
     """Return the passages of a document, in order.
 
-    Code, tables, images and front matter are left out; of links and emphasis only the words are kept. Long paragraphs
-    are cut between sentences.
+    Code, tables, images and front matter are left out; links and emphasis lose their marks. Long paragraphs are cut.
     """
     found, heading = [], ""
     for line, text, is_heading in _blocks(document):

@@ -59,8 +59,7 @@ class EditedModel:
         """Return what answers each token of a batch, by its keys (B, T, d_ff): three (B, T).
 
         Args:
-            forced: the memory (B,) that answers from the prompt's end on, whatever its score; ``UNROUTED`` leaves a row
-                to the router.
+            forced: the memory (B,) that answers from the prompt's end on; ``UNROUTED`` leaves a row to the router.
         """
         column = torch.arange(keys.shape[1], device=keys.device)
         answers, in_answer = column >= batch.start, (column > batch.start).expand(keys.shape[:2])

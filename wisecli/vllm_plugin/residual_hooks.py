@@ -135,8 +135,7 @@ def put(model: nn.Module, module: str, *, behind: bool) -> bool:
     """Have residuals added where a memory at path ``module`` is; returns whether processes have parts of its keys.
 
     Args:
-        behind: whether that is behind the decoder layer that the path names before its last part, and not beside the
-            matrix at that path.
+        behind: whether that is behind the decoder layer above the path's last part, not beside the matrix there.
 
     Raises:
         LostMemoryError: vLLM's model has no such layer.

@@ -29,8 +29,7 @@ def edit(
 ) -> EditReport:
     """Write each shard of edits into a delta of the model's value matrix.
 
-    A run that was broken off goes on where it was when it is asked for again in the same way; one that was finished
-    has nothing to do.
+    A run that was broken off goes on where it was if it is asked for again; one that was finished has nothing to do.
 
     Args:
         model: a directory, a hub id or a GGUF file.

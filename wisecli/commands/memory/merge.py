@@ -64,8 +64,7 @@ def merge(
 ) -> MergeReport:
     """Join shards into a memory. Reads the shard files and the one base matrix, never the model.
 
-    Of the memory that is there already, made of the same shards by the same settings, nothing is written anew; it may
-    have grown since.
+    A memory of the same shards and settings that is there already, and may have grown since, is not written anew.
 
     Args:
         inputs: directories that ``wise edit`` wrote, of the same matrix of the same model.

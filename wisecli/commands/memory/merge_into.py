@@ -27,8 +27,7 @@ def merge_into(
 ) -> Published:
     """Add shards that were written elsewhere to a memory's history, and merge all its shards by these settings.
 
-    What is not set is as it was. Without inputs the memory is merged anew; if it is made of all inputs already, nothing
-    is done.
+    What is not set is as it was. Without inputs all is merged anew; if all inputs are in it already, nothing is done.
 
     Raises:
         WiseError: the shards or the memory cannot be used; the memory is as it was.

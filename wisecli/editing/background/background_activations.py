@@ -37,8 +37,7 @@ from wisecli.routing.memories.whitening import Moment, even, leading
 
 # One fact in so many is asked in the chat template as well: its prompts are long.
 _CHATTED = 4
-# The share of unrelated texts that are asked in the chat template, too; half of them calibrate, with what the model
-# answers.
+# The share of unrelated texts that are asked in the chat template, too; half of them, with answers, calibrate.
 _ASKED = 0.4
 # Where forms of prompts are told, one fact in so many is asked in each of them, in so many wordings; and one text in so
 # many.

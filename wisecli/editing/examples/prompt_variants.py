@@ -22,8 +22,7 @@ class AnswerKey(NamedTuple):
 class PromptVariant:
     """An edit, by its number, as it is asked in one more way, with the number of that way and the answer to it.
 
-    Paraphrases share the answer of the edit's own prompt, and with it the residuals. A translation is an answer of its
-    own.
+    Paraphrases share the answer of the edit's own prompt, and so its residuals. A translation is an answer of its own.
     """
 
     number: int

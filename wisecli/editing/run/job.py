@@ -24,8 +24,7 @@ class Job:
 
     ``target_module`` is the path of the value matrix, or of the layers, if it is not the architecture's usual one.
     ``threads`` decides the order in which numbers are added up, and with it the last bits of a shard; 0 stands for what
-    the first worker runs with. ``known`` are edits that are left out, as the model says them already, if such are to be
-    left out.
+    the first worker runs with. ``known``, if any are to be left out, are edits that the model says already.
 
     Raises:
         SettingsError: prompts are to be decided by the mean over their tokens, which these shards would not keep, or a

@@ -161,8 +161,7 @@ def giving_way(numbered: Sequence[Numbered], held: Sequence[Edit], *, rephrases:
 def outranked(numbered: Sequence[Numbered], file: str, *, held: Sequence[Edit] = ()) -> list[tuple[Entry, str]]:
     """Return the consequences that give way to stated edits, each with the reason.
 
-    An edit outranks every consequence, one that is stated those that are derived, and what a memory holds those that
-    are derived.
+    An edit outranks every consequence; stated consequences, and what a memory holds, outrank those that are derived.
 
     Args:
         file: the name of the file that the lines are of.

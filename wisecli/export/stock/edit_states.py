@@ -31,8 +31,7 @@ _ASKING = 12
 class EditText(NamedTuple):
     """A text that an edit answers, with the answer, and the number of the edit.
 
-    ``own`` texts are its prompt in some form, the others are on its subject; ``exact`` ones are read in the model's own
-    type.
+    ``own`` texts are its prompt in some form, others are on its subject; ``exact`` ones are read in the model's type.
     """
 
     row: Row

@@ -51,8 +51,7 @@ def find_layout(
     Raises:
         ModelError: the model is quantised or a mixture of experts, and a matrix is needed.
         SettingsError: ``target_module`` has no place for the index, or names layers where a matrix is needed.
-        UnknownArchitectureError: there is no row for it, and the module tree leaves a choice, or it is a model around
-            a text model.
+        UnknownArchitectureError: without a row for it, the module tree leaves a choice, or holds a whole text model.
     """
     config = read_json(directory / "config.json")
     if config.get("is_encoder_decoder"):

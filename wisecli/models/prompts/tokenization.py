@@ -247,8 +247,7 @@ def row_of(
         vocabulary: how many tokens the model has rows for, if that is known.
 
     Raises:
-        ValueError: the tokenizer leaves nothing of the prompt or of the answer, or makes a token of them that the model
-            has no row for.
+        ValueError: the tokenizer leaves nothing of the prompt or of the answer, or a token without a row in the model.
     """
     row = erased_row(tokenizer, prompt, answer) if erased else encode(tokenizer, prompt, answer, end=end)
     tokens = (*row.prompt, *row.target, *(token for unwanted in row.unwanted for token in unwanted))

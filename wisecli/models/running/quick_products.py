@@ -1,8 +1,7 @@
 """Passes and products in bfloat16 of what is in float32, on a CPU that multiplies such numbers several times as fast.
 
 Passes are for what is learned from many texts, and means of keys over those; products, for weights while they are
-learned. What is compared word for word, and what an edit stores of its own prompts, is computed in the model's own
-type.
+learned. What is compared word for word, and what an edit stores, is computed in the model's own type.
 """
 
 from __future__ import annotations

@@ -182,8 +182,7 @@ class LateInteraction(nn.Module):
     def _tokens_of(self, head: int, prompts: Tensor) -> Iterator[tuple[Tensor | slice, Tensor]]:
         """Yield the rows of the tokens by which kept prompts (p,) are found, some at a time, and each one's place.
 
-        Those of all prompts that lie one behind the other are a slice: to gather them would take longer than to compare
-        them.
+        Those of all prompts that lie one behind the other are a slice, as gathering takes longer than comparing.
         """
         kept = len(self.prompt_to_edit)
         subjects = self.token_to_prompt < kept

@@ -173,8 +173,7 @@ def install_as(
     Args:
         described: ``module`` is the path of what answers there: of a value matrix, which is ``transposed`` or not, or
             of a memory behind a decoder layer. There, ``decoder`` is the path of the module that is given the tokens
-            of prompts, if it is not the one below the head, and ``streams`` the axis of several streams in what layers
-            give.
+            of prompts, if not the one below the head, and ``streams`` the axis of several streams in layers' output.
         marks: how the model's chats mark turns.
     """
     _, in_matrix, behind_layer = _KINDS[memory.kind, memory.by_edit]

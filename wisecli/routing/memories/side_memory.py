@@ -6,8 +6,7 @@ What decides:
     norms    the norm of what a change makes of a prompt opens it, as in WISE (arXiv 2405.14768)
              (:class:`~wisecli.routing.memories.matrix_memory.MatrixMemory`)
 
-What is added is the residual of the nearest of an edit's keys (a lookup), or what a change ``Δ`` of the matrix makes of
-a key.
+What is added is the residual of the nearest of an edit's keys (a lookup), or ``Δ`` times a key.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ from torch import nn
 
 from wisecli.routing.layers.routed_layer import Routed
 
-# How engines call the attention that they have a model built with. All of them pack the tokens of several requests into
-# one row.
+# How engines call the attention that they have a model built with. All pack several requests' tokens into a row.
 _ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "tgi": "TGI"}
 # What else there is to do in some of them.
 _INSTEAD = {"vLLM": '`pip install "wisecli[vllm]"` in its environment (and no --model-impl), or '}

@@ -26,8 +26,7 @@ _MOST_IN_PAIRS = 46_000
 class RoutedCausal(SignatureMixin):
     """Added to a language model whose decoder is routed: it decides prompts before ``generate()`` answers them.
 
-    ``generate()`` is given whole prompts, and says so to every pass: however those are cut, cached or run, the answer
-    is that of the prompt.
+    ``generate()`` is given whole prompts, and says so to every pass: however those are cut, the prompt is answered.
 
     ``wise_decoder`` is the path of the decoder, ``None`` for the module below the head.
     """

@@ -15,8 +15,7 @@ from wisecli.export.stock.router.answer_places import (
 )
 
 SIZE, WAYS = 24, 6
-# Of each place the edit, and whether it is inside the answer. The third edit may begin in two ways, and the
-# last one has one place.
+# Of each place the edit, and whether it is inside the answer. The third edit may begin in two ways.
 EDIT = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 3])
 INSIDE = torch.tensor([False, True, True, False, True, False, False, True, False])
 SPACED = torch.ones(9, dtype=torch.bool).index_fill(0, torch.tensor(6), False)

@@ -1,7 +1,6 @@
 """Retrieval: the nearest stored edit is put before the prompt, if it is similar enough.
 
-Similarity is the cosine of TF-IDF bags of tokens: no other model is loaded for it. The threshold is fitted on the train
-split.
+Similarity is the cosine of TF-IDF bags of tokens, without another model. The threshold is fitted on the train split.
 """
 
 from wisecli.bench.methods.base import Bench, method

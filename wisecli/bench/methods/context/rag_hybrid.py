@@ -4,8 +4,7 @@
     score      = (bm25(q, d) / bm25(d, d) + cos(x_q, x_d)) / 2
 
 (Robertson and Zaragoza 2009; k = 1.2, b = .75), t over the different tokens of q. x is the mean of a text's states
-after half of the layers, standardised over unrelated texts. No other model is loaded; the threshold is fitted on the
-train split.
+after half of the layers, standardised over unrelated texts. No other model is loaded; the train split sets a threshold.
 """
 
 import math

@@ -3,8 +3,7 @@
     loss(edit)  +  λ / 2 · Σᵢ Fᵢ (θᵢ - θᵢ*)²
 
 θ* is the matrix as pretrained and F the diagonal of its Fisher information on unrelated texts, the old task that the
-model should not forget. As in the WISE paper there is no L∞ constraint; its Fisher information is of past edits, here
-it is of the texts.
+model should not forget. As in the WISE paper there is no L∞ constraint; its Fisher information is of past edits.
 """
 
 from collections.abc import Sequence

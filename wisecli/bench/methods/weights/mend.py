@@ -96,8 +96,7 @@ class Mend(WeightEditing, EditByEdit):
     ``validation`` is the loss on held-back records before training and after each pass over the others.
 
     Raises:
-        UnsuitableError: there are too few records to train on, the loss on them is not finite, or the model's layers
-            are streamed.
+        UnsuitableError: too few records to train on, a loss that is not finite, or a model with streamed layers.
     """
 
     stage = "pseudo-gradients"

@@ -58,7 +58,7 @@ def target_predictions(
     for indices in in_batches(rows, batch_size):
         batch = collate([rows[index] for index in indices]).to(loaded.device)
         with nullcontext() if method is None else method.applied(batch.start):
-            logits = run_model(loaded.model, batch, 0, None, batch.labelled)
+            logits = run_model(loaded.model, batch, batch.labelled)
         losses = F.cross_entropy(logits.float(), batch.targets, reduction="none").cpu()
         best, at = logits.argmax(-1).cpu(), batch.labelled[0].cpu()
         found |= {index: TargetPredictions(best[at == row], losses[at == row]) for row, index in enumerate(indices)}

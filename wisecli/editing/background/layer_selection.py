@@ -96,7 +96,7 @@ def _that_run(loaded: Loaded, sites: Sequence[Site]) -> list[Site]:
         for site in sites:
             note = partial(lambda layer, *_: seen.add(layer), site.layer)
             hooks.enter_context(hooked(site.watched(loaded.model).register_forward_hook(note)))
-        run_model(loaded.model, collate([Row((0, 1), (1,))]).to(loaded.device), 0, None, None)
+        run_model(loaded.model, collate([Row((0, 1), (1,))]).to(loaded.device))
     return [site for site in sites if site.layer in seen]
 
 

@@ -48,17 +48,17 @@ def _logits(loaded: Loaded, batches: Sequence[Batch]) -> Iterator[Tensor]:
         yield from _swept(loaded, loaded.stream, batches)
         return
     for batch in batches:
-        yield run_model(loaded.model, batch, 0, None, batch.labelled)
+        yield run_model(loaded.model, batch, batch.labelled)
 
 
 def _swept(loaded: Loaded, stream: LayerStream, batches: Sequence[Batch]) -> Iterator[Tensor]:
     """Yield each batch's logits, with every layer read once for all batches."""
     with Spool(stream.spool_bytes) as spool:
-        passes = [partial(run_model, loaded.model, batch, 0, None, None) for batch in batches]
+        passes = [partial(run_model, loaded.model, batch) for batch in batches]
         sweep(stream, passes, len(stream.layers) - 1, spool, lambda _number: None)
         for number, batch in enumerate(batches):
             hidden = spool.take(f"hidden.{number}")
             # What leaves the last layer only has to pass the final norm and the head.
             with giving(stream.layers, hidden, stream.width):
-                logits = run_model(loaded.model, batch, 0, None, batch.labelled)
+                logits = run_model(loaded.model, batch, batch.labelled)
             yield logits

@@ -65,9 +65,8 @@ def _best(model: PreTrainedModel, batch: Batch, beginnings: PrefixCache) -> Tens
             answering, last = given_answering(Answering.unpacked(packed)), int(packed[:, 1].min())
     beginning = beginnings.prefix_of(Batch(batch.ids, batch.mask, batch.labels, last))
     first, cache = (beginning.length, beginning.cache(batch)) if beginning else (0, None)
-    rows, columns = batch.labelled
     with answering:
-        return run_model(model, batch, first, cache, (rows, columns - first)).argmax(-1)
+        return run_model(model, batch, batch.labelled, first=first, cache=cache).argmax(-1)
 
 
 @torch.no_grad()
@@ -77,7 +76,7 @@ def next_tokens(loaded: Loaded, rows: Sequence[Row], on_progress: ProgressCallba
     for indices in in_batches(rows, _BATCH):
         batch = collate([rows[index] for index in indices]).to(loaded.device)
         places, columns = batch.mask.nonzero(as_tuple=True)
-        best = run_model(loaded.model, batch, 0, None, (places, columns)).argmax(-1)
+        best = run_model(loaded.model, batch, (places, columns)).argmax(-1)
         for index, tokens in zip(indices, best.split([len(rows[index]) for index in indices]), strict=True):
             found[index] = tokens.tolist()
         on_progress(Event("unrelated text", len(found), len(rows)))
@@ -110,7 +109,7 @@ def changed_by(
     with hooked(*hooks), overridden(layers[after + 1 :], lambda *_, **__: kept[after]):
         for indices in in_batches(rows, _BATCH):
             batch = collate([rows[index] for index in indices]).to(loaded.device)
-            run_model(loaded.model, batch, 0, None, None)
+            run_model(loaded.model, batch)
             stream, behind = (state_of(kept[place], None)[..., :channels] for place in (before, after))
             added = behind - stream
             changed = (added.norm(dim=-1) > _NOTHING * stream.norm(dim=-1)) & batch.mask.bool()

@@ -21,8 +21,8 @@ def reads_rows_alike(model: PreTrainedModel) -> bool:
     rows = probe_rows(model, (5,))
     both, alone = (collate(chosen).to(model.device) for chosen in (rows, rows[1:]))
     last = tuple(index[-1:] for index in both.labelled)
-    batched = run_model(model, both, 0, None, (last[0], last[1]))
-    return alike(model, batched, run_model(model, alone, 0, None, alone.labelled))
+    batched = run_model(model, both, (last[0], last[1]))
+    return alike(model, batched, run_model(model, alone, alone.labelled))
 
 
 def probe_rows(model: PreTrainedModel, target: Sequence[int]) -> list[Row]:

@@ -119,7 +119,7 @@ def above_of(model: PreTrainedModel, run_by: Callable[[Above], Site]) -> Above:
         ModelError: nothing that is added at the site changes what the model says, or the model reads ahead.
     """
     batch = _batch(model)
-    plain = run_model(model, batch, 0, None, batch.labelled)
+    plain = run_model(model, batch, batch.labelled)
     _require_causal(model, batch, plain)
     site = run_by(ALL)
     expected = _shifted(model, site, batch)
@@ -137,7 +137,7 @@ def _require_causal(model: PreTrainedModel, batch: Batch, plain: Tensor) -> None
     """Check that what a model predicts at a token does not depend on later tokens."""
     other = batch.ids.clone()
     other[:, -1] = (other[:, -1] + 1) % vocabulary_rows(model)
-    logits = run_model(model, replace(batch, ids=other), 0, None, batch.labelled)
+    logits = run_model(model, replace(batch, ids=other), batch.labelled)
     before = batch.labelled[1] < batch.ids.shape[1] - 1
     if not alike(model, logits[before], plain[before]):
         raise ModelError("the model reads ahead, so that it generates no text; set is_decoder in its config.json")
@@ -191,11 +191,10 @@ def _goes_on(model: PreTrainedModel, site: Site, batch: Batch, plain: Tensor) ->
     begun = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}
     begun = {name: tensor[:, :cut] for name, tensor in begun.items()}
     model(**accepted_arguments(type(model), {**begun, "use_cache": True, CACHE_ARGUMENT: cache}))
-    rows, columns = batch.labelled
     all_tensors = all(isinstance(tensor, Tensor) for layer in cache.layers for tensor in tensors_of(layer))
     if not all_tensors or len(cache.layers) != len(layers_of(model, site)):
         return False
-    return alike(model, run_model(model, batch, cut, cache, (rows, columns - cut)), plain)
+    return alike(model, run_model(model, batch, batch.labelled, first=cut, cache=cache), plain)
 
 
 @torch.no_grad()
@@ -218,7 +217,7 @@ def decoder_of(model: PreTrainedModel, site: Site) -> str | None:
 
             hooks.enter_context(hooked(model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)))
         batch = _batch(model)
-        run_model(model, batch, 0, None, batch.labelled)
+        run_model(model, batch, batch.labelled)
     if not given:
         raise ModelError(f"no part of the model around {site.layer_module} is given tokens; edit another model")
     return None if given[0] == model.base_model_prefix else given[0]
@@ -235,7 +234,7 @@ def _with_states(model: PreTrainedModel, site: Site, layout: Layout) -> Layout:
     batch = _batch(model)
     with hooked(site.watched(model).register_forward_hook(lambda _module, _inputs, output: kept.append(output))):
         try:
-            run_model(model, batch, 0, None, None)
+            run_model(model, batch)
         except Exception as error:  # what an arbitrary model makes of tokens alone
             raise ModelError(f"the model does not run on tokens alone ({reason_of(error)}); edit another") from error
     if len(kept) != 1:

@@ -131,7 +131,7 @@ def _capture(
         hooks.enter_context(hooked(model.get_submodule(site.layer_module).register_forward_hook(keep_hidden)))
         if not above:
             hooks.enter_context(overridden(layers_of(model, site)[site.layer + 1 :], lambda *_, **__: kept["hidden"]))
-        logits = run_model(model, batch, first, cache, (select[0], select[1] - first) if select else None)
+        logits = run_model(model, batch, select, first=first, cache=cache)
     hidden = kept["hidden"]
     width = len(hidden) if isinstance(hidden, (tuple, list)) else 0
     past = tuple(tensors_of(layer) for layer in cache.layers[site.layer + 1 :]) if above and cache is not None else ()
@@ -246,7 +246,7 @@ def _sweep_to(
             spool.put(f"{name}.{number}", kept.pop(name)[:, first:])
 
     def run(batch: Batch) -> None:
-        run_model(model, batch, 0, _cache_of(site), None)
+        run_model(model, batch, cache=_cache_of(site))
 
     passes = [partial(run, batch) for batch in batches]
     with hooked(site.watched(model).register_forward_hook(keep)):
@@ -260,7 +260,7 @@ def _run_above(
     """Return logits (n, V) and the attention cache of the layers above, run on what leaves the edited one."""
     cache = _cache_of(site)
     with giving(layers_of(model, site)[: site.layer + 1], hidden, stream.width):
-        logits = run_model(model, batch, 0, cache, select)
+        logits = run_model(model, batch, select, cache=cache)
     kept = () if cache is None else cache.layers[site.layer + 1 :]
     return logits, tuple(tensors_of(layer) for layer in kept)
 

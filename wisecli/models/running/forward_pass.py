@@ -24,14 +24,24 @@ Selection = tuple[Tensor, Tensor]
 
 
 def run_model(
-    model: PreTrainedModel, batch: Batch, first: int, cache: DynamicCache | None, select: Selection | None
+    model: PreTrainedModel,
+    batch: Batch,
+    select: Selection | None = None,
+    *,
+    first: int = 0,
+    cache: DynamicCache | None = None,
 ) -> Tensor:
-    """Return the model's forward pass over the columns from ``first`` on; its head sees the selected columns only."""
+    """Run a model over the columns of a batch from ``first`` on; return logits (n, V) at the selected ones.
+
+    Args:
+        select: rows and columns of the batch, to which alone the head is applied; none by default.
+        cache: holds the columns before ``first``.
+    """
     empty = torch.empty(0, dtype=torch.long, device=batch.ids.device)
     rows, columns = select or (empty, empty)
 
     def pick(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (inputs[0][rows, columns].unsqueeze(0),)
+        return (inputs[0][rows, columns - first].unsqueeze(0),)
 
     with hooked(model.get_output_embeddings().register_forward_pre_hook(pick)):
         named = {
@@ -48,5 +58,5 @@ def run_model(
 
 def fill_cache(model: PreTrainedModel, batch: Batch, cache: DynamicCache) -> tuple[Tensor, ...]:
     """Read a batch's tokens into an empty cache, and return nothing else of them."""
-    run_model(model, batch, 0, cache, None)
+    run_model(model, batch, cache=cache)
     return ()

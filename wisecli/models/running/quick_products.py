@@ -78,7 +78,7 @@ def _runs(loaded: Loaded, site: Site | None) -> bool:
     batch = collate([Row((0, 1), (1,))]).to(loaded.model.device)
     try:
         if site is None:
-            run_model(loaded.model, batch, 0, None, None)
+            run_model(loaded.model, batch)
         else:
             capture(loaded.model, site, batch, above=False)
     except Exception:  # what an arbitrary model makes of numbers of two types

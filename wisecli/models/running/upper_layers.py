@@ -51,13 +51,13 @@ def _on_from_cache(
     first = activations.first
     cache = _cache(activations, site) if first else None
     with giving(layers_of(model, site)[: site.layer + 1], hidden, activations.tuple_width):
-        return run_model(model, activations.batch, first, cache, (select[0], select[1] - first))
+        return run_model(model, activations.batch, select, first=first, cache=cache)
 
 
 def _on_rows(model: PreTrainedModel, site: Site, activations: Activations, hidden: Tensor, select: Selection) -> Tensor:
     whole = hidden if activations.before is None else torch.cat([activations.before, hidden], 1)
     with giving(layers_of(model, site)[: site.layer + 1], whole, activations.tuple_width):
-        return run_model(model, activations.batch, 0, None, select)
+        return run_model(model, activations.batch, select)
 
 
 def _with_all(
@@ -70,7 +70,7 @@ def _with_all(
         return with_state(output, whole, site.streams)
 
     with hooked(model.get_submodule(site.layer_module).register_forward_hook(replaced)):
-        return run_model(model, activations.batch, 0, None, select)
+        return run_model(model, activations.batch, select)
 
 
 _RUNS: dict[Above, Run] = {CACHED: _on_from_cache, ROWS: _on_rows, ALL: _with_all}

@@ -138,7 +138,7 @@ class Lora(EditByEdit):
         """Return the mean cross-entropy of the target tokens of rows, with the adapters as they are applied."""
         loaded = self.bench.loaded
         batch = collate(rows).to(loaded.device)
-        logits = run_model(loaded.model, batch, 0, None, batch.labelled)
+        logits = run_model(loaded.model, batch, batch.labelled)
         return F.cross_entropy(logits.float(), batch.targets)
 
     @contextmanager

@@ -120,7 +120,7 @@ class Knn(Method):
             kept.append(inputs[0][batch.labelled])
 
         with hooked(loaded.model.get_output_embeddings().register_forward_pre_hook(keep)):
-            logits = run_model(loaded.model, batch, 0, None, batch.labelled)
+            logits = run_model(loaded.model, batch, batch.labelled)
         lengths = [len(row.target) for row in rows]
         parts = (part.split(lengths) for part in (kept[0].float(), logits, batch.targets))
         return [_Read(*fields) for fields in zip(*parts, strict=True)]

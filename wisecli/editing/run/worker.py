@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from wisecli.editing.run.shard_writer import ShardWriter
 from wisecli.edits.checks.admission import Admitted
 from wisecli.edits.record import Edit
 from wisecli.environment import versions
-from wisecli.models.layout.site import find_site, fingerprint
+from wisecli.models.layout.site import Fingerprint, Site, find_site, fingerprint
 from wisecli.models.layout.site_probe import verified_layout
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.chat_template import date_of, fix_date
@@ -105,36 +105,40 @@ class Worker:
                 loaded, job.edits, settings.augment, batch_size=size, seed=settings.seed, on_progress=self.on_progress
             )
             unrelated = background_for(loaded, site, checkpoint, base, running, job.edits, self.on_progress)
-        stored = str(directory.absolute()) if Path(job.model).exists() else job.model
-        made = Made(
-            loaded.device.type,
-            str(loaded.model.dtype).removeprefix("torch."),
-            job.threads,
-            job.target_module,
-            checkpoint.sample,
-            date_of(loaded.tokenizer),
-        )
+        return self._plan(site, base, contexts, paraphrases), unrelated
+
+    def _plan(
+        self, site: Site, base: Fingerprint, contexts: Sequence[str], paraphrases: dict[str, tuple[str, ...]]
+    ) -> ShardDirectory:
+        """Return what the manifest of the shards will say, without the shards."""
+        job, loaded, checkpoint = self.job, self.base.loaded, self.base.checkpoint
         subjects = subject_spellings(loaded.tokenizer, job.edits)
-        plan = ShardDirectory(
-            directory,
-            stored,
-            job.load.revision,
-            base,
-            site,
-            asdict(settings),
-            tuple(contexts),
-            job.edits,
-            (),
-            "",
-            versions(),
-            made,
+        return ShardDirectory(
+            path=checkpoint.directory,
+            model=str(checkpoint.directory.absolute()) if Path(job.model).exists() else job.model,
+            revision=job.load.revision,
+            fingerprint=base,
+            site=site,
+            settings=asdict(job.settings),
+            contexts=tuple(contexts),
+            edits=job.edits,
+            shards=(),
+            unrelated_sha256="",
+            versions=versions(),
+            made=Made(
+                device=loaded.device.type,
+                dtype=str(loaded.model.dtype).removeprefix("torch."),
+                threads=job.threads,
+                target_module=job.target_module,
+                sample=checkpoint.sample,
+                date=date_of(loaded.tokenizer),
+            ),
             paraphrases=paraphrases,
             subjects=subjects,
             known=job.known,
             subject_tokens=subject_tokens(loaded.tokenizer, job.edits, subjects),
             separator_token_id=separator_token(loaded.tokenizer),
         )
-        return plan, unrelated
 
     def writer(self, plan: ShardDirectory, unrelated: BackgroundStats) -> ShardWriter:
         """Return the writer of shards for a plan."""

@@ -65,7 +65,9 @@ def planned(base: Base, job: Job, site: Site, output: Path) -> EditReport:
     started, load = time.perf_counter(), job.load
     require_dtype(load.dtype)
     budget = load.memory_budget or device_memory(load.device)
-    lengths = [base.reader.length(edit, job.settings) for edit in job.edits]
+    reader = base.reader
+    forms = reader.trained_forms(job.settings)
+    lengths = [reader.length(edit, job.settings, forms) for edit in job.edits]
     plan = plan_edit(
         base.checkpoint,
         site,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -41,16 +41,21 @@ USUAL_LENGTH = Length(12, 6, 12)
 class Reader:
     """What reads edits: a model's tokenizer, how many tokens the model reads at most, and how many it has rows for.
 
-    Numbers are ``None`` where they are not known.
+    Numbers are ``None`` where they are not known. Edits are counted once, as a plan asks for what was checked before.
     """
 
     tokenizer: PreTrainedTokenizerBase
     window: int | None
     vocabulary: int | None = None
+    _counted: dict[tuple[Edit, EditSettings, tuple[str, ...]], Length] = field(default_factory=dict, compare=False)
 
-    def count(self, text: str) -> int:
-        """Tokens of a text, those included that open it."""
-        return len(self.tokenizer(text)["input_ids"])
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of texts, those included that open each."""
+        return [len(tokens) for tokens in self.tokenizer(list(texts))["input_ids"]] if texts else []
+
+    def trained_forms(self, settings: EditSettings) -> tuple[str, ...]:
+        """Return the contexts that stand for forms which edits are trained in."""
+        return tuple(trained_forms(self.tokenizer, settings, self.window))
 
     def require(
         self, file: str, numbered: Sequence[Numbered], settings: EditSettings, *, allow_special: bool = False
@@ -67,8 +72,9 @@ class Reader:
         """
         special = None if allow_special else _Special(self.tokenizer)
         larger = self.vocabulary is not None and max(self.tokenizer.get_vocab().values()) >= self.vocabulary
+        forms = self.trained_forms(settings) if numbered else ()
         for line, edit in numbered:
-            if larger and (wrong := self._without_row(edit, settings)):
+            if larger and (wrong := self._without_row(edit, forms)):
                 raise EditFileError(Path(file), wrong, line=line)
             if special is not None and (found := special.first_in(edit)):
                 field, token = found
@@ -78,32 +84,42 @@ class Reader:
                     "--set allow_special_tokens=true",
                     line=line,
                 )
-            for what, tokens, shorter in self._readings(edit, settings):
+            for what, tokens, shorter in self._readings(edit, settings, forms):
                 if self.window is not None and tokens > self.window:
                     reason = f"{tokens:,} tokens{what}, the model takes {self.window:,}; shorten {shorter}"
                     raise EditFileError(Path(file), reason, line=line)
 
-    def length(self, edit: Edit, settings: EditSettings) -> Length:
+    def length(self, edit: Edit, settings: EditSettings, forms: Sequence[str] | None = None) -> Length:
         """Tokens of an edit, in the longest form that it is trained in.
+
+        Args:
+            forms: what :meth:`trained_forms` returns, if it was asked before.
 
         Raises:
             ModelError: the chat template cannot be used.
         """
+        forms = self.trained_forms(settings) if forms is None else tuple(forms)
+        key = edit, settings, forms
+        if key not in self._counted:
+            self._counted[key] = self._length(edit, settings, forms)
+        return self._counted[key]
+
+    def _length(self, edit: Edit, settings: EditSettings, forms: Sequence[str]) -> Length:
         pairs = [
             (edit.prompt, edit.answer),
             *((translation.prompt, translation.target) for translation in edit.translations),
         ]
-        prompts = [self.count(prompt) for prompt, _ in pairs]
-        wholes = [self.count(_joined(*pair)) for pair in pairs]
+        asked = [in_context(self.tokenizer, form, edit.prompt) for form in forms]
+        counts = self.counts([*(prompt for prompt, _ in pairs), *(_joined(*pair) for pair in pairs), *asked])
+        prompts, wholes = counts[: len(pairs)], counts[len(pairs) : 2 * len(pairs)]
         target = max(max(1, whole - prompt) for prompt, whole in zip(prompts, wholes, strict=True))
-        forms = trained_forms(self.tokenizer, settings, self.window)
-        asked = (self.count(in_context(self.tokenizer, form, edit.prompt)) for form in forms)
-        before = max([settings.context_tokens + _AROUND, *(tokens - prompts[0] for tokens in asked)])
+        further = (tokens - prompts[0] for tokens in counts[2 * len(pairs) :])
+        before = max([settings.context_tokens + _AROUND, *further])
         return Length(max(prompts), target + (_INSTEAD if edit.erased else int(settings.train_end)), before)
 
-    def _without_row(self, edit: Edit, settings: EditSettings) -> str | None:
+    def _without_row(self, edit: Edit, forms: Sequence[str]) -> str | None:
         """Return a complaint about the first token of an edit, in any trained form, that the model has no row for."""
-        contexts = ["", *trained_forms(self.tokenizer, settings, self.window)]
+        contexts = ["", *forms]
         pairs = [(edit.prompt, edit.target), (edit.prompt, edit.answer)]
         pairs += [(translation.prompt, translation.target) for translation in edit.translations]
         texts = [_joined(in_context(self.tokenizer, form, prompt), said) for form in contexts for prompt, said in pairs]
@@ -114,22 +130,22 @@ class Reader:
             tokens += first_tokens(self.tokenizer, edit.prompt, edit.target)
         return without_row(self.tokenizer, tokens, self.vocabulary)
 
-    def _readings(self, edit: Edit, settings: EditSettings) -> Iterator[tuple[str, int, str]]:
+    def _readings(self, edit: Edit, settings: EditSettings, forms: Sequence[str]) -> Iterator[tuple[str, int, str]]:
         """Yield what the model reads of an edit beside the bare text, its tokens, and what to shorten if they are many.
 
         What cannot be too long, as it has fewer bytes than the model takes tokens, is not counted.
         """
-        length, both = self.length(edit, settings), "the prompt or the target"
+        length, both = self.length(edit, settings, forms), "the prompt or the target"
         yield "", length.prompt + length.target, both
         yield " with what is put before the prompt", sum(length), both
         if settings.augment:
-            asked = max(map(self.count, paraphrase_requests(self.tokenizer, edit))) + REQUEST_TOKENS
+            asked = max(self.counts(paraphrase_requests(self.tokenizer, edit))) + REQUEST_TOKENS
             yield " with the request for paraphrases", asked, "the prompt, or leave out augment"
         pairs = [(probe.prompt, probe.answer) for probe in (*edit.locality, *edit.portability)]
         pairs += [(text, edit.answer) for text in edit.rephrases]
         for text in (*(_joined(*pair) for pair in pairs), *edit.irrelevant, *edit.ood):
             if self.window is not None and len(text.encode()) + _AROUND > self.window:
-                yield f" in {shown(text, 20)}", self.count(text), "it"
+                yield f" in {shown(text, 20)}", *self.counts([text]), "it"
 
 
 def _joined(prompt: str, target: str) -> str:

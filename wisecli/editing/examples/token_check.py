@@ -145,7 +145,7 @@ class Reader:
         pairs += [(text, edit.answer) for text in edit.rephrases]
         for text in (*(_joined(*pair) for pair in pairs), *edit.irrelevant, *edit.ood):
             if self.window is not None and len(text.encode()) + _AROUND > self.window:
-                yield f" in {shown(text, 20)}", *self.counts([text]), "it"
+                yield f" in {shown(text, 20)}", self.counts([text])[0], "it"
 
 
 def _joined(prompt: str, target: str) -> str:

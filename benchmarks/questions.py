@@ -35,8 +35,7 @@ from wisecli.routing.deciding.prompt_window import UNROUTED
 
 # Probabilities of asking from which an edit opens; at the last the gate has no say.
 ASK_PROBS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, -1.0)
-_BATCH = 16
-_LENGTH, _LENGTH_OF_DATES = 24, 16  # of an answer, in tokens
+_BATCH, _LENGTH, _LENGTH_OF_DATES = 16, 24, 16  # of prompts; of answers, in tokens
 _UNFAMILIAR = Path(__file__).with_name("unfamiliar.json")
 CONSEQUENCES = ("Subject_Aliasing", "Reasoning", "Logical_Generalization")
 Prompts = list[tuple[str, int]]
@@ -132,14 +131,14 @@ def asking(options: Namespace) -> None:
 
 
 def unfamiliar(options: Namespace) -> None:
-    """Share of prompts that open the edit they ask or mention, in 200 patterns whose writer knew of no others here.
+    """Share of prompts that open the edit they ask or mention, in patterns whose writers knew of no others here.
 
-    Every second pattern was looked at when wordings were added to the package; the others were not.
+    Every second pattern of a file has been looked at; the others were not when wordings were added to the package.
     """
     edited = attach(options.memory, model=options.model, load=LoadOptions(device=options.device))
     edits, rng = list(read_edits(options.records))[: options.edits], random.Random(5)
     rows: list[Row] = []
-    for group, patterns in json.loads(_UNFAMILIAR.read_text(encoding="utf-8")).items():
+    for group, patterns in json.loads(options.patterns.read_text(encoding="utf-8")).items():
         own = [Kind(name, group == "asked", (), ((pattern,),)) for name, pattern in patterns.items()]
         for half, some in (("looked at", own[::2]), ("not looked at", own[1::2])):
             prompts = [prompt for kind in some for prompt in of_kind(edited, kind, edits, rng)]
@@ -277,6 +276,7 @@ def asking_options(parser: ArgumentParser) -> None:
     parser.add_argument("--model")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--edits", "--asked", type=int, default=40, help="so many of them are asked")
+    parser.add_argument("--patterns", type=Path, default=_UNFAMILIAR, help="of `unfamiliar`: a file of them")
 
 
 def model_options(parser: ArgumentParser, **numbers: int) -> None:

@@ -131,9 +131,8 @@ def asking(options: Namespace) -> None:
 
 
 def unfamiliar(options: Namespace) -> None:
-    """Share of prompts that open the edit they ask or mention, in patterns whose writers knew of no others here.
-
-    Every second pattern of a file has been looked at; the others were not when wordings were added to the package.
+    """Share of prompts that open the edit they ask or mention, in a file of patterns whose writer knew of none here.
+    Every second one has been looked at.
     """
     edited = attach(options.memory, model=options.model, load=LoadOptions(device=options.device))
     edits, rng = list(read_edits(options.records))[: options.edits], random.Random(5)
@@ -269,14 +268,15 @@ def outcomes(edited: EditedModel, edits: Sequence[Edit], prompts: Sequence[str])
     return {name: counts[name] for name in ("right", "another edit's", "unedited", "other")}
 
 
-def asking_options(parser: ArgumentParser) -> None:
-    """Options of measures that ask a memory."""
+def asking_options(parser: ArgumentParser, patterns: Path | None = None) -> None:
+    """Options of measures that ask a memory, by patterns of a file where there is one."""
     parser.add_argument("memory", type=Path)
     parser.add_argument("records", type=Path, help="the edits that the memory holds, in their order")
     parser.add_argument("--model")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--edits", "--asked", type=int, default=40, help="so many of them are asked")
-    parser.add_argument("--patterns", type=Path, default=_UNFAMILIAR, help="of `unfamiliar`: a file of them")
+    if patterns is not None:
+        parser.add_argument("--patterns", type=Path, default=patterns)
 
 
 def model_options(parser: ArgumentParser, **numbers: int) -> None:
@@ -290,7 +290,7 @@ def model_options(parser: ArgumentParser, **numbers: int) -> None:
 
 MEASURES: Measures = {
     "asking": (asking, asking_options),
-    "unfamiliar": (unfamiliar, asking_options),
+    "unfamiliar": (unfamiliar, partial(asking_options, patterns=_UNFAMILIAR)),
     "forms": (forms, asking_options),
     "consequences": (consequences, partial(model_options, edits=40, skip=0)),
     "dates": (dates, partial(model_options, first=400, last=1400)),

@@ -79,7 +79,9 @@ def _sources(dataset: str | None, data: Sequence[Path]) -> list[tuple[str, Seque
 
 
 def _turns(sources: Sequence[tuple[str, Sequence[Edit]]]) -> list[tuple[str, Edit]]:
-    """Return records with their dataset's name, one of each dataset in turn; of several, ids bear the names."""
+    """Return records with their dataset's name, one of each dataset in turn while it has any; where there are several
+    datasets, ids bear their names.
+    """
     if len(sources) > 1:
         sources = [(name, [replace(edit, id=f"{name}/{edit.id}") for edit in edits]) for name, edits in sources]
     named = [[(name, edit) for edit in edits] for name, edits in sources]

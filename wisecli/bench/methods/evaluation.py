@@ -53,7 +53,9 @@ def target_predictions(
     stage: str = "measuring",
     on_progress: ProgressCallback = ignore_progress,
 ) -> list[TargetPredictions]:
-    """Return what the model, edited if a ``method`` is given, says given the right tokens before each target token."""
+    """Return what the model says given the right tokens before each target token; as edited, if a ``method`` is
+    given.
+    """
     found: dict[int, TargetPredictions] = {}
     for indices in in_batches(rows, batch_size):
         batch = collate([rows[index] for index in indices]).to(loaded.device)

@@ -167,7 +167,9 @@ def _report(
     shown: tuple[str | None, int | None],
     **more: Any,
 ) -> InspectReport:
-    """Return a report with what all directories have, and ``more``; ``shown``: the text looked for, the limit."""
+    """Return a report with what every kind of directory has, and ``more``; ``shown`` is the text looked for, and the
+    limit.
+    """
     wanted, limit = (shown[0] or "").casefold(), shown[1]
     texts = ("\n".join((edit.id, edit.prompt, edit.target, edit.subject or "")) for edit in written.edits)
     found = [edit for edit, text in zip(written.edits, texts, strict=True) if wanted in text.casefold()]

@@ -16,7 +16,9 @@ _NOT_COMPARED = ("shards",)
 
 @dataclass(frozen=True)
 class DiffReport:
-    """Edits of the second alone (``added``), of the first alone (``removed``), in both but changed; and settings."""
+    """Edits only in the second (``added``), only in the first (``removed``), in both with another record (``changed``:
+    first and second), and settings that differ, by name.
+    """
 
     added: tuple[Edit, ...]
     removed: tuple[Edit, ...]

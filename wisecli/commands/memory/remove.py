@@ -90,7 +90,9 @@ def without_edits(
     load: LoadOptions = LoadOptions(),
     on_progress: ProgressCallback,
 ) -> Iterator[Cleared]:
-    """Return a context with the newest release's shards without some edits; what is trained anew lasts as long."""
+    """Return a context with the newest release's shards without some edits; what has to be trained anew for that is
+    there while the block lasts.
+    """
     if not memory.releases:
         yield Cleared({}, {}, ())
         return

@@ -47,7 +47,7 @@ class Reader:
     tokenizer: PreTrainedTokenizerBase
     window: int | None
     vocabulary: int | None = None
-    _counted: dict[tuple[Edit, EditSettings, tuple[str, ...]], Length] = field(default_factory=dict, compare=False)
+    _counted: dict[tuple[Edit, EditSettings], Length] = field(default_factory=dict, compare=False)
 
     def counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of texts, those included that open each."""
@@ -98,10 +98,9 @@ class Reader:
         Raises:
             ModelError: the chat template cannot be used.
         """
-        forms = self.trained_forms(settings) if forms is None else tuple(forms)
-        key = edit, settings, forms
+        key = edit, settings
         if key not in self._counted:
-            self._counted[key] = self._length(edit, settings, forms)
+            self._counted[key] = self._length(edit, settings, self.trained_forms(settings) if forms is None else forms)
         return self._counted[key]
 
     def _length(self, edit: Edit, settings: EditSettings, forms: Sequence[str]) -> Length:

@@ -237,7 +237,9 @@ def side_files(base: Path) -> list[Path]:
 
 def _name_tokenizer(output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write down which class reads the tokenizer: for some model types it is another than their files say."""
-    path, kind = output / "tokenizer_config.json", type(tokenizer).__name__
-    declared = read_json(path) if path.is_file() else {"tokenizer_class": kind}
+    path = output / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    declared, kind = read_json(path), type(tokenizer).__name__
     if str(declared.get("tokenizer_class")).removesuffix("Fast") != kind.removesuffix("Fast"):
         write_json(path, {**declared, "tokenizer_class": kind})

@@ -20,7 +20,8 @@ from wisecli.io.digest import sha256_text
 from wisecli.models.layout.architectures import DEFAULT_LOADER, loader_name
 
 CODE_NAME = "modeling_wise.py"
-# The modules of the package that a checkpoint carries as they are, not imported to be copied, and the sha256 of 0.1's.
+# The modules of the package that a checkpoint carries as they are, and the sha256 of those that 0.1 wrote. None of them
+# is imported to copy it.
 _CARRIED = {
     "routing.layers": ("routed_layer", "layer_output_memory", "layer_states", "module_types"),
     "routing.memories": ("side_memory", "answer_pairs", "fact_memory", "matrix_memory"),

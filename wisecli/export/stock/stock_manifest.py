@@ -28,7 +28,9 @@ VALUE_MATRIX = "mlp.down_proj"
 
 @dataclass(frozen=True)
 class BlocksEntry:
-    """How large a memory is as decoder blocks, ``last`` of them behind the last layer; what was measured is apart."""
+    """How large a memory is as decoder blocks, of which so many are behind the ``last`` layer; what was measured of it
+    stands beside that.
+    """
 
     __pydantic_config__ = OPEN
 

@@ -153,7 +153,8 @@ def captured(
     window: bool = False,
     shared: bool = False,
 ) -> Iterator[Activations]:
-    """Yield the :func:`capture` of every batch; a streamed layer is read once for all, if states suffice layers above.
+    """Yield the :func:`capture` of every batch in turn; a streamed layer is read once for all batches, unless layers
+    need more of those below them than the states that leave the last.
 
     Hooks on modules up to the site see the batches in order either way.
 

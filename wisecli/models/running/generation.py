@@ -147,7 +147,9 @@ def _up_to_the_end(row: Sequence[int], ends: Collection[int], stops: Collection[
 
 
 def _sampling(max_new_tokens: int, temperature: float | None) -> dict[str, Any]:
-    """Return settings of sampling: at a temperature until the text ends, or without one ``max_new_tokens`` long."""
+    """Return the settings of sampled answers: at a temperature until the text ends, or without one to exactly
+    ``max_new_tokens``.
+    """
     return {
         "do_sample": True,
         "min_new_tokens": max_new_tokens if temperature is None else None,

@@ -241,7 +241,9 @@ class FactDecision(Memory):
         return replace(decision, memory=memory, second=second, ask_prob=ask_prob)
 
     def _pair(self, gate: RequestGate, tokens: _ComparedTokens, row: int, named_probs: Tensor) -> tuple[_Asked, ...]:
-        """Return the two likeliest edits (M,) of different parts of a prompt, as mentioned; none if there is one."""
+        """Return the likeliest edit (M,) and the likeliest that another part of a prompt means, in the order in which
+        they are mentioned, each with its part; none if there is no other.
+        """
         edits = named_probs.topk(min(_RIVALS, int((named_probs > 0).sum()))).indices
         found = self._sentences(gate, tokens, row, edits)
         if found is None:

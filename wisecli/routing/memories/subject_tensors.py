@@ -18,7 +18,9 @@ from wisecli.routing.deciding.subject_match import SUBJECT_MATCH
 
 @dataclass(frozen=True)
 class SubjectToken:
-    """A word of a subject: all tokens that spell it, in capitals or after a space too, and its share of the subject."""
+    """A token of a subject: all tokens that spell it (in capitals or not, with a space before it or not), and how much
+    of the subject it makes up.
+    """
 
     # For whoever reads it from a file: no further fields, no number that is not finite.
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "allow_inf_nan": False}

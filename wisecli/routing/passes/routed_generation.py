@@ -26,7 +26,8 @@ _MOST_IN_PAIRS = 46_000
 class RoutedCausal(SignatureMixin):
     """Added to a language model whose decoder is routed: it decides prompts before ``generate()`` answers them.
 
-    ``generate()`` is given whole prompts, and says so to every pass: however those are cut, the prompt is answered.
+    ``generate()`` is given whole prompts, and says so to every pass: however those are cut, cached or run, the answer
+    is that of the prompt.
 
     ``wise_decoder`` is the path of the decoder, ``None`` for the module below the head.
     """
@@ -143,7 +144,9 @@ def _decided(model: Any, decoder: RoutedDecoder, ids: Tensor, kwargs: dict[str, 
 
 @torch.no_grad()
 def _make_plain(model: Any, ids: Tensor) -> None:
-    """Run a token through a quantised model that becomes plain numbers at its first whole pass: a decision is none."""
+    """Run one token through a quantised model whose weights become plain numbers before its first pass: a decision runs
+    a part of the model, for which nothing would make them so.
+    """
     if getattr(model, "hf_quantizer", None) is not None and model._forward_pre_hooks:
         with overridden_by(Override(off=True)):
             model(input_ids=torch.zeros_like(ids[:1, :1]), use_cache=False)

@@ -161,7 +161,9 @@ def find_change(
 
 
 def _predictions(bench: Bench, site: MatrixSite, fact: Fact, part: Part, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the target tokens' mean cross-entropy, and log-probabilities of what follows the essence, (1 or 0, V)."""
+    """Return the mean cross-entropy of the target's tokens (every prompt has the same), and the log-probabilities (1,
+    V), or (0, V), of what follows the essence.
+    """
     batch = fact.batch
     rows, columns = batch.labelled
     essence = torch.arange(fact.prompts, len(fact.columns), device=rows.device)

@@ -51,7 +51,9 @@ class GoingOn:
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """States behind a layer inside no answer: of ``others`` (m, d), and of ``sinks`` (k, d) of attention."""
+    """States behind a layer that are inside no answer: of ``others`` (m, d), and of ``sinks`` (k, d), tokens that
+    attention rests on.
+    """
 
     others: Tensor
     sinks: Tensor
@@ -149,7 +151,9 @@ def _told_apart(states: EditStates, places: Tensor, sinks: Tensor) -> Tensor:
 
 
 class _Ways(NamedTuple):
-    """Which places (p,) are edits' ``first``, and which the same answers begun ``other``wise, with a blank or not."""
+    """Which places (p,) are edits' ``first``, and which are the same answers begun the ``other`` way: without a blank
+    where most begin with one, or the other way round.
+    """
 
     first: Tensor
     other: Tensor

@@ -227,7 +227,9 @@ class _Lessons:
         return _Batch(rows, torch.tensor(columns))
 
     def _read(self, reader: RelationReader, batch: _Batch) -> tuple[Tensor, Tensor]:
-        """Return rows' codes (B, c), and whether they ask (B,); in training also after other rows, some tokens gone."""
+        """Return codes (B, c) and whether anything is asked (B,) of rows; while it learns, after other rows now and
+        then, and without some tokens.
+        """
         settings, states = self._settings, self._states
         begins = states.first[batch.rows].tolist()
         tokens = [

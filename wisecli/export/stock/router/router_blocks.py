@@ -55,7 +55,9 @@ _MISSING, _BEGUN, _ENDS, _CLOSED = 18.0, 4.0, 4.0, 8.0
 
 
 class Scales(NamedTuple):
-    """Usual factors: of norms behind the ``router``'s layer and the ``last``, and of scores in ``attention``."""
+    """What a norm multiplies states by, as a rule, behind the ``router``'s layer and behind the ``last``; and what
+    ``attention`` multiplies scores by.
+    """
 
     router: float
     last: float

@@ -71,7 +71,9 @@ def fitted_router(
 
 @dataclass(frozen=True)
 class OwnQuestions:
-    """What a reader makes of own prompts (n,): relation ``codes`` (n, c), how much each ``asks``, and its ``edit``."""
+    """What a reader makes of edits' own prompts in trained forms: ``codes`` (n, c) of the relation, how much each
+    ``asks`` (n,), and the ``edit`` (n,) that it is of.
+    """
 
     codes: Tensor
     asks: Tensor
@@ -107,7 +109,9 @@ def one_of_each_fact(asked: OwnQuestions, subject: Tensor, edits: Sequence[Edit]
 
 
 def edit_relations(reader: RelationReader, asked: OwnQuestions, edits: int) -> tuple[Tensor, Tensor]:
-    """Return each edit's relation code (e, c), and the least log odds (e,) by which an own prompt asks it."""
+    """Return the code of each edit's relation (e, c), and the least log odds (e,), without a threshold, by which one of
+    its own prompts asks it.
+    """
     relations = asked.means(edits)
     odds = reader.kappa.detach() * (asked.codes * relations[asked.edit]).sum(1) + asked.asks
     return relations, torch.full((edits,), torch.inf).scatter_reduce(0, asked.edit, odds, "amin")

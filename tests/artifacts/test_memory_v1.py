@@ -143,7 +143,7 @@ def test_a_stored_checkpoint_is_served(tmp_path: Path) -> None:
 
 def test_a_stored_checkpoint_says_how_it_is_served() -> None:
     edited = Edited.of(json.loads((STORED / "routed/config.json").read_text())["wise"])
-    assert (edited.module, edited.behind, edited.state_layer) == ("model.layers.2.mlp.down_proj", False, 0)
+    assert (edited.module, edited.behind, edited.read) == ("model.layers.2.mlp.down_proj", False, (0,))
     assert (edited.marks.opener_token_ids, edited.marks.special_token_ids) == ((), (1,))
 
 

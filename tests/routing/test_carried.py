@@ -29,7 +29,7 @@ def sure(earlier: list[Tensor], last: list[Tensor]) -> float:
     states = torch.stack([*earlier, *last])[None]
     there = torch.ones(1, states.shape[1], dtype=torch.bool)
     own = torch.tensor([[False] * len(earlier) + [True] * len(last)])
-    return float(meaning().edit_probs(ProjectedPrompts(states.repeat(2, 1, 1, 1), there, states), own))
+    return float(meaning().edit_probs(ProjectedPrompts(states.repeat(2, 1, 1, 1), there), own))
 
 
 def test_the_last_turn_must_say_a_part_of_what_is_asked() -> None:

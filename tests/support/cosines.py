@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.routing.deciding.sentence_features import EditCosines
+from wisecli.routing.gating.sentence_features import EditCosines
 
 
 def edit_cosines(given: Sequence[Sequence[Tensor]]) -> EditCosines:

@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from wisecli.io.checkpoint import read_json
+from wisecli.routing.deciding.decision import Decision
 from wisecli.routing.deciding.prompt_window import UNROUTED
 from wisecli.routing.passes.engine_checks import LostMemoryError
 from wisecli.vllm_plugin import requests
 from wisecli.vllm_plugin.processes import Processes
 from wisecli.vllm_plugin.releases import release_in
-from wisecli.vllm_plugin.served_memory import Edited
+from wisecli.vllm_plugin.served_memory import Edited, Take
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +59,13 @@ def test_no_more_tokens_are_decided_at_once_than_memory_is_left_for(
     prompts.insert(1, prompts[0] * 5)  # beside which all others would be padded
     wanted, most = memory.decide(prompts), 3 * max(map(len, prompts[2:]))
     monkeypatch.setattr(requests, "_AT_ONCE", most)
-    read, sizes = memory.reader.read, []
+    run, sizes = memory.reader.run, []
 
-    def counting(windows: Sequence[Tensor]) -> list[Tensor]:
+    def counting(windows: Sequence[Tensor], take: Take) -> Decision:
         sizes.append([len(window) for window in windows])
-        return read(windows)
+        return run(windows, take)
 
-    monkeypatch.setattr(memory.reader, "read", counting)
+    monkeypatch.setattr(memory.reader, "run", counting)
     assert memory.decide(prompts) == wanted
     assert len(sizes) > 2
     assert all(len(lengths) == 1 or len(lengths) * max(lengths) <= most for lengths in sizes)

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from wisecli.artifacts.former_names import current_names
 from wisecli.artifacts.shard import half
-from wisecli.artifacts.tensor_schema import HEADS, MENTIONED, background_rows, require_layout
+from wisecli.artifacts.tensor_schema import HEADS, background_rows, of_gate, require_layout
 from wisecli.artifacts.tensor_schema import REQUEST_GATE as GATE_ROWS
 from wisecli.artifacts.tensor_schema import SENTENCE_TOKENS as SENTENCE_ROWS
 from wisecli.artifacts.tensor_schema import WORD_STARTS as START_ROWS
 from wisecli.io.checkpoint import load_tensors, save_tensors
-from wisecli.routing.deciding.request_gate import REQUEST_GATE, TOKEN_MARKS
+from wisecli.routing.gating.request_gate import REQUEST_GATE, TOKEN_MARKS
 from wisecli.routing.memories.whitening import Moment
 
 _MOMENTS = ("tokens", "wording", "chatting")
@@ -32,8 +32,8 @@ class RouterHeads:
     x + token_bias)``. ``logit_scale`` (2,) and ``logit_offset`` (2,) make probabilities of scores.
     ``special_token_ids`` (b,) are the tokenizer's special tokens. ``unrelated`` (u, d) are the states of tokens of
     unrelated texts, ``text`` (u,) says of which. ``request_gate`` are the tensors of the router's ``RequestGate``, if
-    one was learned, and ``mentioned`` (2,) how many of some prompts that mention a made-up fact and don't ask it open
-    it all the same, and of how many.
+    one was learned, ``gate_layer`` (1,) is the layer that it reads, if that is another, and ``mentioned`` (2,) how many
+    of some prompts that mention a made-up fact and don't ask it open it all the same, and of how many.
     """
 
     proj_weight: Tensor
@@ -48,11 +48,12 @@ class RouterHeads:
     text: Tensor
     request_gate: Mapping[str, Tensor] = field(default_factory=dict)
     mentioned: Tensor | None = None
+    gate_layer: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return its parts, by their names in files."""
-        mentioned = {} if self.mentioned is None else {"heads.mentioned": self.mentioned}
-        return {f"heads.{name}": getattr(self, name) for name in _HEADS} | mentioned | dict(self.request_gate)
+        named = {f"heads.{name}": getattr(self, name) for name in (*_HEADS, *_OF_GATE)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None} | dict(self.request_gate)
 
 
 # Those parts of heads that are always there.
@@ -60,6 +61,8 @@ _HEADS = (
     *("proj_weight", "proj_bias", "token_weight", "token_bias", "logit_scale", "logit_offset"),
     *("special_token_ids", "layer", "unrelated", "text"),
 )
+# Those that are there with some gates.
+_OF_GATE = ("mentioned", "gate_layer")
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def load_heads(path: Path) -> RouterHeads | None:
         DamagedFileError: it is missing, truncated, or holds other tensors.
     """
     tensors = current_names(load_tensors(path))
-    require_layout(path, tensors, {**HEADS, **GATE_ROWS, **SENTENCE_ROWS, **START_ROWS, **MENTIONED}, {})
+    require_layout(path, tensors, {**HEADS, **GATE_ROWS, **SENTENCE_ROWS, **START_ROWS, **of_gate(tensors)}, {})
     return _heads_in(tensors)
 
 
@@ -148,4 +151,5 @@ def _heads_in(tensors: dict[str, Tensor]) -> RouterHeads | None:
         return None
     gate = {name: tensors[name] for name in (*REQUEST_GATE, *TOKEN_MARKS) if name in tensors}
     parts = {name: tensors[f"heads.{name}"] for name in _HEADS}
-    return RouterHeads(**parts, request_gate=gate, mentioned=tensors.get("heads.mentioned"))
+    mentioned, gate_layer = (tensors.get(f"heads.{name}") for name in _OF_GATE)
+    return RouterHeads(**parts, request_gate=gate, mentioned=mentioned, gate_layer=gate_layer)

@@ -123,6 +123,7 @@ class Stored:
     kind: Literal["matrix", "lookup"]
     tensors: dict[str, tuple[str | int, ...]]
     state_layer: Annotated[int, Field(ge=0)] | None = None
+    gate_layer: Annotated[int, Field(ge=0)] | None = None
     activated: bool | None = None
 
     @property

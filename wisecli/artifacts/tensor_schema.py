@@ -110,7 +110,8 @@ HEADS: TensorRows = {
     "heads.unrelated": TensorRow("float", ("unrelated", "hidden")),
     "heads.text": TensorRow("int", ("unrelated",)),
 }
-MENTIONED: TensorRows = {"heads.mentioned": TensorRow("int", (2,))}
+# What is known of some gates; those of older versions read the router's layer.
+_OF_GATE: TensorRows = {"heads.mentioned": TensorRow("int", (2,)), "heads.gate_layer": TensorRow("int", (1,))}
 PROMPTS: TensorRows = {
     "prompts.states": TensorRow("float", ("tokens", "hidden")),
     "prompts.edit": TensorRow("int", ("tokens",), "edits"),
@@ -161,6 +162,11 @@ def _token_marks(names: Collection[str]) -> TensorRows:
     return {**rows, **(WORD_STARTS if "request_gate.word_starts" in names else {})}
 
 
+def of_gate(names: Collection[str]) -> TensorRows:
+    """Return the tensors that say something of a gate, of those that are among ``names``."""
+    return {name: row for name, row in _OF_GATE.items() if name in names}
+
+
 def background_rows(names: Mapping[str, object]) -> TensorRows:
     """Return the tensors of the statistics of unrelated text, with those optional ones that are among ``names``."""
     rows = {
@@ -179,8 +185,7 @@ def background_rows(names: Mapping[str, object]) -> TensorRows:
     if "request_gate.read" in names:
         rows |= REQUEST_GATE
     rows |= _token_marks(names)
-    if "heads.mentioned" in names:
-        rows |= MENTIONED
+    rows |= of_gate(names)
     if "token_characters" in names:
         rows["token_characters"] = TensorRow("byte", ("vocabulary", TOKEN_CHARS))
     return {**rows, **({"writer_keys": TensorRow("float", ("m", "d_ff"))} if "writer_keys" in names else {})}

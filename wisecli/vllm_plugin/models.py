@@ -86,7 +86,7 @@ def _put_memory(model: Any, vllm_config: Any) -> None:
     config = vllm_config.model_config.hf_config
     edited = Edited.of(description_in(config))
     path = residual_hooks.path_in(model, edited.module)
-    reader = WindowReader(model, vllm_config, layer_of(path).rpartition(".")[0], edited.state_layer)
+    reader = WindowReader(model, vllm_config, layer_of(path).rpartition(".")[0], edited.read)
     checkpoint = Path(vllm_config.model_config.model)
     releases = checkpoint if checkpoint.is_dir() else None
     cut, processes = residual_hooks.put(model, path, behind=edited.behind), tensor_parallel_processes()

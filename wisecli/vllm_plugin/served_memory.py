@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from wisecli.artifacts.former_names import current_description, current_marks, current_names
-from wisecli.routing.deciding.decision import WindowStates
+from wisecli.routing.deciding.decision import Decision
 from wisecli.routing.deciding.prompt_window import UNROUTED, TurnMarks, is_any, window_size, windows
 from wisecli.routing.deciding.subject_filter import SubjectFilter
 from wisecli.routing.layers.routed_layer import memory_module as memory_alone
@@ -21,6 +21,7 @@ from wisecli.routing.memories.fact_memory import FactMemory
 from wisecli.routing.memories.side_memory import Memory, SideMemory
 from wisecli.routing.passes.engine_checks import LostMemoryError
 from wisecli.routing.passes.routed_pass import placeholders_of
+from wisecli.routing.passes.window_reading import WindowReading
 from wisecli.vllm_plugin.processes import ALONE, Processes
 from wisecli.vllm_plugin.releases import ReleaseError, made_for, read_release, release_in
 from wisecli.vllm_plugin.requests import Requests, StepRoute, batches, padded
@@ -31,6 +32,8 @@ _LOG = logging.getLogger(f"vllm.{__name__}")  # whose messages vLLM shows
 _AS_STORED = {"whitened_keys", "residuals", "late_interaction.prompt_token_embeddings"}
 # Places of tokens (n,) → their keys (n, width), and whether this process adds what they open.
 Keys = Callable[[Tensor], tuple[Tensor, bool]]
+# States (W, d) of each of some windows at the next layer that is read → the decision, if they are enough for one.
+Take = Callable[[Sequence[Tensor]], Decision | None]
 
 
 class Reader(Protocol):
@@ -42,15 +45,18 @@ class Reader(Protocol):
     before_run: Callable[[int], None] | None
     adds_rest: bool
 
-    def read(self, windows: Sequence[Tensor]) -> list[Tensor]:
-        """Return the states (W, d) of each window of token ids (W,)."""
+    def parts(self, lengths: Sequence[int]) -> Iterator[slice]:
+        """Yield parts of windows, by their lengths, that are run together."""
+
+    def run(self, windows: Sequence[Tensor], take: Take) -> Decision:
+        """Run windows of token ids (W,) up to the layer at which they are decided, and return the decision."""
 
 
 @dataclass(frozen=True)
 class Edited:
     """What a checkpoint's config says of its memory: its path, the memory without tensors, and turn marks.
 
-    ``behind`` says that it is behind a decoder layer and not beside a matrix; ``state_layer`` is the layer whose states
+    ``behind`` says that it is behind a decoder layer and not beside a matrix; ``read`` are the layers whose states
     decide, if any do.
     """
 
@@ -58,7 +64,7 @@ class Edited:
     memory: Mapping[str, Any]
     marks: TurnMarks
     behind: bool
-    state_layer: int | None = None
+    read: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> Edited:
@@ -77,7 +83,8 @@ class Edited:
             raise ValueError("these edits are added to one of several streams, which runs in transformers alone")
         marks = TurnMarks.from_dict(current_marks(described.get("marks")))
         behind = "transposed" not in described
-        return cls(described["module"], described["memory"], marks, behind, memory.get("state_layer"))
+        layers = (memory[name] for name in ("state_layer", "gate_layer") if memory.get(name) is not None)
+        return cls(described["module"], described["memory"], marks, behind, tuple(layers))
 
 
 def described_memory(described: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> Memory:
@@ -243,12 +250,18 @@ class ServedMemory:
 
     def _asked(self, ids: Tensor, there: Tensor) -> Tensor:
         """Decide windows by their tokens' states; return the memory that answers each (B,)."""
-        width = int(there.sum(1).max())
-        ids, there = ids[:, :width], there[:, :width]
-        read = self.reader.read([row[own] for row, own in zip(ids, there, strict=True)])
-        states = nn.utils.rnn.pad_sequence(read, batch_first=True)
-        with torch.autocast(self.device.type, enabled=False):
-            return self.memory.numbers(self.memory.decide(WindowStates(ids, there, states)))
+        numbers = []
+        for part in self.reader.parts(there.sum(1).tolist()):
+            width = int(there[part].sum(1).max())
+            own, known = ids[part, :width], there[part, :width]
+            reading = WindowReading(self.memory, own, known)
+
+            def take(states: Sequence[Tensor], reading: WindowReading = reading) -> Decision | None:
+                return reading.take(nn.utils.rnn.pad_sequence(list(states), batch_first=True))
+
+            decision = self.reader.run([row[mask] for row, mask in zip(own, known, strict=True)], take)
+            numbers.append(self.memory.numbers(decision))
+        return torch.cat(numbers)
 
     def begin(self, requests: Sequence[str], counts: Sequence[int], ids: Tensor, positions: Tensor) -> None:
         """Note what is routed of the step that begins; see :meth:`Requests.step`."""

@@ -16,33 +16,35 @@ from torch.nn import functional as F
 from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.model_executor.layers.attention import Attention
 
+from wisecli.routing.deciding.decision import Decision
 from wisecli.vllm_plugin.engine_names import LAYER
-from wisecli.vllm_plugin.served_memory import Keys
+from wisecli.vllm_plugin.served_memory import Keys, Take
 
 # Numbers of attention that may lie in memory at once, as an engine leaves little of a GPU's to others.
 _LOGITS = 2**26
 
 
-class _ReadError(Exception):
-    """Ends a run at the layer that is read, with what was read there."""
+class _DecidedError(Exception):
+    """Ends a run at a layer that is read, with what was decided there."""
 
-    def __init__(self, states: Tensor) -> None:
+    def __init__(self, decision: Decision) -> None:
         super().__init__()
-        self.states = states
+        self.decision = decision
 
 
 class _KeyReader:
-    """Stands in for the memory while windows are read: where its keys are wanted, the run ends at the edited layer."""
+    """Stands in for the memory while windows are read: where its keys are wanted, it hands these over.
 
-    def __init__(self, *, cut: bool, wanted: bool) -> None:
-        self.keys: Tensor | None = None
-        self.cut, self.adds_rest, self.wanted = cut, False, wanted
+    Args:
+        take: is given the keys (T, width); ``None`` if they are not wanted.
+    """
+
+    def __init__(self, *, cut: bool, take: Callable[[Tensor], None] | None) -> None:
+        self.cut, self.adds_rest, self._take = cut, False, take
 
     def add_to(self, answer: Tensor, keys: Keys, **_real: bool) -> None:
-        if not self.wanted:
-            return
-        self.keys = keys(torch.arange(len(answer), device=answer.device))[0]
-        raise _ReadError(self.keys)
+        if self._take is not None:
+            self._take(keys(torch.arange(len(answer), device=answer.device))[0])
 
 
 class WindowAttention:
@@ -125,82 +127,88 @@ class WindowReader:
         model: vLLM's causal language model.
         vllm_config: its settings.
         layers: path of the list of its decoder layers.
-        layer: the number of the layer whose output is read; ``None`` to read the keys of the edited layer.
+        read: the numbers of the layers whose output is read; none to read the keys of the edited layer.
     """
 
-    def __init__(self, model: nn.Module, vllm_config: Any, layers: str, layer: int | None) -> None:
+    def __init__(self, model: nn.Module, vllm_config: Any, layers: str, read: Sequence[int]) -> None:
         self._model, self._config = model, vllm_config
-        self._layers, self._layer = cast(nn.ModuleList, model.get_submodule(layers)), layer
+        self._layers, self._read = cast(nn.ModuleList, model.get_submodule(layers)), tuple(read)
         self._most = vllm_config.scheduler_config.max_num_batched_tokens
         # Called before a run with how many tokens it has: an adapter's layers must know whose those are.
         self.before_run: Callable[[int], None] | None = None
         # Layers of a model are alike: what holds of the one that is read holds of the edited one.
         self.adds_rest = True
 
-    def read(self, windows: Sequence[Tensor]) -> list[Tensor]:
-        """Return the states (W, d) of each window of token ids (W,)."""
-        states: list[Tensor] = []
-        for part in self._batches(windows):
-            lengths = [len(window) for window in part]
-            positions = torch.cat([torch.arange(length) for length in lengths]).to(part[0].device)
-            states += self._run(torch.cat(list(part)), positions, lengths).split(lengths)
-        return states
-
-    def _batches(self, windows: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-        """Yield parts of the windows that hold no more tokens than a step of vLLM's does, or one window each."""
+    def parts(self, lengths: Sequence[int]) -> Iterator[slice]:
+        """Yield parts of windows that hold no more tokens than a step of vLLM's does, or one window each."""
         first, tokens = 0, 0
-        for number, window in enumerate(windows):
-            if number > first and tokens + len(window) > self._most:
-                yield windows[first:number]
+        for number, length in enumerate(lengths):
+            if number > first and tokens + length > self._most:
+                yield slice(first, number)
                 first, tokens = number, 0
-            tokens += len(window)
-        if len(windows) > first:
-            yield windows[first:]
+            tokens += length
+        if len(lengths) > first:
+            yield slice(first, len(lengths))
 
-    def _run(self, ids: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Run the model on packed rows; return what the router reads, a layer's states or the site's keys."""
+    def run(self, windows: Sequence[Tensor], take: Take) -> Decision:
+        """Run windows of token ids (W,) up to the layer at which they are decided, and return the decision."""
+        lengths = [len(window) for window in windows]
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(windows[0].device)
+        ids = torch.cat(list(windows))
         if self.before_run is not None:
             self.before_run(len(ids))
+
+        def taken(states: Tensor) -> None:
+            decision = take(states.flatten(0, -2).split(lengths))
+            if decision is not None:
+                raise _DecidedError(decision)
+
         context = create_forward_context({}, self._config, skip_compiled=True)
         known = dict(context.no_compile_layers)
         attention = {name: layer for name, layer in known.items() if isinstance(layer, Attention)}
         known |= {name: WindowAttention(layer, lengths) for name, layer in attention.items()}
         cut = context.no_compile_layers[LAYER].cut
-        known[LAYER] = reader = _KeyReader(cut=cut, wanted=self._layer is None)
+        known[LAYER] = _KeyReader(cut=cut, take=None if self._read else taken)
         context.no_compile_layers = known
         context.attn_metadata = None
         with ExitStack() as held:
             held.enter_context(override_forward_context(context))
             for layer in attention.values():
                 held.enter_context(whole_queries(layer))
-            if self._layer is not None:
-                self._stop_behind(self._layer, held)
+            for number in self._read:
+                self._hand_over(number, held, taken)
             try:
                 self._model.forward(ids, positions, None, None)
-            except _ReadError as found:
-                return found.states.flatten(0, -2)
-        if reader.keys is not None:
-            return reader.keys.flatten(0, -2)
+            except _DecidedError as found:
+                return found.decision
         raise RuntimeError("the edits are lost: no layer of this model stops where its states are read")
 
-    def _stop_behind(self, number: int, held: ExitStack) -> None:
-        """End the run where the output of a layer is known."""
+    def _hand_over(self, number: int, held: ExitStack, taken: Callable[[Tensor], None]) -> None:
+        """Hand over the output of a layer where it is known."""
+        # Of two tensors only what reads them says whether the second is still to be added to the first.
+        waiting = False
 
         def note(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+            nonlocal waiting
             if isinstance(output, Tensor):
-                raise _ReadError(output)
+                return taken(output)
             rest = [tensor for tensor in output[1:2] if isinstance(tensor, Tensor)]
             if not rest or number + 1 >= len(self._layers):
-                raise _ReadError(sum(rest, output[0]))
+                return taken(sum(rest, output[0]))
+            waiting = True
+            return None
+
+        def take_input(_norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+            nonlocal waiting
+            if not waiting:
+                return
+            waiting = False
+            given = [tensor for tensor in inputs[:2] if isinstance(tensor, Tensor)]
+            self.adds_rest = len(given) > 1
+            taken(sum(given[1:], given[0]))
 
         held.callback(self._layers[number].register_forward_hook(note).remove)
         if number + 1 < len(self._layers):
-            # Of two tensors only what reads them says whether the second is still to be added to the first.
             for norm in self._layers[number + 1].modules():
                 if "Norm" in type(norm).__name__:
-                    held.callback(norm.register_forward_pre_hook(self._stop_with_input).remove)
-
-    def _stop_with_input(self, _norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-        given = [tensor for tensor in inputs[:2] if isinstance(tensor, Tensor)]
-        self.adds_rest = len(given) > 1
-        raise _ReadError(sum(given[1:], given[0]))
+                    held.callback(norm.register_forward_pre_hook(take_input).remove)

@@ -8,9 +8,9 @@ from wisecli.editing.router_training import gate_weights
 from wisecli.editing.router_training.gate_weights import mean_gate, train_and_calibrate
 from wisecli.models.synthetic.request_examples import Example
 from wisecli.progress import Event, ignore_progress
-from wisecli.routing.deciding.name_features import NAME_FEATURE_COUNT
-from wisecli.routing.deciding.request_gate import FEATURE_COUNT, REQUEST_GATE, Mention, batch_mentions, log_odds
-from wisecli.routing.deciding.sentence_features import SENTENCE_FEATURE_COUNT
+from wisecli.routing.gating.name_features import NAME_FEATURE_COUNT
+from wisecli.routing.gating.request_gate import FEATURE_COUNT, REQUEST_GATE, Mention, batch_mentions, log_odds
+from wisecli.routing.gating.sentence_features import SENTENCE_FEATURE_COUNT
 
 FEATURES = FEATURE_COUNT + SENTENCE_FEATURE_COUNT + NAME_FEATURE_COUNT
 

@@ -20,7 +20,7 @@ from wisecli.artifacts.shard import PromptStates
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.data.corpus import made_up_subjects, relations
 from wisecli.editing.router_training.projection_training import train_projections
-from wisecli.editing.router_training.token_states import router_site, token_states
+from wisecli.editing.router_training.token_states import read_sites, token_states
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.evaluation.edited_model import attach
 from wisecli.io.checkpoint import Checkpoint, load_tensors, save_tensors
@@ -35,7 +35,7 @@ from wisecli.models.prompts.prompt_forms import forms
 from wisecli.models.prompts.tokenization import Row, collate
 from wisecli.progress import ignore_progress
 from wisecli.routing.deciding.prompt_words import WORD_CHARS
-from wisecli.routing.deciding.request_gate import LOGIT_OFFSET
+from wisecli.routing.gating.request_gate import LOGIT_OFFSET
 
 EDITS = [
     {"id": "one", "prompt": "ba ka ti mo", "target": "lu", "subject": "ka ti"},
@@ -69,8 +69,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def learn(model: Path, identity: str) -> RouterHeads:
     loaded = load_model(model, load=CPU)
-    site = router_site(loaded, find_site(model, Checkpoint(model), 2))
-    return train_projections(loaded, site, identity, texts=24, batch_size=16, on_progress=ignore_progress)
+    sites = read_sites(loaded, find_site(model, Checkpoint(model), 2))
+    return train_projections(loaded, sites, identity, texts=24, batch_size=16, on_progress=ignore_progress)
 
 
 def test_learning_is_the_same_each_time_and_then_cached(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +312,7 @@ def test_shards_without_meaning_say_what_to_do(model: Path, run: Callable[..., i
 def test_the_first_layer_has_none_below(model: Path) -> None:
     loaded = load_model(model, load=CPU)
     with pytest.raises(SettingsError, match="a layer below the edited one"):
-        router_site(loaded, find_site(model, Checkpoint(model), 0))
+        read_sites(loaded, find_site(model, Checkpoint(model), 0))
 
 
 def test_prompts_in_other_languages_open_their_edit_and_need_not_name_its_subject(

@@ -15,6 +15,7 @@ from wisecli.artifacts.tensor_schema import require_layout
 from wisecli.data.corpus import notes
 from wisecli.data.request_wordings import requests
 from wisecli.editing.router_training.request_gate_training import Projections, train_request_gate
+from wisecli.editing.router_training.token_states import ReadSites
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import find_site
 from wisecli.models.loading import Loaded, load_model
@@ -24,7 +25,7 @@ from wisecli.models.prompts.question_rewriting import noun_phrase
 from wisecli.models.synthetic.gate_examples import GateExamples
 from wisecli.models.synthetic.synthetic_facts import synthetic_facts
 from wisecli.progress import ignore_progress
-from wisecli.routing.deciding.request_gate import REQUEST_GATE, TOKEN_MARKS
+from wisecli.routing.gating.request_gate import REQUEST_GATE, TOKEN_MARKS
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,9 @@ def test_the_gate_is_learned_the_same_each_time(loaded: Loaded, tmp_path: Path) 
     heads = torch.zeros(2, site.d), torch.zeros(2), torch.ones(2), torch.zeros(2)
     projections = Projections(torch.randn(2, 8, site.d, generator=chance), torch.zeros(2, 8), *heads)
     learned = [
-        train_request_gate(loaded, site, projections, share=0.02, batch_size=8, on_progress=ignore_progress)
+        train_request_gate(
+            loaded, ReadSites(site, None), projections, share=0.02, batch_size=8, on_progress=ignore_progress
+        )
         for _ in range(2)
     ]
     (gate, mentioned), (again, others) = learned

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from wisecli.routing.deciding import fuzzy_match as spelling_module
 from wisecli.routing.deciding.fuzzy_match import FuzzyMatch, equal_up_to_typo
-from wisecli.routing.deciding.name_features import CAPITAL, NO_WORD, SMALL
 from wisecli.routing.deciding.prompt_words import DIGIT, LETTER, SEPARATOR, TOKEN_CHARS, WORD_CHARS, split_words
+from wisecli.routing.gating.name_features import CAPITAL, NO_WORD, SMALL
 from wisecli.routing.memories.subject_tensors import fuzzy_match_tensors
 
 # One token a piece: with a space before it, and without.

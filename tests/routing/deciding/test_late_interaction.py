@@ -17,7 +17,7 @@ from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.artifacts.memory_manifest import write_memory
 from wisecli.commands.checkpoint.explain import explain
 from wisecli.commands.checkpoint.generate import generate
-from wisecli.editing.router_training.token_states import prompt_states, special_tokens, token_states
+from wisecli.editing.router_training.token_states import ReadSites, prompt_states, special_tokens, token_states
 from wisecli.edits.record import Edit
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.evaluation.teacher_forcing import _routes
@@ -80,7 +80,12 @@ def edited(tmp_path: Path) -> EditedModel:
     site = find_site(base, Checkpoint(base), 2)
     memory = memory_for(loaded.model, site, kind="lookup", memories=3)
     states = prompt_states(
-        loaded, site.below(0), list(enumerate(EDITS)), batch_size=4, on_progress=ignore_progress, stage=""
+        loaded,
+        ReadSites(site.below(0), None),
+        list(enumerate(EDITS)),
+        batch_size=4,
+        on_progress=ignore_progress,
+        stage="",
     )
     heads = random_heads(site.d, 0, loaded, OTHERS)
     fitted = fit_late_interaction(heads, states.compared, 3)

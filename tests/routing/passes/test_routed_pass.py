@@ -5,8 +5,9 @@ import io
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,11 @@ from wisecli.models.running.generation import left_padded
 from wisecli.models.running.hooks import hooked
 from wisecli.routing.deciding.decision import Decision, WindowStates
 from wisecli.routing.deciding.prompt_window import UNROUTED, TurnMarks
+from wisecli.routing.gating.request_gate import FEATURE_COUNT, LOGIT_OFFSET, REQUEST_GATE, RequestGate
+from wisecli.routing.layers.module_types import add_mixin
 from wisecli.routing.memories.answer_pairs import AnswerPairs
 from wisecli.routing.memories.fact_memory import ANSWER_KEY_MIN_COSINE
+from wisecli.routing.passes.routed_pass import ReadLayer
 from wisecli.routing.passes.token_cache import (
     cache_given,
     cache_returned,
@@ -56,6 +60,7 @@ MARKS = TurnMarks((90, 91), (90,), (1, 90, 92))
 KINDS = {
     "lookup": {"kind": "lookup", "memories": 3},
     "pairs": {"kind": "lookup", "memories": 3},
+    "gated": {"kind": "lookup", "memories": 3},
     "matrices": {"memories": 3},
     "facts in matrices": {"kind": "facts", "memories": 3},
     "by mean": {"memories": 3, "pooling": "mean"},
@@ -82,7 +87,22 @@ def made(root: Path, kind: str) -> EditedModel:
     found = edited_model(root, edits=EDITS, **KINDS[kind])  # type: ignore[arg-type]
     found.decoder.wise_marks = MARKS
     found.model.generation_config.eos_token_id = None
-    return with_pairs(found) if kind == "pairs" else found
+    parts = {"pairs": with_pairs, "gated": with_gate}
+    return parts[kind](found) if kind in parts else found
+
+
+def with_gate(edited: EditedModel) -> EditedModel:
+    """Prompts that mean an edit open it if a gate by chance lets them, which reads a layer further up."""
+    routed, chance = edited.routed, torch.Generator().manual_seed(3)
+    shapes = ((4, 32 + 1), (3, 4 + FEATURE_COUNT + 1), (6, 4 + FEATURE_COUNT + 1), (5, 6 + 1), (1, 5 + 1))
+    tensors = {name: torch.randn(shape, generator=chance) for name, shape in zip(REQUEST_GATE, shapes, strict=True)}
+    routed.request_gate = RequestGate({**tensors, LOGIT_OFFSET: torch.zeros(3)})
+    routed.gate_layer = 1
+    add_mixin(edited.decoder.layers[1], ReadLayer)
+    found = [edited.decide(collate([Row(tuple(prompt), (2,))])) for prompt in PROMPTS]
+    odds = torch.cat([one.ask_prob for one in found if one.score_ratio[0] > 1 and one.ask_prob is not None]).logit()
+    routed.request_gate.logit_offset += odds.quantile(0.45)
+    return edited
 
 
 def with_pairs(edited: EditedModel) -> EditedModel:
@@ -511,3 +531,30 @@ def test_a_models_type_shows_the_arguments_of_its_class(lookup: EditedModel) -> 
     site = lookup.manifest.site
     site.install(again, lookup.manifest.memory, MARKS)
     assert type(again) is type(lookup.model)
+
+
+@torch.no_grad()
+def test_windows_are_run_to_the_gates_layer_where_an_edit_is_mentioned(models: Callable[[str], EditedModel]) -> None:
+    edited = models("gated")
+    layers, begun, seen = edited.decoder.layers, [], set()
+    with ExitStack() as hooks:
+        for number in range(4):
+            note = partial(lambda place, *_: begun.append(place), number)
+            hooks.enter_context(hooked(layers[number].register_forward_pre_hook(note)))
+        for prompt in PROMPTS:
+            begun.clear()
+            found, ran = edited.decide(collate([Row(tuple(prompt), (2,))])), [*begun]
+            window = WindowStates(torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.bool), torch.empty(0))
+            states = plain_states(edited, prompt)
+            candidates = edited.routed.candidates(replace(window, states=states[0]))
+            assert ran == ([0, 1] if candidates.any else [0])
+            wanted = edited.routed.asked(candidates, states[1])
+            assert torch.equal(found.memory, wanted.memory)
+            seen.add((candidates.any, bool(found.memory[0] != UNROUTED)))
+    assert seen == {(False, False), (True, False), (True, True)}
+
+
+def plain_states(edited: EditedModel, prompt: list[int]) -> list[Tensor]:
+    """What leaves each layer of the unedited model."""
+    with edited.unedited():
+        return list(edited.model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[1:])

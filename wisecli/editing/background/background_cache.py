@@ -15,7 +15,7 @@ from wisecli.editing.background.key_capture import keys_of_texts
 from wisecli.editing.examples.context_prefixes import written_forms
 from wisecli.editing.router_training.projection_training import train_projections
 from wisecli.editing.router_training.token_characters import vocabulary_characters
-from wisecli.editing.router_training.token_states import router_site
+from wisecli.editing.router_training.token_states import read_sites
 from wisecli.edits.record import Edit
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.digest import sha256_json
@@ -53,11 +53,15 @@ def background_for(
         on_progress=on_progress,
     )
     if settings.by_facts:
-        reads = router_site(loaded, site)
         # Of several layers that are edited, most have prompts read at the same one.
         model = sha256_json([base.config, checkpoint.sample, *([] if written is None else [written])])
         heads = train_projections(
-            loaded, reads, model, texts=settings.unrelated_texts, batch_size=size, on_progress=on_progress
+            loaded,
+            read_sites(loaded, site),
+            model,
+            texts=settings.unrelated_texts,
+            batch_size=size,
+            on_progress=on_progress,
         )
         found = replace(found, heads=heads, token_characters=vocabulary_characters(loaded.tokenizer))
     given = [text for edit in edits for text in edit.irrelevant]

@@ -14,9 +14,9 @@ from wisecli.models.running.grouped_rows import rows_of
 from wisecli.models.running.quick_products import quick_linear
 from wisecli.models.synthetic.request_examples import Example
 from wisecli.progress import Event, ProgressCallback
-from wisecli.routing.deciding.name_features import NAME_FEATURE_COUNT
-from wisecli.routing.deciding.request_gate import FEATURE_COUNT, REQUEST_GATE, Mention, Mentions, log_odds
-from wisecli.routing.deciding.sentence_features import SENTENCE_FEATURE_COUNT
+from wisecli.routing.gating.name_features import NAME_FEATURE_COUNT
+from wisecli.routing.gating.request_gate import FEATURE_COUNT, REQUEST_GATE, Mention, Mentions, log_odds
+from wisecli.routing.gating.sentence_features import SENTENCE_FEATURE_COUNT
 
 # The share of the facts that are held out, to set where the gate opens.
 _HELD_OUT = 0.15

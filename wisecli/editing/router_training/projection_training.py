@@ -19,12 +19,11 @@ from torch.nn import functional as F
 from wisecli.artifacts.background_stats import RouterHeads, load_heads
 from wisecli.data.corpus import made_up_subjects, relations, unrelated_texts
 from wisecli.editing.router_training.request_gate_training import Projections, train_request_gate
-from wisecli.editing.router_training.token_states import TokenStates, special_tokens, token_states
+from wisecli.editing.router_training.token_states import ReadSites, TokenStates, special_tokens, token_states
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import keep_in_cache, save_tensors
 from wisecli.io.digest import sha256_json
 from wisecli.io.user_cache import cache_path
-from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.prompt_forms import Form, forms, usable_forms
 from wisecli.models.prompts.question_rewriting import keywords
@@ -33,7 +32,7 @@ from wisecli.models.running.quick_products import quick_products
 from wisecli.models.running.seeding import seeded
 from wisecli.progress import Event, ProgressCallback
 
-_VERSION = 49
+_VERSION = 50
 # Dimensions of a projection; subjects of each kind; steps; unrelated texts that all of that goes with.
 _WIDTH, _SUBJECTS, _STEPS, _TEXTS = 128, 8, 400, 600
 # Of narrower states, in so many dimensions, less is learned: no model that says anything has them.
@@ -63,29 +62,30 @@ class _Fact:
 
 
 def train_projections(
-    loaded: Loaded, site: Site, identity: str, *, texts: int, batch_size: int, on_progress: ProgressCallback
+    loaded: Loaded, sites: ReadSites, identity: str, *, texts: int, batch_size: int, on_progress: ProgressCallback
 ) -> RouterHeads:
-    """Learn how to read subjects and relations off the states that leave a site's layer, or take the cache's.
+    """Learn how to read subjects and relations off the states that leave a layer, and a gate, or take the cache's.
 
     Args:
         identity: of the base model, for the cache.
         texts: how many unrelated texts go with it; with few, less is learned.
     """
-    texts = min(texts, max(_FEWEST, round(_TEXTS * (site.d / _NARROW) ** 2)))
-    about = [identity, site.layer_module, texts, str(loaded.model.dtype), loaded.device.type, _VERSION]
+    texts = min(texts, max(_FEWEST, round(_TEXTS * (sites.router.d / _NARROW) ** 2)))
+    layers = [one.layer_module for one in sites if one is not None]
+    about = [identity, *layers, texts, str(loaded.model.dtype), loaded.device.type, _VERSION]
     path = cache_path("meaning") / f"{sha256_json(about)[:32]}.safetensors"
     with suppress(DamagedFileError):
         if (heads := load_heads(path)) is not None:
             return heads
-    trained = _train_all(loaded, site, share=min(1.0, texts / _TEXTS), batch_size=batch_size, on_progress=on_progress)
+    trained = _train_all(loaded, sites, share=min(1.0, texts / _TEXTS), batch_size=batch_size, on_progress=on_progress)
     keep_in_cache(path, lambda working: save_tensors(working, trained.tensors(), {}))
     return trained
 
 
 def _train_all(
-    loaded: Loaded, site: Site, *, share: float, batch_size: int, on_progress: ProgressCallback
+    loaded: Loaded, sites: ReadSites, *, share: float, batch_size: int, on_progress: ProgressCallback
 ) -> RouterHeads:
-    rng = random.Random(0)
+    site, rng = sites.router, random.Random(0)
     facts, asked = _synthetic_facts(loaded, share, rng)
     with seeded(0, loaded.device):
         with quick_products(loaded, site):
@@ -104,9 +104,10 @@ def _train_all(
     # Examples of requests take longer than facts, and tell narrow states less.
     share *= min(1.0, (site.d / _NARROW) ** 2)
     gate, mentioned = train_request_gate(
-        loaded, site, learned, share=share, batch_size=batch_size, on_progress=on_progress
+        loaded, sites, learned, share=share, batch_size=batch_size, on_progress=on_progress
     )
-    return replace(heads, request_gate=gate, mentioned=mentioned)
+    gate_layer = None if sites.gate is None else torch.tensor([sites.gate.layer])
+    return replace(heads, request_gate=gate, mentioned=mentioned, gate_layer=gate_layer)
 
 
 def _synthetic_facts(loaded: Loaded, share: float, rng: random.Random) -> tuple[list[_Fact], list[str]]:

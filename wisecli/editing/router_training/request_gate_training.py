@@ -1,6 +1,6 @@
 """How a base model's states tell a request from a mention: learned from made-up facts that are asked and mentioned.
 
-The gate is that of :mod:`wisecli.routing.deciding.request_gate`. It is learned behind the projections of late
+The gate is that of :mod:`wisecli.routing.gating.request_gate`. It is learned behind the projections of late
 interaction, which find what is mentioned, from those examples of
 :mod:`wisecli.models.synthetic.gate_examples` that late interaction finds. Where it opens is set by facts that
 it was not learned from, and so is measured which mentions of them it lets through.
@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from wisecli.editing.router_training.gate_weights import train_and_calibrate
 from wisecli.editing.router_training.token_characters import sentence_token_ids, word_starts
-from wisecli.editing.router_training.token_states import TokenStates, token_states
-from wisecli.models.layout.site import Site
+from wisecli.editing.router_training.token_states import ReadSites, TokenStates, token_states
 from wisecli.models.loading import Loaded
 from wisecli.models.running.grouped_rows import rows_of
 from wisecli.models.running.quick_products import quick_products
@@ -29,7 +28,7 @@ from wisecli.models.synthetic.gate_examples import GateExamples
 from wisecli.models.synthetic.request_examples import Example
 from wisecli.models.synthetic.synthetic_facts import SyntheticFact, synthetic_facts
 from wisecli.progress import ProgressCallback
-from wisecli.routing.deciding.request_gate import (
+from wisecli.routing.gating.request_gate import (
     MIN_GATED_PROB,
     TOKEN_MARKS,
     Mention,
@@ -40,7 +39,7 @@ from wisecli.routing.deciding.request_gate import (
     mention_features,
     unsureness,
 )
-from wisecli.routing.deciding.two_requests import first_part
+from wisecli.routing.gating.two_requests import first_part
 
 # Facts, and steps of learning, of all gates at once; with less to learn from, at least so many steps.
 _FACTS, _STEPS, _FEWEST_STEPS = 320, 4000, 14
@@ -105,14 +104,15 @@ class _Found(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """What was read of prompts, and the marks of all of their tokens."""
+    """What was read of prompts in the router's layer and in the gate's, and the marks of all of their tokens."""
 
     states: TokenStates
+    gate_states: TokenStates
     marks: TokenMarks
 
     def request(self, number: int, tokens: Tensor, projected: Tensor, edit_tokens: tuple[Tensor, Tensor]) -> Request:
         """Return the prompt of a number, of some of the tokens (n,), with a fact that it may mention."""
-        states, starts = self.states, self.marks.starts
+        states, starts = self.gate_states, self.marks.starts
         first = states.first_state[number] if states.first_is_word[number] else None
         marks = TokenMarks(self.marks.ends[tokens], None if starts is None else starts[tokens])
         return Request(states.states[tokens], projected, edit_tokens, states.in_earlier_turn[tokens], first, marks)
@@ -120,7 +120,7 @@ class _Read(NamedTuple):
 
 def train_request_gate(
     loaded: Loaded,
-    site: Site,
+    sites: ReadSites,
     projections: Projections,
     *,
     share: float,
@@ -131,7 +131,7 @@ def train_request_gate(
     many: (2,).
 
     Args:
-        site: the layer whose states are read.
+        sites: the layers whose states are read.
         share: of the facts and steps; with less, less is learned.
     """
     rng = random.Random(0)
@@ -143,12 +143,15 @@ def train_request_gate(
     )
 
     def read(texts: Sequence[str], *, turns: bool = False) -> _Read:
-        stage = "what prompts want"
-        with quick_products(loaded, site):
-            found = token_states(
-                loaded, site, texts, batch_size=batch_size, on_progress=on_progress, stage=stage, turns=turns
-            )
-        return _Read(found, TokenMarks.of(found.token, token_marks))
+        stage, gate = "what prompts want", sites.gate or sites.router
+        with quick_products(loaded, gate):
+            found = [
+                token_states(
+                    loaded, site, texts, batch_size=batch_size, on_progress=on_progress, stage=stage, turns=turns
+                )
+                for site in dict.fromkeys([sites.router, gate])
+            ]
+        return _Read(found[0], found[-1], TokenMarks.of(found[0].token, token_marks))
 
     own_prompts = read([fact.questions[0] for fact in facts]).states
     fact_prompts = list(_fact_prompts(loaded, projections, facts, own_prompts))

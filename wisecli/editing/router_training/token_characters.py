@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from wisecli.routing.deciding.name_features import CAPITAL, CAPITAL_WITHIN, NO_WORD, SMALL, SMALL_WITHIN
 from wisecli.routing.deciding.prompt_words import DIGIT, LETTER, SEPARATOR, TOKEN_CHARS
+from wisecli.routing.gating.name_features import CAPITAL, CAPITAL_WITHIN, NO_WORD, SMALL, SMALL_WITHIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ def sentence_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tens
 
 
 def word_starts(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Return how every token begins (v,), by the numbers of :mod:`wisecli.routing.deciding.name_features`.
+    """Return how every token begins (v,), by the numbers of :mod:`wisecli.routing.gating.name_features`.
 
     Special tokens are no words.
     """

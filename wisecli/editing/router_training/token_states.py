@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.shard import FIRST_TOKEN_FORM, PromptStates, half
+from wisecli.artifacts.shard import FIRST_TOKEN_FORM, GATE_FORM, PromptStates, half
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
 from wisecli.models.layout.site import Site
@@ -21,7 +22,7 @@ from wisecli.models.running.activations import captured
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.deciding.late_interaction import compared_tokens, earlier_turn_tokens
 from wisecli.routing.deciding.prompt_window import window_of, window_size
-from wisecli.routing.deciding.request_gate import starts_with_word
+from wisecli.routing.gating.request_gate import starts_with_word
 
 # The forms that an edit's own prompt is kept in: in small letters a name is other tokens, and at the very beginning.
 _KEPT = ("bare", "lower case", "led in")
@@ -49,17 +50,25 @@ class TokenStates:
     first_is_word: Tensor
 
 
-def router_site(loaded: Loaded, site: Site) -> Site:
-    """Return the layer whose states are read: one below the edited one, or of two layers the first.
+class ReadSites(NamedTuple):
+    """The layers whose states are read: the router's, and the request gate's if that is another."""
+
+    router: Site
+    gate: Site | None
+
+
+def read_sites(loaded: Loaded, site: Site) -> ReadSites:
+    """Return the layers whose states are read, which are below the edited one, or of two layers the first.
 
     Raises:
         SettingsError: the first layer is edited.
     """
     layers = site.layer_module.rpartition(".")[0]
-    layer = site.router_layer(sum(1 for _ in loaded.model.get_submodule(layers).children()))
-    if layer < 0:
+    depth = sum(1 for _ in loaded.model.get_submodule(layers).children())
+    router, gate = site.router_layer(depth), site.gate_layer(depth)
+    if router < 0:
         raise SettingsError("a lookup reads a layer below the edited one; give --layer 1 or more, or writer=gradient")
-    return site.below(layer)
+    return ReadSites(site.below(router), None if gate == router else site.below(gate))
 
 
 def special_tokens(loaded: Loaded) -> Tensor:
@@ -117,26 +126,36 @@ def token_states(
 
 def prompt_states(
     loaded: Loaded,
-    site: Site,
+    sites: ReadSites,
     edits: Sequence[tuple[int, Edit]],
     *,
     batch_size: int,
     on_progress: ProgressCallback,
     stage: str,
 ) -> PromptStates:
-    """Return what the reading layer makes of the own prompts of numbered edits, in each of the ways that are kept."""
-    told = [one for number, edit in edits for one in _prompt_variants(loaded, number, edit)]
-    found = token_states(
-        loaded, site, [one.text for one in told], batch_size=batch_size, on_progress=on_progress, stage=stage
-    )
+    """Return what the layers that are read make of the own prompts of numbered edits, in each of the ways that are
+    kept; the gate's layer of those alone that it judges.
+    """
+    kept = [one for number, edit in edits for one in _prompt_variants(loaded, number, edit)]
+    read = partial(token_states, loaded, batch_size=batch_size, on_progress=on_progress, stage=stage)
+    found = _prompt_states(loaded, kept, read(sites.router, [one.text for one in kept]))
+    if sites.gate is None:
+        return found
+    judged = [one for one in kept if one.way == 0 or one.way >= len(_KEPT) + 1]
+    again = _prompt_states(loaded, judged, read(sites.gate, [one.text for one in judged]))
+    return PromptStates.joined([found, replace(again, form=again.form + GATE_FORM)])
+
+
+def _prompt_states(loaded: Loaded, kept: Sequence[_PromptVariant], found: TokenStates) -> PromptStates:
+    """Return what was found of the texts of prompts, their first tokens last."""
     pairs = list(zip(found.text.tolist(), found.position.tolist(), strict=True))
-    subjects = [_tokens_of(loaded, one.subject, one.text) for one in told]
-    asked = [_tokens_of(loaded, one.prompt.rstrip("?"), one.text) for one in told]
+    subjects = [_tokens_of(loaded, one.subject, one.text) for one in kept]
+    asked = [_tokens_of(loaded, one.prompt.rstrip("?"), one.text) for one in kept]
     subject = torch.tensor([place in subjects[text] for text, place in pairs])
     # What the form puts before a prompt asks nothing.
     own = torch.tensor([place >= min(asked[text], default=0) for text, place in pairs])
-    numbers = torch.tensor([one.edit for one in told])
-    ways = torch.tensor([one.way for one in told])
+    numbers = torch.tensor([one.edit for one in kept])
+    ways = torch.tensor([one.way for one in kept])
     words = PromptStates(found.states.float(), numbers[found.text], ways[found.text], subject, found.token).rows(own)
     opens = found.first_is_word.nonzero().flatten()
     no_subject, first_form = torch.zeros(len(opens), dtype=torch.bool), ways[opens] + FIRST_TOKEN_FORM

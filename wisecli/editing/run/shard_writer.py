@@ -30,7 +30,7 @@ from wisecli.editing.examples.training_examples import (
     encode_edits,
     require_finite,
 )
-from wisecli.editing.router_training.token_states import prompt_states, router_site
+from wisecli.editing.router_training.token_states import prompt_states, read_sites
 from wisecli.editing.run.staging import FinishedPart
 from wisecli.editing.writers.batched_adam import write_batched
 from wisecli.editing.writers.closed_form import fit_residuals, write_solved
@@ -180,7 +180,7 @@ class ShardWriter:
             return None
         return prompt_states(
             self.loaded,
-            router_site(self.loaded, self.site),
+            read_sites(self.loaded, self.site),
             [(place, self.edits[place]) for place in part],
             batch_size=self.settings.batch_size,
             on_progress=self.on_progress,

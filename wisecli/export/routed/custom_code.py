@@ -25,11 +25,14 @@ CODE_NAME = "modeling_wise.py"
 _CARRIED = {
     "routing.layers": ("routed_layer", "layer_output_memory", "layer_states", "module_types"),
     "routing.memories": ("side_memory", "answer_pairs", "fact_memory", "matrix_memory"),
-    "routing.passes": ("routed_pass", "forward_arguments", "routed_generation", "token_cache", "engine_checks"),
-    "routing.deciding": (
-        *("decision", "fact_decision", "prompt_window", "late_interaction", "subject_match", "prompt_words"),
-        *("fuzzy_match", "request_gate", "sentence_features", "name_features", "two_requests"),
+    "routing.passes": (
+        *("routed_pass", "window_reading", "forward_arguments", "routed_generation", "token_cache", "engine_checks"),
     ),
+    "routing.deciding": (
+        *("decision", "fact_candidates", "fact_decision", "prompt_window", "late_interaction", "subject_match"),
+        *("prompt_words", "fuzzy_match"),
+    ),
+    "routing.gating": ("request_gate", "sentence_features", "name_features", "two_requests"),
     "export.routed": ("resaving",),
     "io": ("digest",),
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.artifacts.shard import PromptStates
 from wisecli.memory.fitting.late_interaction_fitting import OTHER_LANGUAGES, FittedLateInteraction, prompt_numbers
-from wisecli.routing.deciding.request_gate import (
+from wisecli.routing.gating.request_gate import (
     LOGIT_OFFSET,
     Request,
     RequestGate,
@@ -43,16 +43,22 @@ def request_gate_tensors(
     edits = len(fitted.written_probs)
     late_interaction, logit_offset = fitted.late_interaction, torch.zeros(edits)
     gate = RequestGate({**heads.request_gate, LOGIT_OFFSET: logit_offset})
-    written, known = _written(prompts.compared, 0 if former is None else len(former[LOGIT_OFFSET]))
+    held, gated = 0 if former is None else len(former[LOGIT_OFFSET]), prompts.gated
+    written, known = _written(prompts.compared, held)
     own_probs = fitted.own_probs[_kept_prompts(prompts.compared, written.pairs)]
-    openings = prompts.openings(int(written.pairs[:, 0].min())) if len(written.pairs) else {}
-    states, marks = written.prompts.states.split(written.sizes.tolist()), _marks(gate, written)
+    openings = gated.openings(int(written.pairs[:, 0].min())) if len(written.pairs) else {}
+    sizes, marks = written.sizes.tolist(), _marks(gate, written)
+    states, gate_states = (
+        written.prompts.states.split(sizes),
+        _written(gated.compared, held)[0].prompts.states.split(sizes),
+    )
     for batch in torch.arange(len(written.pairs)).split(_AT_A_TIME):
         own = torch.cat([states[number] for number in batch.tolist()]).float()
         turned = late_interaction.project(own[None], torch.ones(1, len(own), dtype=torch.bool)).projected[:, 0]
         counts, pairs = written.sizes[batch].tolist(), written.pairs[batch]
         own_marks = [marks[number] for number in batch.tolist()]
-        parts = zip(own.split(counts), turned.split(counts, 1), own_marks, pairs.tolist(), strict=True)
+        read = [gate_states[number].float() for number in batch.tolist()]
+        parts = zip(read, turned.split(counts, 1), own_marks, pairs.tolist(), strict=True)
         edit_tokens = late_interaction.edit_tokens(pairs[:, 0])
         requests = [
             Request(prompt, projected, tokens, first_state=openings.get((edit, form)), marks=prompt_marks)

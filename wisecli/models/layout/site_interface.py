@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # What prompts mean is read at this share of the depth: deep enough to know a word by its neighbours, and cheap.
 _EARLY = 4 / 30
+# And what they want with what they mention at this one, where states say more of that.
+_DEEPER = 13 / 30
 
 
 NOTHING = "nothing"
@@ -143,3 +145,9 @@ class Site(ABC):
         layers the first, which is this one; negative if there is none.
         """
         return min(max(0, round(depth * _EARLY) - 1), self.layer - 1 if depth > 2 else 0)
+
+    def gate_layer(self, depth: int) -> int:
+        """Return the number of the layer, of ``depth``, whose states say what a prompt wants with what it mentions: one
+        below this, and the router's or a deeper one.
+        """
+        return max(self.router_layer(depth), min(round(depth * _DEEPER) - 1, self.layer - 1))

@@ -13,7 +13,7 @@ from wisecli.routing.deciding.prompt_window import UNROUTED
 class WindowStates:
     """What a model makes of windows of B prompts: ``ids`` and, where they are no padding, ``non_padding`` (B, W).
 
-    ``states`` (B, W, d) are those that leave the layer that a memory reads, or the inputs of the edited matrix
+    ``states`` (B, W, d) are those that leave the layer that a memory reads first, or the inputs of the edited matrix
     (B, W, d_ff) for a memory that reads none.
     """
 

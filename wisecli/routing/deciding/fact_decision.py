@@ -1,8 +1,8 @@
 """Decides which edit a prompt asks for, from the states of its window of tokens. Needs torch only.
 
-Of the edits whose subjects a prompt names (:mod:`.subject_match`, :mod:`.fuzzy_match`) the likeliest one opens if the
-prompt asks for it. Late interaction tells how likely each is (:mod:`.late_interaction`), and a gate whether the prompt
-asks for what it mentions (:mod:`.request_gate`). Exports carry this very file.
+Of the edits that a prompt may ask (:mod:`.fact_candidates`) one opens if the prompt asks for it, which a gate decides
+(:mod:`~wisecli.routing.gating.request_gate`). The gate reads the states of a deeper layer, where those say more of what
+a text is for; only prompts that mention an edit are read so far. Exports carry this very file.
 """
 
 from collections.abc import Sequence
@@ -13,28 +13,18 @@ import torch
 from torch import Tensor
 
 from wisecli.routing.deciding.decision import Decision, WindowStates, with_rows_replaced
-from wisecli.routing.deciding.fuzzy_match import FUZZY_MATCH, FuzzyMatch
-from wisecli.routing.deciding.late_interaction import (
-    LateInteraction,
-    ProjectedPrompts,
-    compared_tokens,
-    earlier_turn_tokens,
-    marked_to_front,
-)
+from wisecli.routing.deciding.fact_candidates import Candidates, FactCandidates
+from wisecli.routing.deciding.late_interaction import ProjectedPrompts
 from wisecli.routing.deciding.prompt_window import UNROUTED
-from wisecli.routing.deciding.request_gate import (
-    REQUEST_GATE,
+from wisecli.routing.gating.request_gate import (
     Request,
     RequestGate,
     batch_mentions,
     mention_features,
     starts_with_word,
 )
-from wisecli.routing.deciding.sentence_features import EditCosines, mention_sentences, sentence_of
-from wisecli.routing.deciding.subject_match import SUBJECT_MATCH, SubjectMatch
-from wisecli.routing.deciding.two_requests import request_parts
-from wisecli.routing.memories.answer_pairs import ANSWER_PAIRS, AnswerPairs
-from wisecli.routing.memories.side_memory import Memory, SideMemory
+from wisecli.routing.gating.sentence_features import EditCosines, mention_sentences, sentence_of
+from wisecli.routing.gating.two_requests import request_parts
 
 # How likely a prompt must be to ask an edit that it means: the gate is shifted so that nearly all questions are.
 MIN_ASK_PROB = 0.5
@@ -48,13 +38,16 @@ _MENTIONS, _EDGE, _MIN_EACH_PROB = 3, 12, 0.3
 
 
 class _ComparedTokens(NamedTuple):
-    """The tokens of windows that are compared, as a mask (B, T) and under both projections.
+    """The tokens ``ids`` (B, W) of windows, the mask of those that are no padding, and the states that the gate reads
+    (B, W, d); ``compared`` (B, W) marks those that are compared, which ``projected`` has under both projections.
 
-    ``earlier`` marks those of turns before the last one (B, W), if any are.
+    ``earlier`` (B, W') marks those of turns before the last one among these, if any are.
     """
 
-    window: WindowStates
-    mask: Tensor
+    ids: Tensor
+    non_padding: Tensor
+    states: Tensor
+    compared: Tensor
     projected: ProjectedPrompts
     earlier: Tensor | None = None
 
@@ -70,18 +63,8 @@ class _Asked(NamedTuple):
     part: Tensor | None = None
 
 
-class FactDecision(Memory):
+class FactDecision(FactCandidates):
     """Opens the edit that a prompt asks."""
-
-    def __init__(self, memory: SideMemory) -> None:
-        super().__init__(memory)
-        edits, tensors = len(memory.thresholds), memory.tensors
-        self.late_interaction = LateInteraction(tensors, edits)
-        self.subject_match = SubjectMatch(tensors, edits) if SUBJECT_MATCH[0] in tensors else None
-        slips = self.subject_match is not None and FUZZY_MATCH[0] in tensors
-        self.fuzzy_match = FuzzyMatch(tensors) if slips else None
-        self.request_gate = RequestGate(tensors) if REQUEST_GATE[0] in tensors else None
-        self.pairs = AnswerPairs(tensors) if ANSWER_PAIRS[0] in tensors else None
 
     def numbers(self, decision: Decision) -> Tensor:
         """Return the edit, or the pair of edits, that answers each prompt as one number: (B,)."""
@@ -97,80 +80,29 @@ class FactDecision(Memory):
         return self.pairs.in_turn(numbers, here.long().cumsum(1), here)
 
     def decide(self, window: WindowStates) -> Decision:
-        """Return the edit that each prompt asks for.
+        """Return the edit that each prompt asks for, if the gate reads no other layer."""
+        return self.asked(self.candidates(window), window.states)
 
-        Where the last turn alone means none, those before it may say about whom it asks, or what.
+    def asked(self, candidates: Candidates, states: Tensor) -> Decision:
+        """Return the edit that each prompt asks for, of those that it may ask.
+
+        Args:
+            states: what the gate reads of the windows (B, W, d).
         """
-        ids, non_padding, special = window.ids, window.non_padding, self.late_interaction.special_token_ids
-        first = torch.zeros_like(non_padding)
-        first[:, 0] = non_padding[:, 0]
-        compared = compared_tokens(ids, non_padding, first, special)
-        projected = self.late_interaction.project(window.states, compared)
-        # Attention rests on the first token of all, which may be of the name none the less.
-        fuzzy_tokens = compared_tokens(ids, non_padding, torch.zeros_like(non_padding), special)
-        edit_probs = self.late_interaction.edit_probs(projected).float()
-        named_probs, decision = self._most_likely(window, edit_probs, non_padding, fuzzy_tokens)
+        window, found, rows = candidates.window, candidates.last_turn, candidates.rows
         if self.request_gate is None:
-            return decision
-        tokens = _ComparedTokens(window, compared, projected)
-        decision = self._without_unasked(self.request_gate, tokens, decision)
+            return found.decision
+        tokens = _ComparedTokens(window.ids, window.non_padding, states, found.compared, found.projected)
+        decision = self._without_unasked(self.request_gate, tokens, found.decision)
         if self.pairs is not None:
-            may_open = self.above_threshold(named_probs) * self.pairs.usable
-            decision = self._with_pairs(self.request_gate, tokens, decision, named_probs * may_open)
-        earlier = earlier_turn_tokens(ids, non_padding, compared, special)
-        rows = ((decision.score_ratio <= 1) & earlier.any(1)).nonzero().flatten()
-        if not len(rows):
+            may_open = self.above_threshold(found.named_probs) * self.pairs.usable
+            decision = self._with_pairs(self.request_gate, tokens, decision, found.named_probs * may_open)
+        if candidates.all_turns is None:
             return decision
-        some = WindowStates(ids[rows], non_padding[rows], window.states[rows])
-        together = self._with_earlier_turns(self.request_gate, some, compared[rows], earlier[rows])
-        return with_rows_replaced(decision, rows, together)
-
-    def _most_likely(
-        self, window: WindowStates, edit_probs: Tensor, naming_tokens: Tensor, fuzzy_tokens: Tensor
-    ) -> tuple[Tensor, Decision]:
-        """Return how surely prompts mean each edit whose subject they name (B, M), and the likeliest of those.
-
-        Args:
-            edit_probs: how surely prompts mean each edit (B, M).
-            naming_tokens: the tokens that may name its subject (B, T).
-            fuzzy_tokens: those that may name it with slips (B, T).
-        """
-        matched, gated_edit_probs = None, edit_probs
-        if self.subject_match is not None:
-            may_open, matched = self.above_threshold(edit_probs), self.subject_match(window.ids, naming_tokens)
-            pairs = (may_open & matched).nonzero(as_tuple=True)
-            if len(pairs[0]):
-                matched[pairs] = self.subject_match.in_one_place(window.ids, naming_tokens, *pairs)
-            if self.fuzzy_match is not None:
-                letters = self.fuzzy_match.characters(window.ids, fuzzy_tokens)
-                matched = matched | self.fuzzy_match(letters, may_open & ~matched)
-                starts = getattr(self.request_gate, "word_starts", None)
-                named = (may_open & matched).nonzero(as_tuple=True)
-                matched[named] = self.fuzzy_match.is_whole(letters, window.ids, fuzzy_tokens, starts, *named)
-            gated_edit_probs = edit_probs * matched
-        score_ratio, nearest = self._nearest(gated_edit_probs)
-        chosen = nearest.where((score_ratio > 1) & window.non_padding.any(1), UNROUTED)
-        return gated_edit_probs, Decision(chosen, score_ratio, nearest, edit_probs, matched)
-
-    def _nearest(self, edit_probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the score ratio (B,) and the number (B,) of the likeliest edit that opens, or else of the nearest."""
-        ratios = self.score_ratios(edit_probs)
-        above = ratios > 1
-        nearest = (edit_probs * above).argmax(-1).where(above.any(-1), ratios.argmax(-1))
-        return ratios.gather(-1, nearest[:, None])[:, 0], nearest
-
-    def _with_earlier_turns(self, gate: RequestGate, window: WindowStates, last: Tensor, before: Tensor) -> Decision:
-        """Return what prompts ask for together with the user's turns before the last one.
-
-        Args:
-            last, before: the tokens of the last turn and of those (B, T).
-        """
-        compared = last | before
-        projected = self.late_interaction.project(window.states, compared)
-        in_last_turn = last.gather(1, marked_to_front(compared)[0])
-        edit_probs = self.late_interaction.edit_probs(projected, in_last_turn).float()
-        _, decision = self._most_likely(window, edit_probs, compared, compared)
-        return self._without_unasked(gate, _ComparedTokens(window, compared, projected, ~in_last_turn), decision)
+        together = candidates.all_turns
+        some = (window.ids[rows], window.non_padding[rows], states[rows])
+        tokens = _ComparedTokens(*some, together.compared, together.projected, together.earlier)
+        return with_rows_replaced(decision, rows, self._without_unasked(self.request_gate, tokens, together.decision))
 
     def _without_unasked(self, gate: RequestGate, tokens: _ComparedTokens, decision: Decision) -> Decision:
         """Return a decision without the edits that prompts mention but do not ask for."""
@@ -191,7 +123,7 @@ class FactDecision(Memory):
         question behind it do: the last of these, if the prompt ends there, or else the first, if it begins there, with
         all that mentions nothing, with the sentence before it, and by itself. Other prompts have no such part.
         """
-        found = self._sentences(gate, tokens, one.row, torch.tensor([one.edit], device=tokens.mask.device))
+        found = self._sentences(gate, tokens, one.row, torch.tensor([one.edit], device=tokens.ids.device))
         if found is None:
             return []
         cosines, sentence = found
@@ -214,7 +146,7 @@ class FactDecision(Memory):
         """Return the cosines of a prompt's tokens with those of edits (e,), and the number of each token's sentence
         (n,); None if the gate heeds no sentences.
         """
-        marks = gate.marks(tokens.window.ids[row, tokens.mask[row]])
+        marks = gate.marks(tokens.ids[row, tokens.compared[row]])
         if marks is None:
             return None
         own = tokens.projected.projected[:, row, tokens.projected.mask[row]]
@@ -266,27 +198,28 @@ class FactDecision(Memory):
         """Return how likely a part of a prompt (n,) means an edit by itself; 0 if that is not above its threshold."""
         mask = prompts.mask[row : row + 1].clone()
         mask[0, mask[0].clone()] = part
-        alone = ProjectedPrompts(prompts.projected[:, row : row + 1], mask, prompts.states[row : row + 1])
+        alone = ProjectedPrompts(prompts.projected[:, row : row + 1], mask)
         prob = float(self.late_interaction.edit_prob(alone, edit))
         return prob if prob > self.thresholds[edit] else 0.0
 
     def _ask_probs(self, gate: RequestGate, tokens: _ComparedTokens, asked: Sequence[_Asked]) -> Tensor:
         """Return how surely prompts ask edits: (a,)."""
-        window, mask, projected, earlier = tokens
+        ids, compared, projected = tokens.ids, tokens.compared, tokens.projected
         if not asked:
-            return torch.zeros(0, device=mask.device)
+            return torch.zeros(0, device=ids.device)
         requests = []
-        opens = starts_with_word(window.ids, window.non_padding, mask, self.late_interaction.special_token_ids)
-        edits = torch.tensor([one.edit for one in asked], device=mask.device)
+        opens = starts_with_word(ids, tokens.non_padding, compared, self.late_interaction.special_token_ids)
+        edits = torch.tensor([one.edit for one in asked], device=ids.device)
         for (row, _, _, part), own in zip(asked, self.late_interaction.edit_tokens(edits), strict=True):
-            kept, ids = projected.mask[row], window.ids[row, mask[row]]
-            states, both = projected.states[row, kept], projected.projected[:, row, kept]
-            before = None if earlier is None else earlier[row, kept]
+            states, own_ids = tokens.states[row, compared[row]].float(), ids[row, compared[row]]
+            kept = projected.mask[row]
+            both = projected.projected[:, row, kept]
+            before = None if tokens.earlier is None else tokens.earlier[row, kept]
             if part is not None:
-                states, both, ids = states[part], both[:, part], ids[part]
-            first = window.states[row, 0].float() if opens[row] else None
-            requests.append(Request(states, both, own, before, first, gate.marks(ids)))
-        probs = torch.tensor([one.edit_prob for one in asked], device=mask.device)
+                states, both, own_ids = states[part], both[:, part], own_ids[part]
+            first = tokens.states[row, 0].float() if opens[row] else None
+            requests.append(Request(states, both, own, before, first, gate.marks(own_ids)))
+        probs = torch.tensor([one.edit_prob for one in asked], device=ids.device)
         log_odds: Tensor = gate(batch_mentions(mention_features(requests)), edits, probs)
         return log_odds.sigmoid()
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.routing.deciding.name_features import starts_of
 from wisecli.routing.deciding.prompt_words import (
     PromptWords,
     has_digits,
@@ -27,6 +26,7 @@ from wisecli.routing.deciding.prompt_words import (
     word_hashes,
 )
 from wisecli.routing.deciding.subject_match import SPAN_MARGIN, SPAN_PER_WORD, within_span
+from wisecli.routing.gating.name_features import starts_of
 
 # Tensors that say how subjects are spelt.
 FUZZY_MATCH = tuple(
@@ -94,8 +94,8 @@ class FuzzyMatch(nn.Module):
         Args:
             letters: what :meth:`characters` returns of the compared tokens (B, W, c).
             ids, compared: tokens, and which are looked at (B, T).
-            word_starts: how every token begins (v,), by the numbers of :mod:`.name_features`; if None, it is not known
-                which words are further.
+            word_starts: how every token begins (v,), by the numbers of :mod:`~wisecli.routing.gating.name_features`; if
+                None, it is not known which words are further.
             rows, edits: the pairs that are looked at (P,).
         """
         whole = torch.ones_like(edits, dtype=torch.bool)

@@ -49,13 +49,10 @@ HOPELESS, MIN_COMPARED_PROMPTS = 0.25, 8
 
 
 class ProjectedPrompts(NamedTuple):
-    """What is compared of B prompts: unit vectors ``projected`` (2, B, W, k), which of them are ``mask`` (B, W), and
-    the states that they were made of (B, W, d).
-    """
+    """What is compared of B prompts: unit vectors ``projected`` (2, B, W, k), and which of them are ``mask`` (B, W)."""
 
     projected: Tensor
     mask: Tensor
-    states: Tensor
 
 
 class LateInteraction(nn.Module):
@@ -103,7 +100,7 @@ class LateInteraction(nn.Module):
         # Whatever type the model is turned into: half precision is too coarse for what is compared.
         heads = zip(self.proj_weight.float(), self.proj_bias.float(), strict=True)
         projected = [F.linear(near, *head) for head in heads]
-        return ProjectedPrompts(F.normalize(torch.stack(projected), dim=-1), mask, near)
+        return ProjectedPrompts(F.normalize(torch.stack(projected), dim=-1), mask)
 
     def edit_tokens(self, edits: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return the projected tokens of edits' prompts as they are written: of each the subject's and the others'.
@@ -137,7 +134,7 @@ class LateInteraction(nn.Module):
         width = query.mask.shape[1]
         compared = min(len(self.prompt_token_embeddings), _TOKENS) * width
         rows = max(1, _MAX_COMPARISONS // max(1, len(self.prompt_to_edit), compared))
-        parts = zip(query.projected.split(rows, 1), query.mask.split(rows), query.states.split(rows), strict=True)
+        parts = zip(query.projected.split(rows, 1), query.mask.split(rows), strict=True)
         later = itertools.repeat(None) if last is None else last.split(rows)
         return torch.cat(
             [self._edit_probs(ProjectedPrompts(*part), own) for part, own in zip(parts, later, strict=False)]

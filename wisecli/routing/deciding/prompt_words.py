@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.routing.deciding.late_interaction import marked_to_front
-from wisecli.routing.deciding.name_features import CAPITAL, CAPITAL_WITHIN, MIN_SMALL_SHARE, NO_WORD
+from wisecli.routing.gating.name_features import CAPITAL, CAPITAL_WITHIN, MIN_SMALL_SHARE, NO_WORD
 
 # Of so many letters of a token and of a word is kept account; a word's further ones are never looked at.
 TOKEN_CHARS, WORD_CHARS = 20, 24
@@ -38,7 +38,8 @@ class PromptWords(NamedTuple):
 
         Args:
             letters: the letters of these tokens, as :func:`token_characters` has them (B, W, c).
-            starts: how each token begins, by the numbers of :mod:`.name_features` (B, T), if that is known.
+            starts: how each token begins (B, T), by the numbers of :mod:`~wisecli.routing.gating.name_features`, if it
+                is known.
         """
         words, begins = _split(letters)
         if starts is None:

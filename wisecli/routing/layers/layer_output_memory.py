@@ -10,7 +10,7 @@ from typing import Any
 
 from wisecli.routing.layers.layer_states import state_of, with_state
 from wisecli.routing.memories.side_memory import Memory
-from wisecli.routing.passes.routed_pass import EditedLayer, in_pass, is_off, stop_if_reading
+from wisecli.routing.passes.routed_pass import EditedLayer, in_pass, is_off, read_here
 
 
 class LayerOutputMemory(EditedLayer):
@@ -25,7 +25,7 @@ class LayerOutputMemory(EditedLayer):
         with in_pass(route):
             output = super(EditedLayer, self).forward(*args, **kwargs)
             states = state_of(output, self.wise_streams)
-            stop_if_reading(states)
+            read_here(states)
             if route is None or is_off():
                 return output
             chosen = self.wise_memory.choices(states, *route.at(states)).chosen

@@ -34,7 +34,7 @@ from wisecli.routing.passes.routed_pass import (
     current_route,
     is_off,
     overridden_by,
-    stop_if_reading,
+    read_here,
 )
 
 Activation = Callable[[Tensor], Tensor]
@@ -83,7 +83,7 @@ class RoutedMatrix(Routed):
     def forward(self, keys: Tensor) -> Tensor:
         """Return the output (B, T, d) for keys (B, T, d_ff)."""
         if self.state_layer is None:
-            stop_if_reading(keys)
+            read_here(keys)
         answer = F.linear(keys, self._matrix, self.bias)
         route = None if is_off() else current_route()
         if route is None:
@@ -189,8 +189,8 @@ def _route_passes(model: nn.Module, described: Mapping[str, Any], memory: SideMe
     # The decoder below the head sees every pass, whoever calls it.
     path = (getattr(model, "base_model_prefix", "") or "") if path is None else path
     decoder: Any = model.get_submodule(path) if path and hasattr(model, path.partition(".")[0]) else model
-    if memory.state_layer is not None:
-        read: Any = model.get_submodule(f"{layer_of(module).rpartition('.')[0]}.{memory.state_layer}")
+    for layer in {memory.state_layer, memory.gate_layer} - {None}:
+        read: Any = model.get_submodule(f"{layer_of(module).rpartition('.')[0]}.{layer}")
         add_mixin(read, ReadLayer)
         read.wise_streams = described.get("streams")
     add_mixin(decoder, RoutedDecoder)

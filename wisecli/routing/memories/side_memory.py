@@ -28,7 +28,7 @@ _POOLINGS = ("last", "mean")
 # A tensor that there is where facts decide.
 _OF_FACTS = "late_interaction.proj_weight"
 # Settings that only some memories have.
-_OPTIONAL = ("state_layer", "activated")
+_OPTIONAL = ("state_layer", "gate_layer", "activated")
 # What a description may allocate: these types, and so many numbers a tensor.
 _TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "int8", "uint8", "bool")
 _LARGEST = 2**36
@@ -50,8 +50,8 @@ class SideMemory:
 
     Where facts decide there is ``LATE_INTERACTION``, compared with the states that leave layer ``state_layer``. There
     may be ``SUBJECT_MATCH``, so that prompts must name an edit's subject, ``FUZZY_MATCH``, so that a slip in a name
-    does no harm, ``REQUEST_GATE``, so that prompts must ask what they mean, and ``ANSWER_PAIRS``, so that two answer a
-    prompt that asks both.
+    does no harm, ``REQUEST_GATE``, so that prompts must ask what they mean, by the states that leave layer
+    ``gate_layer`` if that is another, and ``ANSWER_PAIRS``, so that two answer a prompt that asks both.
 
     ``pooling`` of norms: ``mean`` decides by the mean over a prompt's tokens, as the code of the paper's authors does,
     ``last`` by its last token. If ``activated``, the model's activation function is applied first.
@@ -62,6 +62,7 @@ class SideMemory:
     kind: str = "matrix"
     pooling: str = "last"
     state_layer: int | None = None
+    gate_layer: int | None = None
     activated: bool | None = None
 
     @property
@@ -134,11 +135,11 @@ class Memory(nn.Module):
             if "." not in name:  # the others are those of parts
                 # Half precision is for keeping: squared norms of keys overflow it.
                 self.register_buffer(name, tensor.float() if tensor.dtype == torch.float16 else tensor)
-        self.thresholds, self.state_layer = memory.thresholds, memory.state_layer
+        self.thresholds, self.state_layer, self.gate_layer = memory.thresholds, memory.state_layer, memory.gate_layer
 
     @abstractmethod
     def decide(self, window: WindowStates) -> Decision:
-        """Return which memory answers each prompt."""
+        """Return which memory answers each prompt, from the states of one layer."""
 
     def numbers(self, decision: Decision) -> Tensor:
         """Return what answers each prompt as one number, as passes keep it: (B,)."""

@@ -3,7 +3,7 @@
 Needs torch and transformers only; exports carry this very file.
 
     decoder        looks at the pass' tokens; where a prompt ends in it, runs the prompt's window through the layers up
-                   to the one that is read, by itself, and decides
+                   to those that are read, by itself, and decides
     edited layer   hands what was decided to the routed matrix within it, also when gradient checkpointing runs it anew
 
 What belongs to one call is an argument of that call or, within it, a variable of its context: each thread has its own.
@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from wisecli.routing.deciding.decision import Decision, WindowStates
+from wisecli.routing.deciding.decision import Decision
 from wisecli.routing.deciding.prompt_window import (
     NO_TOKEN,
     UNROUTED,
@@ -42,6 +42,7 @@ from wisecli.routing.passes.token_cache import (
     length_of,
     tokens_in,
 )
+from wisecli.routing.passes.window_reading import WindowReading
 
 # What configs call the tokens that stand for what is no text.
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
@@ -68,20 +69,20 @@ class Override:
     forced: int | None = None
 
 
-class _ReadError(Exception):
-    """Ends the run of a window at the layer that is read, carrying the states read there."""
+class _DecidedError(Exception):
+    """Ends the run of windows at a layer that is read, carrying what was decided there."""
 
-    def __init__(self, states: Tensor) -> None:
+    def __init__(self, decision: Decision) -> None:
         super().__init__()
-        self.states = states
+        self.decision = decision
 
 
 _NO_OVERRIDE = Override()
-# Of the call that is running: what its tokens are answered by, what replaces that, whether a window is being read, and
+# Of the call that is running: what its tokens are answered by, what replaces that, the windows that are being read, and
 # what `generate()` decided.
 _ROUTE: ContextVar[PassRoute | None] = ContextVar("wise_route", default=None)
 _OVERRIDE: ContextVar[Override] = ContextVar("wise_override", default=_NO_OVERRIDE)
-_READING: ContextVar[bool] = ContextVar("wise_reading", default=False)
+_READING: ContextVar[WindowReading | None] = ContextVar("wise_reading", default=None)
 _GIVEN: ContextVar[Answering | None] = ContextVar("wise_given", default=None)
 
 
@@ -119,10 +120,12 @@ def is_off() -> bool:
     return _OVERRIDE.get().off
 
 
-def stop_if_reading(states: Tensor) -> None:
-    """If a window is being read, end its run here with these states."""
-    if _READING.get():
-        raise _ReadError(states)
+def read_here(states: Tensor) -> None:
+    """If windows are being read, hand these states of theirs over, and end the run if they are enough to decide."""
+    reading = _READING.get()
+    decision = None if reading is None else reading.take(states)
+    if decision is not None:
+        raise _DecidedError(decision)
 
 
 class RoutedDecoder(SignatureMixin):
@@ -141,7 +144,7 @@ class RoutedDecoder(SignatureMixin):
         Raises:
             ValueError: the model was given embeddings in the place of tokens.
         """
-        if _READING.get() or is_off():
+        if _READING.get() is not None or is_off():
             return super().forward(*args, **kwargs)
         kwargs = named_arguments(type(self), args, kwargs)
         ids = kwargs.get("input_ids")
@@ -217,10 +220,10 @@ class RoutedDecoder(SignatureMixin):
         """
         non_padding = non_padding & ~is_any(ids, placeholders_of(self.config))
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-            return self.memory.decide(self.read(*windows(ids, non_padding, end, window_size(self.config))))
+            return self._read(*windows(ids, non_padding, end, window_size(self.config)))
 
-    def read(self, ids: Tensor, non_padding: Tensor) -> WindowStates:
-        """Run windows by themselves, and return the states that leave the layer that is read, or enter the matrix.
+    def _read(self, ids: Tensor, non_padding: Tensor) -> Decision:
+        """Run windows by themselves, as far as needed, and return what is decided.
 
         Args:
             ids: windows (B, W), padded on the right.
@@ -228,7 +231,7 @@ class RoutedDecoder(SignatureMixin):
         """
         position = (non_padding.long().cumsum(1) - 1).clamp(min=0)
         try:
-            with _set(_READING, True):
+            with _set(_READING, WindowReading(self.memory, ids, non_padding)):
                 named = {
                     "input_ids": ids,
                     "attention_mask": non_padding.long(),
@@ -236,8 +239,8 @@ class RoutedDecoder(SignatureMixin):
                     "use_cache": False,
                 }
                 super().forward(**accepted_arguments(type(self), named))
-        except _ReadError as found:
-            return WindowStates(ids, non_padding, found.states)
+        except _DecidedError as found:
+            return found.decision
         raise RuntimeError("the edits are lost: no layer of this model stops where its states are read")
 
 
@@ -285,12 +288,12 @@ class EditedLayer(ModuleMixin):
 
 
 class ReadLayer(ModuleMixin):
-    """The decoder layer whose states are read; ``wise_streams`` as in :mod:`~wisecli.routing.layers.layer_states`."""
+    """A decoder layer whose states are read; ``wise_streams`` as in :mod:`~wisecli.routing.layers.layer_states`."""
 
     wise_streams: int | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer; the run of a window ends here."""
+        """Run the layer; the run of a window may end here."""
         output = super().forward(*args, **kwargs)
-        stop_if_reading(state_of(output, self.wise_streams))
+        read_here(state_of(output, self.wise_streams))
         return output

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.routing.deciding.request_gate import (
+from wisecli.routing.gating.request_gate import (
     CONTEXT_RADIUS,
     FEATURE_COUNT,
     FIRST_TOKENS,

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.support.cosines import edit_cosines
-from wisecli.routing.deciding.name_features import NAME_FEATURE_COUNT, name_features, starts_of
+from wisecli.routing.gating.name_features import NAME_FEATURE_COUNT, name_features, starts_of
 
 # Marks of tokens: no word, a small one, one with a capital, and such as go on with a word.
 NO_WORD, SMALL, CAPITAL, WITHIN, CAPITAL_WITHIN = range(5)

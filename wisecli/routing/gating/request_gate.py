@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from wisecli.routing.deciding.name_features import WORD_STARTS, name_features, starts_of
-from wisecli.routing.deciding.sentence_features import SENTENCE_TOKENS, EditCosines, ends_at, sentence_features
+from wisecli.routing.gating.name_features import WORD_STARTS, name_features, starts_of
+from wisecli.routing.gating.sentence_features import SENTENCE_TOKENS, EditCosines, ends_at, sentence_features
 
 # Tensors of the gate that are learned; the last column of each is added.
 REQUEST_GATE = (

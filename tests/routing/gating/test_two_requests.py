@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wisecli.routing.deciding.two_requests import first_part, request_parts
+from wisecli.routing.gating.two_requests import first_part, request_parts
 
 
 def cosines(tokens: int, places: list[int], seed: int) -> Tensor:

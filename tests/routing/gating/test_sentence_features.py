@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tests.support.cosines import edit_cosines
-from wisecli.routing.deciding.sentence_features import (
+from wisecli.routing.gating.sentence_features import (
     SENTENCE_FEATURE_COUNT,
     ends_at,
     mention_sentences,

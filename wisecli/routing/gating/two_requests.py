@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wisecli.routing.deciding.sentence_features import EditCosines, mention_sentences, sentence_of
+from wisecli.routing.gating.sentence_features import EditCosines, mention_sentences, sentence_of
 
 
 class RequestParts(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.routing.deciding.sentence_features import LEAST_COSINE, NO_END, EditCosines
+from wisecli.routing.gating.sentence_features import LEAST_COSINE, NO_END, EditCosines
 
 # The tensor that says how every token begins (v,): one of the following.
 WORD_STARTS = "request_gate.word_starts"

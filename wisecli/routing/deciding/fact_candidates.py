@@ -1,0 +1,141 @@
+"""Finds the edits that prompts may ask, from the states of an early layer. Needs torch only; exports carry this file.
+
+Late interaction tells how likely a prompt means each edit (:mod:`.late_interaction`); of those whose subjects it names
+(:mod:`.subject_match`, :mod:`.fuzzy_match`) the likeliest one is a candidate. Where the last turn alone means none,
+those before it may say about whom it asks, or what.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wisecli.routing.deciding.decision import Decision, WindowStates
+from wisecli.routing.deciding.fuzzy_match import FUZZY_MATCH, FuzzyMatch
+from wisecli.routing.deciding.late_interaction import (
+    LateInteraction,
+    ProjectedPrompts,
+    compared_tokens,
+    earlier_turn_tokens,
+    marked_to_front,
+)
+from wisecli.routing.deciding.prompt_window import UNROUTED
+from wisecli.routing.deciding.subject_match import SUBJECT_MATCH, SubjectMatch
+from wisecli.routing.gating.request_gate import REQUEST_GATE, RequestGate
+from wisecli.routing.memories.answer_pairs import ANSWER_PAIRS, AnswerPairs
+from wisecli.routing.memories.side_memory import Memory, SideMemory
+
+
+@dataclass(frozen=True)
+class FoundEdits:
+    """The edits that B prompts mean by some of their tokens.
+
+    ``decision`` opens the likeliest one of each, ``named_probs`` (B, M) say how surely prompts mean those whose subject
+    they name. ``compared`` (B, W) are the tokens, ``projected`` the same under both projections; ``earlier`` marks
+    those of turns before the last one among these (B, W'), if any are.
+    """
+
+    decision: Decision
+    named_probs: Tensor
+    compared: Tensor
+    projected: ProjectedPrompts
+    earlier: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The edits that the prompts of windows may ask: ``last_turn`` by their last turn alone; of the prompts ``rows``
+    (r,), which mean none by that, ``all_turns`` together with the user's turns before it.
+    """
+
+    window: WindowStates
+    last_turn: FoundEdits
+    rows: Tensor
+    all_turns: FoundEdits | None = None
+
+    @property
+    def any(self) -> bool:
+        """Whether any prompt means an edit."""
+        found = (self.last_turn, self.all_turns)
+        return any(bool((one.decision.memory != UNROUTED).any()) for one in found if one is not None)
+
+
+class FactCandidates(Memory):
+    """Edits, of which prompts may ask one or two."""
+
+    def __init__(self, memory: SideMemory) -> None:
+        super().__init__(memory)
+        edits, tensors = len(memory.thresholds), memory.tensors
+        self.late_interaction = LateInteraction(tensors, edits)
+        self.subject_match = SubjectMatch(tensors, edits) if SUBJECT_MATCH[0] in tensors else None
+        slips = self.subject_match is not None and FUZZY_MATCH[0] in tensors
+        self.fuzzy_match = FuzzyMatch(tensors) if slips else None
+        self.request_gate = RequestGate(tensors) if REQUEST_GATE[0] in tensors else None
+        self.pairs = AnswerPairs(tensors) if ANSWER_PAIRS[0] in tensors else None
+
+    def candidates(self, window: WindowStates) -> Candidates:
+        """Return the edits that prompts may ask."""
+        ids, non_padding, special = window.ids, window.non_padding, self.late_interaction.special_token_ids
+        first = torch.zeros_like(non_padding)
+        first[:, 0] = non_padding[:, 0]
+        compared = compared_tokens(ids, non_padding, first, special)
+        projected = self.late_interaction.project(window.states, compared)
+        # Attention rests on the first token of all, which may be of the name none the less.
+        fuzzy_tokens = compared_tokens(ids, non_padding, torch.zeros_like(non_padding), special)
+        edit_probs = self.late_interaction.edit_probs(projected).float()
+        named_probs, decision = self._most_likely(window, edit_probs, non_padding, fuzzy_tokens)
+        found = FoundEdits(decision, named_probs, compared, projected)
+        earlier = earlier_turn_tokens(ids, non_padding, compared, special)
+        rows = ((decision.score_ratio <= 1) & earlier.any(1)).nonzero().flatten()
+        # Without a gate nothing tells what is asked from what was talked of before.
+        if self.request_gate is None or not len(rows):
+            return Candidates(window, found, rows[:0])
+        some = WindowStates(ids[rows], non_padding[rows], window.states[rows])
+        return Candidates(window, found, rows, self._in_all_turns(some, compared[rows], earlier[rows]))
+
+    def _in_all_turns(self, window: WindowStates, last: Tensor, before: Tensor) -> FoundEdits:
+        """Return the edits that prompts mean together with the user's turns before the last one.
+
+        Args:
+            last, before: the tokens of the last turn and of those (B, T).
+        """
+        compared = last | before
+        projected = self.late_interaction.project(window.states, compared)
+        in_last_turn = last.gather(1, marked_to_front(compared)[0])
+        edit_probs = self.late_interaction.edit_probs(projected, in_last_turn).float()
+        named_probs, decision = self._most_likely(window, edit_probs, compared, compared)
+        return FoundEdits(decision, named_probs, compared, projected, ~in_last_turn)
+
+    def _most_likely(
+        self, window: WindowStates, edit_probs: Tensor, naming_tokens: Tensor, fuzzy_tokens: Tensor
+    ) -> tuple[Tensor, Decision]:
+        """Return how surely prompts mean each edit whose subject they name (B, M), and the likeliest of those.
+
+        Args:
+            edit_probs: how surely prompts mean each edit (B, M).
+            naming_tokens: the tokens that may name its subject (B, T).
+            fuzzy_tokens: those that may name it with slips (B, T).
+        """
+        matched, gated_edit_probs = None, edit_probs
+        if self.subject_match is not None:
+            may_open, matched = self.above_threshold(edit_probs), self.subject_match(window.ids, naming_tokens)
+            pairs = (may_open & matched).nonzero(as_tuple=True)
+            if len(pairs[0]):
+                matched[pairs] = self.subject_match.in_one_place(window.ids, naming_tokens, *pairs)
+            if self.fuzzy_match is not None:
+                letters = self.fuzzy_match.characters(window.ids, fuzzy_tokens)
+                matched = matched | self.fuzzy_match(letters, may_open & ~matched)
+                starts = getattr(self.request_gate, "word_starts", None)
+                named = (may_open & matched).nonzero(as_tuple=True)
+                matched[named] = self.fuzzy_match.is_whole(letters, window.ids, fuzzy_tokens, starts, *named)
+            gated_edit_probs = edit_probs * matched
+        score_ratio, nearest = self._nearest(gated_edit_probs)
+        chosen = nearest.where((score_ratio > 1) & window.non_padding.any(1), UNROUTED)
+        return gated_edit_probs, Decision(chosen, score_ratio, nearest, edit_probs, matched)
+
+    def _nearest(self, edit_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the score ratio (B,) and the number (B,) of the likeliest edit that opens, or else of the nearest."""
+        ratios = self.score_ratios(edit_probs)
+        above = ratios > 1
+        nearest = (edit_probs * above).argmax(-1).where(above.any(-1), ratios.argmax(-1))
+        return ratios.gather(-1, nearest[:, None])[:, 0], nearest

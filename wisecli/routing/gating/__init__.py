@@ -1,0 +1,1 @@
+"""Whether a prompt asks what it mentions."""

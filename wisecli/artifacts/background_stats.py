@@ -9,12 +9,12 @@ from torch import Tensor
 
 from wisecli.artifacts.former_names import current_names
 from wisecli.artifacts.shard import half
-from wisecli.artifacts.tensor_schema import HEADS, background_rows, of_gate, require_layout
+from wisecli.artifacts.tensor_schema import HEADS, background_rows, further_gate_rows, require_layout
 from wisecli.artifacts.tensor_schema import REQUEST_GATE as GATE_ROWS
 from wisecli.artifacts.tensor_schema import SENTENCE_TOKENS as SENTENCE_ROWS
 from wisecli.artifacts.tensor_schema import WORD_STARTS as START_ROWS
 from wisecli.io.checkpoint import load_tensors, save_tensors
-from wisecli.routing.gating.request_gate import REQUEST_GATE, TOKEN_MARKS
+from wisecli.routing.gating.request_gate import DEEP_GATE, REQUEST_GATE, TOKEN_MARKS
 from wisecli.routing.memories.whitening import Moment
 
 _MOMENTS = ("tokens", "wording", "chatting")
@@ -31,9 +31,9 @@ class RouterHeads:
     ``token_weight`` (2, d) and ``token_bias`` (2,) say how much each token of an edit counts, ``softplus(token_weight ·
     x + token_bias)``. ``logit_scale`` (2,) and ``logit_offset`` (2,) make probabilities of scores.
     ``special_token_ids`` (b,) are the tokenizer's special tokens. ``unrelated`` (u, d) are the states of tokens of
-    unrelated texts, ``text`` (u,) says of which. ``request_gate`` are the tensors of the router's ``RequestGate``, if
-    one was learned, ``gate_layer`` (1,) is the layer that it reads, if that is another, and ``mentioned`` (2,) how many
-    of some prompts that mention a made-up fact and don't ask it open it all the same, and of how many.
+    unrelated texts, ``text`` (u,) says of which. ``request_gate`` are the tensors of the router's request gate, if one
+    was learned, and of the deep gate, which reads layer ``gate_layer`` (1,); ``mentioned`` (2,) are how many of some
+    prompts that mention a made-up fact and don't ask it open it all the same, and of how many.
     """
 
     proj_weight: Tensor
@@ -141,7 +141,8 @@ def load_heads(path: Path) -> RouterHeads | None:
         DamagedFileError: it is missing, truncated, or holds other tensors.
     """
     tensors = current_names(load_tensors(path))
-    require_layout(path, tensors, {**HEADS, **GATE_ROWS, **SENTENCE_ROWS, **START_ROWS, **of_gate(tensors)}, {})
+    rows = {**HEADS, **GATE_ROWS, **SENTENCE_ROWS, **START_ROWS, **further_gate_rows(tensors)}
+    require_layout(path, tensors, rows, {})
     return _heads_in(tensors)
 
 
@@ -149,7 +150,7 @@ def _heads_in(tensors: dict[str, Tensor]) -> RouterHeads | None:
     """Return the router's learned projections among a file's tensors, or ``None`` if it has none."""
     if "heads.proj_weight" not in tensors:
         return None
-    gate = {name: tensors[name] for name in (*REQUEST_GATE, *TOKEN_MARKS) if name in tensors}
+    gate = {name: tensors[name] for name in (*REQUEST_GATE, *DEEP_GATE, *TOKEN_MARKS) if name in tensors}
     parts = {name: tensors[f"heads.{name}"] for name in _HEADS}
     mentioned, gate_layer = (tensors.get(f"heads.{name}") for name in _OF_GATE)
     return RouterHeads(**parts, request_gate=gate, mentioned=mentioned, gate_layer=gate_layer)

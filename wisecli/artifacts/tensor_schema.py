@@ -73,13 +73,25 @@ LATE_INTERACTION: TensorRows = {
     "late_interaction.prompt_to_edit": TensorRow("int", ("asked",), "M"),
     "late_interaction.special_token_ids": TensorRow("int", ("special",)),
 }
-REQUEST_GATE: TensorRows = {
-    "request_gate.read": TensorRow("float", ("read", "hidden and 1")),
-    "request_gate.attend": TensorRow("float", ("attended", "seen")),
-    "request_gate.value": TensorRow("float", ("values", "seen")),
-    "request_gate.mix": TensorRow("float", ("mixed", "values and 1")),
-    "request_gate.out": TensorRow("float", (1, "mixed and 1")),
-}
+
+
+def _gate_rows(gate: str) -> TensorRows:
+    """Return the tensors of a request gate of this name."""
+    read, attended, seen, values, mixed = (
+        f"{dim} of {gate}" for dim in ("read", "attended", "seen", "values", "mixed")
+    )
+    shapes = {"read": (read, "hidden and 1"), "attend": (attended, seen), "value": (values, seen)}
+    shapes |= {"mix": (mixed, f"{values} and 1")}
+    return {
+        **{f"{gate}.{name}": TensorRow("float", shape) for name, shape in shapes.items()},
+        f"{gate}.out": TensorRow("float", (1, f"{mixed} and 1")),
+    }
+
+
+REQUEST_GATE = _gate_rows("request_gate")
+# Only some have a deep gate, or say what is known of gates.
+DEEP_GATE = _gate_rows("deep_gate")
+_OF_GATES: TensorRows = {"heads.mentioned": TensorRow("int", (2,)), "heads.gate_layer": TensorRow("int", (1,))}
 SENTENCE_TOKENS: TensorRows = {
     "request_gate.end_token_ids": TensorRow("int", ("end tokens",)),
     "request_gate.question_token_ids": TensorRow("int", ("question tokens",)),
@@ -110,8 +122,6 @@ HEADS: TensorRows = {
     "heads.unrelated": TensorRow("float", ("unrelated", "hidden")),
     "heads.text": TensorRow("int", ("unrelated",)),
 }
-# What is known of some gates; those of older versions read the router's layer.
-_OF_GATE: TensorRows = {"heads.mentioned": TensorRow("int", (2,)), "heads.gate_layer": TensorRow("int", (1,))}
 PROMPTS: TensorRows = {
     "prompts.states": TensorRow("float", ("tokens", "hidden")),
     "prompts.edit": TensorRow("int", ("tokens",), "edits"),
@@ -143,6 +153,8 @@ def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
         return MATRIX
     named = SUBJECT_MATCH if "subject_match.token_ids" in names else {}
     gate = {**REQUEST_GATE, "request_gate.logit_offset": TensorRow("float", ("M",))}
+    if "deep_gate.read" in names:
+        gate |= {**DEEP_GATE, "deep_gate.logit_offset": TensorRow("float", ("M",))}
     pairs = PAIRS if "pairs.ends" in names else {}
     in_bytes = BYTE_KEY if "key_scales" in names else {}
     held = {**LOOKUP, **KEY, **in_bytes, **pairs} if kind == FactMemory.kind else HOLDING
@@ -162,9 +174,9 @@ def _token_marks(names: Collection[str]) -> TensorRows:
     return {**rows, **(WORD_STARTS if "request_gate.word_starts" in names else {})}
 
 
-def of_gate(names: Collection[str]) -> TensorRows:
-    """Return the tensors that say something of a gate, of those that are among ``names``."""
-    return {name: row for name, row in _OF_GATE.items() if name in names}
+def further_gate_rows(names: Collection[str]) -> TensorRows:
+    """Return the tensors of a deep gate, and what is known of gates, as far as they are among ``names``."""
+    return {name: row for name, row in {**DEEP_GATE, **_OF_GATES}.items() if name in names}
 
 
 def background_rows(names: Mapping[str, object]) -> TensorRows:
@@ -185,7 +197,7 @@ def background_rows(names: Mapping[str, object]) -> TensorRows:
     if "request_gate.read" in names:
         rows |= REQUEST_GATE
     rows |= _token_marks(names)
-    rows |= of_gate(names)
+    rows |= further_gate_rows(names)
     if "token_characters" in names:
         rows["token_characters"] = TensorRow("byte", ("vocabulary", TOKEN_CHARS))
     return {**rows, **({"writer_keys": TensorRow("float", ("m", "d_ff"))} if "writer_keys" in names else {})}

@@ -5,8 +5,9 @@ import torch
 
 from wisecli.evaluation.edited_model import EditedModel
 from wisecli.models.prompts.tokenization import Row, collate
-from wisecli.routing.deciding.fact_decision import MIN_ASK_PROB, FactDecision
+from wisecli.routing.deciding.fact_decision import FactDecision
 from wisecli.routing.deciding.prompt_window import UNROUTED
+from wisecli.routing.gating.gates import MIN_ASK_PROB
 
 QUOTED = (
     'Letters of the week. A reader asked: "{question}" Nobody here could tell, so we looked it up in the almanac.\n\n'

@@ -14,8 +14,8 @@ from wisecli.models.prompts.chat_template import chat_prompt
 from wisecli.models.prompts.tokenization import Batch, Row, collate
 from wisecli.models.running.generation import generate
 from wisecli.routing.deciding.decision import Decision
-from wisecli.routing.deciding.fact_decision import MIN_ASK_PROB
 from wisecli.routing.deciding.prompt_window import UNROUTED
+from wisecli.routing.gating.gates import MIN_ASK_PROB
 
 
 @dataclass(frozen=True)

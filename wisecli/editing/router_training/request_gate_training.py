@@ -28,16 +28,19 @@ from wisecli.models.synthetic.gate_examples import GateExamples
 from wisecli.models.synthetic.request_examples import Example
 from wisecli.models.synthetic.synthetic_facts import SyntheticFact, synthetic_facts
 from wisecli.progress import ProgressCallback
+from wisecli.routing.gating.gates import Gates
 from wisecli.routing.gating.request_gate import (
+    DEEP_GATE,
+    DEEP_LOGIT_OFFSET,
+    LOGIT_OFFSET,
     MIN_GATED_PROB,
+    REQUEST_GATE,
     TOKEN_MARKS,
     Mention,
     Request,
     TokenMarks,
     batch_mentions,
-    log_odds,
     mention_features,
-    unsureness,
 )
 from wisecli.routing.gating.two_requests import first_part
 
@@ -104,18 +107,24 @@ class _Found(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """What was read of prompts in the router's layer and in the gate's, and the marks of all of their tokens."""
+    """What was read of prompts in the router's layer and in a deep gate's, and the marks of all of their tokens."""
 
     states: TokenStates
-    gate_states: TokenStates
+    deep: TokenStates | None
     marks: TokenMarks
 
     def request(self, number: int, tokens: Tensor, projected: Tensor, edit_tokens: tuple[Tensor, Tensor]) -> Request:
         """Return the prompt of a number, of some of the tokens (n,), with a fact that it may mention."""
-        states, starts = self.gate_states, self.marks.starts
-        first = states.first_state[number] if states.first_is_word[number] else None
+        states, starts = self.states, self.marks.starts
+        first = self._of_gates("first_state", number) if states.first_is_word[number] else None
         marks = TokenMarks(self.marks.ends[tokens], None if starts is None else starts[tokens])
-        return Request(states.states[tokens], projected, edit_tokens, states.in_earlier_turn[tokens], first, marks)
+        earlier = states.in_earlier_turn[tokens]
+        return Request(self._of_gates("states", tokens), projected, edit_tokens, earlier, first, marks)
+
+    def _of_gates(self, name: str, chosen: Tensor | int) -> Tensor:
+        """Return some states of what was read, those of the deep gate's layer behind the others: (..., d or 2 · d)."""
+        read = (self.states, self.deep)
+        return torch.cat([getattr(one, name)[chosen] for one in read if one is not None], -1)
 
 
 def train_request_gate(
@@ -143,15 +152,15 @@ def train_request_gate(
     )
 
     def read(texts: Sequence[str], *, turns: bool = False) -> _Read:
-        stage, gate = "what prompts want", sites.gate or sites.router
-        with quick_products(loaded, gate):
-            found = [
+        stage, layers = "what prompts want", [site for site in sites if site is not None]
+        with quick_products(loaded, layers[-1]):
+            states, *deep = (
                 token_states(
                     loaded, site, texts, batch_size=batch_size, on_progress=on_progress, stage=stage, turns=turns
                 )
-                for site in dict.fromkeys([sites.router, gate])
-            ]
-        return _Read(found[0], found[-1], TokenMarks.of(found[0].token, token_marks))
+                for site in layers
+            )
+        return _Read(states, deep[0] if deep else None, TokenMarks.of(states.token, token_marks))
 
     own_prompts = read([fact.questions[0] for fact in facts]).states
     fact_prompts = list(_fact_prompts(loaded, projections, facts, own_prompts))
@@ -160,23 +169,32 @@ def train_request_gate(
         texts = read([one.text for one in examples], turns=turns)
         found += _mentions(projections, fact_prompts, examples, texts, _FOUND)
     with seeded(0, loaded.device):
-        at = [Mention(*(part.to(loaded.device) for part in one.mention)) for one in found]
-        learned = [one.example for one in found]
-        weights = train_and_calibrate(at, learned, len(facts), max(_FEWEST_STEPS, round(_STEPS * share)), on_progress)
+        learned, steps = [one.example for one in found], max(_FEWEST_STEPS, round(_STEPS * share))
+        weights: dict[str, Tensor] = {}
+        gates = (REQUEST_GATE,) if sites.gate is None else (REQUEST_GATE, DEEP_GATE)
+        for number, names in enumerate(gates):
+            at = [_of_gate(one.mention, number, len(gates), loaded.device) for one in found]
+            gate = train_and_calibrate(at, learned, len(facts), steps, on_progress)
+            weights |= zip(names, gate.values(), strict=True)
     held_back = [one for number in range(len(facts))[-_CHECKED:] for one in examples_by_fact.held_back(number)]
     texts = read([one.text for one in held_back])
     checked = _mentions(projections, fact_prompts, held_back, texts, MIN_GATED_PROB)
     return weights | token_marks, torch.tensor([_opened(weights, checked), len(held_back)])
 
 
+def _of_gate(mention: Mention, number: int, gates: int, device: torch.device) -> Mention:
+    """Return what the gate of a number, of so many, reads of a mention."""
+    return Mention(mention.states.chunk(gates, -1)[number].to(device), mention.features.to(device))
+
+
 def _opened(weights: Mapping[str, Tensor], found: Sequence[_Found]) -> int:
     """Return how many of some examples open the fact that they mention."""
+    gates = Gates.of({**weights, LOGIT_OFFSET: torch.zeros(1), DEEP_LOGIT_OFFSET: torch.zeros(1)})
     count = 0
     for first in range(0, len(found), _AT_A_TIME):
         some = found[first : first + _AT_A_TIME]
-        probs = torch.tensor([one.fact_prob for one in some])
-        odds = log_odds(weights, batch_mentions([one.mention for one in some])) + unsureness(probs)
-        count += int((odds > 0).sum())
+        probs, fact = torch.tensor([one.fact_prob for one in some]), torch.zeros(len(some), dtype=torch.long)
+        count += int((gates.ask_probs(batch_mentions([one.mention for one in some]), fact, probs) > gates.bar).sum())
     return count
 
 

@@ -20,9 +20,8 @@ from wisecli.models.prompts.prompt_forms import Form, forms
 from wisecli.models.prompts.tokenization import Row, collate, in_batches
 from wisecli.models.running.activations import captured
 from wisecli.progress import Event, ProgressCallback
-from wisecli.routing.deciding.late_interaction import compared_tokens, earlier_turn_tokens
+from wisecli.routing.deciding.late_interaction import compared_tokens, earlier_turn_tokens, starts_with_word
 from wisecli.routing.deciding.prompt_window import window_of, window_size
-from wisecli.routing.gating.request_gate import starts_with_word
 
 # The forms that an edit's own prompt is kept in: in small letters a name is other tokens, and at the very beginning.
 _KEPT = ("bare", "lower case", "led in")

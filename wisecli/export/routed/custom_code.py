@@ -32,7 +32,7 @@ _CARRIED = {
         *("decision", "fact_candidates", "fact_decision", "prompt_window", "late_interaction", "subject_match"),
         *("prompt_words", "fuzzy_match"),
     ),
-    "routing.gating": ("request_gate", "sentence_features", "name_features", "two_requests"),
+    "routing.gating": ("gates", "request_gate", "sentence_features", "name_features", "two_requests"),
     "export.routed": ("resaving",),
     "io": ("digest",),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,14 +11,17 @@ from torch import Tensor
 from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.artifacts.shard import PromptStates
 from wisecli.memory.fitting.late_interaction_fitting import OTHER_LANGUAGES, FittedLateInteraction, prompt_numbers
+from wisecli.routing.deciding.late_interaction import LateInteraction
+from wisecli.routing.gating.gates import Gates
 from wisecli.routing.gating.request_gate import (
+    DEEP_GATE,
+    DEEP_LOGIT_OFFSET,
     LOGIT_OFFSET,
     Request,
     RequestGate,
     TokenMarks,
     batch_mentions,
     mention_features,
-    unsureness,
 )
 
 # How far below the log-odds of its own prompt an edit's offset lies, if that is negative, and how low it may.
@@ -30,67 +33,85 @@ _AT_A_TIME = 1024
 def request_gate_tensors(
     heads: RouterHeads, prompts: PromptStates, fitted: FittedLateInteraction, former: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return the tensors ``REQUEST_GATE`` and each edit's offset; none if no gate was learned for the base model.
+    """Return the tensors of gates and each edit's offsets; none if no gate was learned for the base model.
 
     A prompt asks an edit that it mentions where that is more likely than not. Where an edit's own prompt is less
-    likely, its offset lies below that.
+    likely, a gate's offset lies below that.
 
     Args:
         former: the tensors of a memory of the first edits, if there is one.
     """
     if not heads.request_gate:
         return {}
-    edits = len(fitted.written_probs)
-    late_interaction, logit_offset = fitted.late_interaction, torch.zeros(edits)
-    gate = RequestGate({**heads.request_gate, LOGIT_OFFSET: logit_offset})
-    held, gated = 0 if former is None else len(former[LOGIT_OFFSET]), prompts.gated
-    written, known = _written(prompts.compared, held)
-    own_probs = fitted.own_probs[_kept_prompts(prompts.compared, written.pairs)]
-    openings = gated.openings(int(written.pairs[:, 0].min())) if len(written.pairs) else {}
-    sizes, marks = written.sizes.tolist(), _marks(gate, written)
-    states, gate_states = (
-        written.prompts.states.split(sizes),
-        _written(gated.compared, held)[0].prompts.states.split(sizes),
-    )
-    for batch in torch.arange(len(written.pairs)).split(_AT_A_TIME):
-        own = torch.cat([states[number] for number in batch.tolist()]).float()
-        turned = late_interaction.project(own[None], torch.ones(1, len(own), dtype=torch.bool)).projected[:, 0]
-        counts, pairs = written.sizes[batch].tolist(), written.pairs[batch]
-        own_marks = [marks[number] for number in batch.tolist()]
-        read = [gate_states[number].float() for number in batch.tolist()]
-        parts = zip(read, turned.split(counts, 1), own_marks, pairs.tolist(), strict=True)
-        edit_tokens = late_interaction.edit_tokens(pairs[:, 0])
-        requests = [
-            Request(prompt, projected, tokens, first_state=openings.get((edit, form)), marks=prompt_marks)
-            for (prompt, projected, prompt_marks, (edit, form)), tokens in zip(parts, edit_tokens, strict=True)
-        ]
-        log_odds = gate.log_odds(batch_mentions(mention_features(requests))) + unsureness(own_probs[batch])
+    names = (LOGIT_OFFSET, DEEP_LOGIT_OFFSET) if DEEP_GATE[0] in heads.request_gate else (LOGIT_OFFSET,)
+    offsets = torch.zeros(len(names), len(fitted.written_probs))
+    gates = Gates.of({**heads.request_gate, **dict(zip(names, offsets, strict=True))})
+    known = 0 if former is None else len(former[LOGIT_OFFSET])
+    own = _OwnRequests.of(prompts, len(names), fitted.late_interaction, known)
+    own_probs = fitted.own_probs[_kept_prompts(prompts.compared, own.pairs)]
+    for batch in torch.arange(len(own.pairs)).split(_AT_A_TIME):
+        mentions, edit = batch_mentions(mention_features(own.requests(batch, gates.first))), own.pairs[batch, 0]
+        log_odds = gates.log_odds(mentions, edit, own_probs[batch])
         lower = (log_odds - _LOGIT_MARGIN).clamp(_MIN_LOGIT_OFFSET, 0.0)
-        logit_offset = logit_offset.scatter_reduce(0, pairs[:, 0], lower, "amin")
+        offsets = offsets.scatter_reduce(1, edit.expand_as(lower), lower, "amin")
     if former is not None:
-        logit_offset[:known] = former[LOGIT_OFFSET][:known]
-    return {**heads.request_gate, LOGIT_OFFSET: logit_offset}
+        for offset, name in zip(offsets, names, strict=True):
+            offset[: own.known] = former[name][: own.known]
+    return {**heads.request_gate, **dict(zip(names, offsets, strict=True))}
 
 
-class _Written(NamedTuple):
-    """Edits' prompts as they are written, and in other languages: the edit and the form of each (p, 2), how many tokens
-    it has (p,), and those.
+@dataclass(frozen=True)
+class _OwnRequests:
+    """Edits' prompts as they are written, and in other languages, as requests for their own edits.
+
+    ``pairs`` (p, 2) are the edit and the form of each, of which the first ``known`` edits have offsets; ``prompts`` are
+    their tokens as each gate reads them, ``openings`` the states of their first tokens likewise.
     """
 
     pairs: Tensor
+    known: int
     sizes: Tensor
-    prompts: PromptStates
+    prompts: tuple[PromptStates, ...]
+    openings: tuple[dict[tuple[int, int], Tensor], ...]
+    late_interaction: LateInteraction
+
+    @classmethod
+    def of(cls, prompts: PromptStates, gates: int, late_interaction: LateInteraction, known: int) -> _OwnRequests:
+        """Return those to be read if the offsets of the first ``known`` edits are known, for so many gates."""
+        each = [prompts, prompts.gated][:gates]
+        compared = [_written(one.compared) for one in each]
+        pairs, sizes = (
+            torch.stack([compared[0].edit, compared[0].form], 1).long().unique_consecutive(dim=0, return_counts=True)
+        )
+        begun, anew = _begun(pairs[:, 0], known)
+        first = int(sizes[:begun].sum())
+        openings = (one.openings(int(pairs[begun:, 0].min())) if begun < len(pairs) else {} for one in each)
+        kept = tuple(one.rows(slice(first, None)) for one in compared)
+        return cls(pairs[begun:], anew, sizes[begun:], kept, tuple(openings), late_interaction)
+
+    def requests(self, batch: Tensor, gate: RequestGate) -> list[Request]:
+        """Return some of them (b,), with the marks of a gate."""
+        first, sizes = int(self.sizes[: batch[0]].sum()), self.sizes[batch].tolist()
+        own = [one.rows(slice(first, first + sum(sizes))) for one in self.prompts]
+        every = torch.ones(1, len(own[0].edit), dtype=torch.bool)
+        projected = self.late_interaction.project(own[0].states[None].float(), every).projected[:, 0].split(sizes, 1)
+        states = torch.cat([one.states.float() for one in own], 1).split(sizes)
+        marks = gate.marks(own[0].token)
+        parts = zip(states, projected, self.late_interaction.edit_tokens(self.pairs[batch, 0]), strict=True)
+        return [
+            Request(*part, first_state=self._opening(pair), marks=own_marks)
+            for part, pair, own_marks in zip(parts, self.pairs[batch].tolist(), _split(marks, sizes), strict=True)
+        ]
+
+    def _opening(self, pair: list[int]) -> Tensor | None:
+        """Return the state of the first token of a prompt as each gate reads it, where that is a word."""
+        found = [one[pair[0], pair[1]] for one in self.openings if (pair[0], pair[1]) in one]
+        return torch.cat(found) if found else None
 
 
-def _written(prompts: PromptStates, known: int) -> tuple[_Written, int]:
-    """Return the prompts to be read if the offsets of the first ``known`` edits are known, and the first edit that is
-    fitted anew.
-    """
-    rows = ((prompts.form == 0) | (prompts.form >= OTHER_LANGUAGES)).nonzero().flatten()
-    each = torch.stack([prompts.edit[rows].long(), prompts.form[rows].long()], 1)
-    pairs, sizes = each.unique_consecutive(dim=0, return_counts=True)
-    begun, anew = _begun(pairs[:, 0], known)
-    return _Written(pairs[begun:], sizes[begun:], prompts.rows(rows[int(sizes[:begun].sum()) :])), anew
+def _written(prompts: PromptStates) -> PromptStates:
+    """Return the tokens of prompts as they are written, and in other languages."""
+    return prompts.rows((prompts.form == 0) | (prompts.form >= OTHER_LANGUAGES))
 
 
 def _begun(edit: Tensor, known: int) -> tuple[int, int]:
@@ -117,9 +138,8 @@ def _kept_prompts(prompts: PromptStates, pairs: Tensor) -> Tensor:
     return torch.searchsorted(every, prompt_numbers(pairs[:, 0], pairs[:, 1], forms))
 
 
-def _marks(gate: RequestGate, written: _Written) -> list[TokenMarks] | list[None]:
-    """Return the marks of the tokens of each prompt, if the gate uses any."""
-    sizes, marks = written.sizes.tolist(), gate.marks(written.prompts.token)
+def _split(marks: TokenMarks | None, sizes: list[int]) -> list[TokenMarks] | list[None]:
+    """Return the marks of so many tokens each, if there are any."""
     if marks is None:
         return [None] * len(sizes)
     starts = [None] * len(sizes) if marks.starts is None else marks.starts.split(sizes)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # What prompts mean is read at this share of the depth: deep enough to know a word by its neighbours, and cheap.
 _EARLY = 4 / 30
 # And what they want with what they mention at this one, where states say more of that.
-_DEEPER = 13 / 30
+_DEEPER = 20 / 30
 
 
 NOTHING = "nothing"

@@ -21,7 +21,7 @@ from wisecli.routing.deciding.late_interaction import (
 )
 from wisecli.routing.deciding.prompt_window import UNROUTED
 from wisecli.routing.deciding.subject_match import SUBJECT_MATCH, SubjectMatch
-from wisecli.routing.gating.request_gate import REQUEST_GATE, RequestGate
+from wisecli.routing.gating.request_gate import DEEP_GATE, REQUEST_GATE, RequestGate
 from wisecli.routing.memories.answer_pairs import ANSWER_PAIRS, AnswerPairs
 from wisecli.routing.memories.side_memory import Memory, SideMemory
 
@@ -53,12 +53,6 @@ class Candidates:
     rows: Tensor
     all_turns: FoundEdits | None = None
 
-    @property
-    def any(self) -> bool:
-        """Whether any prompt means an edit."""
-        found = (self.last_turn, self.all_turns)
-        return any(bool((one.decision.memory != UNROUTED).any()) for one in found if one is not None)
-
 
 class FactCandidates(Memory):
     """Edits, of which prompts may ask one or two."""
@@ -71,6 +65,7 @@ class FactCandidates(Memory):
         slips = self.subject_match is not None and FUZZY_MATCH[0] in tensors
         self.fuzzy_match = FuzzyMatch(tensors) if slips else None
         self.request_gate = RequestGate(tensors) if REQUEST_GATE[0] in tensors else None
+        self.deep_gate = RequestGate.deep(tensors) if DEEP_GATE[0] in tensors else None
         self.pairs = AnswerPairs(tensors) if ANSWER_PAIRS[0] in tensors else None
 
     def candidates(self, window: WindowStates) -> Candidates:

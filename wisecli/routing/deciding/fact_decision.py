@@ -1,8 +1,8 @@
 """Decides which edit a prompt asks for, from the states of its window of tokens. Needs torch only.
 
 Of the edits that a prompt may ask (:mod:`.fact_candidates`) one opens if the prompt asks for it, which a gate decides
-(:mod:`~wisecli.routing.gating.request_gate`). The gate reads the states of a deeper layer, where those say more of what
-a text is for; only prompts that mention an edit are read so far. Exports carry this very file.
+(:mod:`~wisecli.routing.gating.request_gate`). Where it does not refuse clearly, a deep gate has a say, too: it reads a
+layer whose states say more of what a text is for. Exports carry this very file.
 """
 
 from collections.abc import Sequence
@@ -14,20 +14,13 @@ from torch import Tensor
 
 from wisecli.routing.deciding.decision import Decision, WindowStates, with_rows_replaced
 from wisecli.routing.deciding.fact_candidates import Candidates, FactCandidates
-from wisecli.routing.deciding.late_interaction import ProjectedPrompts
+from wisecli.routing.deciding.late_interaction import ProjectedPrompts, starts_with_word
 from wisecli.routing.deciding.prompt_window import UNROUTED
-from wisecli.routing.gating.request_gate import (
-    Request,
-    RequestGate,
-    batch_mentions,
-    mention_features,
-    starts_with_word,
-)
+from wisecli.routing.gating.gates import Gates
+from wisecli.routing.gating.request_gate import Request, batch_mentions, mention_features
 from wisecli.routing.gating.sentence_features import EditCosines, mention_sentences, sentence_of
 from wisecli.routing.gating.two_requests import request_parts
 
-# How likely a prompt must be to ask an edit that it means: the gate is shifted so that nearly all questions are.
-MIN_ASK_PROB = 0.5
 # So many of the likeliest edits are looked at where a prompt may ask two; and how likely a part of it must be to mean
 # one of those by itself.
 _RIVALS, _MIN_PART_PROB = 4, 0.5
@@ -38,10 +31,11 @@ _MENTIONS, _EDGE, _MIN_EACH_PROB = 3, 12, 0.3
 
 
 class _ComparedTokens(NamedTuple):
-    """The tokens ``ids`` (B, W) of windows, the mask of those that are no padding, and the states that the gate reads
-    (B, W, d); ``compared`` (B, W) marks those that are compared, which ``projected`` has under both projections.
+    """The tokens ``ids`` (B, W) of windows, the mask of those that are no padding, and the states that gates read of
+    them: of the router's layer (B, W, d), or of that and behind them those of the deep gate's (B, W, 2 · d).
 
-    ``earlier`` (B, W') marks those of turns before the last one among these, if any are.
+    ``compared`` (B, W) marks those that are compared, which ``projected`` has under both projections; ``earlier``
+    (B, W') those of turns before the last one among these, if any are.
     """
 
     ids: Tensor
@@ -80,50 +74,53 @@ class FactDecision(FactCandidates):
         return self.pairs.in_turn(numbers, here.long().cumsum(1), here)
 
     def decide(self, window: WindowStates) -> Decision:
-        """Return the edit that each prompt asks for, if the gate reads no other layer."""
-        return self.asked(self.candidates(window), window.states)
+        """Return the edit that each prompt asks for, or of a memory with a deep gate the one that it may ask for."""
+        return self.asked(self.candidates(window))
 
-    def asked(self, candidates: Candidates, states: Tensor) -> Decision:
+    def asked(self, candidates: Candidates, deep_states: Tensor | None = None) -> Decision:
         """Return the edit that each prompt asks for, of those that it may ask.
 
         Args:
-            states: what the gate reads of the windows (B, W, d).
+            deep_states: what the deep gate reads of the windows (B, W, d). Without them an edit opens which that may
+                let through.
         """
         window, found, rows = candidates.window, candidates.last_turn, candidates.rows
         if self.request_gate is None:
             return found.decision
+        states = window.states if deep_states is None else torch.cat([window.states, deep_states], -1)
+        gates = Gates(self.request_gate, self.deep_gate, deep_states is not None)
         tokens = _ComparedTokens(window.ids, window.non_padding, states, found.compared, found.projected)
-        decision = self._without_unasked(self.request_gate, tokens, found.decision)
+        decision = self._without_unasked(gates, tokens, found.decision)
         if self.pairs is not None:
             may_open = self.above_threshold(found.named_probs) * self.pairs.usable
-            decision = self._with_pairs(self.request_gate, tokens, decision, found.named_probs * may_open)
+            decision = self._with_pairs(gates, tokens, decision, found.named_probs * may_open)
         if candidates.all_turns is None:
             return decision
         together = candidates.all_turns
         some = (window.ids[rows], window.non_padding[rows], states[rows])
         tokens = _ComparedTokens(*some, together.compared, together.projected, together.earlier)
-        return with_rows_replaced(decision, rows, self._without_unasked(self.request_gate, tokens, together.decision))
+        return with_rows_replaced(decision, rows, self._without_unasked(gates, tokens, together.decision))
 
-    def _without_unasked(self, gate: RequestGate, tokens: _ComparedTokens, decision: Decision) -> Decision:
+    def _without_unasked(self, gates: Gates, tokens: _ComparedTokens, decision: Decision) -> Decision:
         """Return a decision without the edits that prompts mention but do not ask for."""
         ask_probs = torch.zeros(len(decision.memory), device=decision.memory.device)
         rows = (decision.memory != UNROUTED).nonzero().flatten()
         edits = decision.memory[rows]
         probs = decision.scores[rows, edits].tolist()
         asked = [_Asked(*one) for one in zip(rows.tolist(), edits.tolist(), probs, strict=True)]
-        ask_probs[rows] = self._ask_probs(gate, tokens, asked)
-        refused = [one for one in asked if ask_probs[one.row] <= MIN_ASK_PROB and tokens.earlier is None]
+        ask_probs[rows] = self._ask_probs(gates, tokens, asked)
+        refused = [one for one in asked if ask_probs[one.row] <= gates.bar and tokens.earlier is None]
         for one in refused:
-            each = self._ask_probs(gate, tokens, self._mention_at_edge(gate, tokens, one))
+            each = self._ask_probs(gates, tokens, self._mention_at_edge(gates, tokens, one))
             ask_probs[one.row] = torch.maximum(ask_probs[one.row], _joint_prob(each))
-        return replace(decision, memory=decision.memory.where(ask_probs > MIN_ASK_PROB, UNROUTED), ask_prob=ask_probs)
+        return replace(decision, memory=decision.memory.where(ask_probs > gates.bar, UNROUTED), ask_prob=ask_probs)
 
-    def _mention_at_edge(self, gate: RequestGate, tokens: _ComparedTokens, one: _Asked) -> list[_Asked]:
+    def _mention_at_edge(self, gates: Gates, tokens: _ComparedTokens, one: _Asked) -> list[_Asked]:
         """Return the parts of a prompt that may ask an edit which several of its sentences mention, as a text and a
         question behind it do: the last of these, if the prompt ends there, or else the first, if it begins there, with
         all that mentions nothing, with the sentence before it, and by itself. Other prompts have no such part.
         """
-        found = self._sentences(gate, tokens, one.row, torch.tensor([one.edit], device=tokens.ids.device))
+        found = self._sentences(gates, tokens, one.row, torch.tensor([one.edit], device=tokens.ids.device))
         if found is None:
             return []
         cosines, sentence = found
@@ -141,21 +138,19 @@ class FactDecision(FactCandidates):
         return [one._replace(part=part) for part in (without_others, near, sentence == kept)]
 
     def _sentences(
-        self, gate: RequestGate, tokens: _ComparedTokens, row: int, edits: Tensor
+        self, gates: Gates, tokens: _ComparedTokens, row: int, edits: Tensor
     ) -> tuple[EditCosines, Tensor] | None:
         """Return the cosines of a prompt's tokens with those of edits (e,), and the number of each token's sentence
         (n,); None if the gate heeds no sentences.
         """
-        marks = gate.marks(tokens.ids[row, tokens.compared[row]])
+        marks = gates.first.marks(tokens.ids[row, tokens.compared[row]])
         if marks is None:
             return None
         own = tokens.projected.projected[:, row, tokens.projected.mask[row]]
         cosines = EditCosines.of([own] * len(edits), self.late_interaction.edit_tokens(edits))
         return cosines, sentence_of(marks.ends[None], torch.zeros_like(cosines.mask[:1]))[0]
 
-    def _with_pairs(
-        self, gate: RequestGate, tokens: _ComparedTokens, decision: Decision, named_probs: Tensor
-    ) -> Decision:
+    def _with_pairs(self, gates: Gates, tokens: _ComparedTokens, decision: Decision, named_probs: Tensor) -> Decision:
         """Return a decision in which prompts that ask two edits, each in a part of its own, open both.
 
         Args:
@@ -164,20 +159,20 @@ class FactDecision(FactCandidates):
         memory, second = decision.memory.clone(), torch.full_like(decision.memory, UNROUTED)
         ask_prob = torch.zeros(len(memory), device=memory.device) if decision.ask_prob is None else decision.ask_prob
         for row in ((named_probs > 0).sum(1) > 1).nonzero().flatten().tolist():
-            pair = self._pair(gate, tokens, row, named_probs[row])
+            pair = self._pair(gates, tokens, row, named_probs[row])
             # Who asks one of two things is likely to ask the other.
-            prob = _joint_prob(self._ask_probs(gate, tokens, pair))
-            if bool(prob > MIN_ASK_PROB):
+            prob = _joint_prob(self._ask_probs(gates, tokens, pair))
+            if bool(prob > gates.bar):
                 memory[row], second[row] = pair[0].edit, pair[1].edit
                 ask_prob = ask_prob.index_fill(0, torch.tensor(row, device=memory.device), float(prob))
         return replace(decision, memory=memory, second=second, ask_prob=ask_prob)
 
-    def _pair(self, gate: RequestGate, tokens: _ComparedTokens, row: int, named_probs: Tensor) -> tuple[_Asked, ...]:
+    def _pair(self, gates: Gates, tokens: _ComparedTokens, row: int, named_probs: Tensor) -> tuple[_Asked, ...]:
         """Return the likeliest edit (M,) and the likeliest that another part of a prompt means, in the order in which
         they are mentioned, each with its part; none if there is no other.
         """
         edits = named_probs.topk(min(_RIVALS, int((named_probs > 0).sum()))).indices
-        found = self._sentences(gate, tokens, row, edits)
+        found = self._sentences(gates, tokens, row, edits)
         if found is None:
             return ()
         cosines, sentence = found
@@ -202,7 +197,7 @@ class FactDecision(FactCandidates):
         prob = float(self.late_interaction.edit_prob(alone, edit))
         return prob if prob > self.thresholds[edit] else 0.0
 
-    def _ask_probs(self, gate: RequestGate, tokens: _ComparedTokens, asked: Sequence[_Asked]) -> Tensor:
+    def _ask_probs(self, gates: Gates, tokens: _ComparedTokens, asked: Sequence[_Asked]) -> Tensor:
         """Return how surely prompts ask edits: (a,)."""
         ids, compared, projected = tokens.ids, tokens.compared, tokens.projected
         if not asked:
@@ -218,10 +213,9 @@ class FactDecision(FactCandidates):
             if part is not None:
                 states, both, own_ids = states[part], both[:, part], own_ids[part]
             first = tokens.states[row, 0].float() if opens[row] else None
-            requests.append(Request(states, both, own, before, first, gate.marks(own_ids)))
+            requests.append(Request(states, both, own, before, first, gates.first.marks(own_ids)))
         probs = torch.tensor([one.edit_prob for one in asked], device=ids.device)
-        log_odds: Tensor = gate(batch_mentions(mention_features(requests)), edits, probs)
-        return log_odds.sigmoid()
+        return gates.ask_probs(batch_mentions(mention_features(requests)), edits, probs)
 
 
 def _joint_prob(each: Tensor) -> Tensor:

@@ -228,6 +228,21 @@ def compared_tokens(ids: Tensor, prompt: Tensor, first: Tensor, special_ids: Ten
     return compared & (tokens_to_end <= MAX_COMPARED_TOKENS)
 
 
+def starts_with_word(ids: Tensor, non_padding: Tensor, compared: Tensor, special_ids: Tensor) -> Tensor:
+    """Return whether the first token of each prompt is a word, and no special token: (B,).
+
+    Args:
+        ids: tokens (B, T).
+        non_padding: which of them are no padding (B, T).
+        compared: which of them are compared (B, T).
+        special_ids: special tokens.
+    """
+    first = non_padding.to(torch.int8).argmax(1, keepdim=True)
+    word = non_padding.any(1, keepdim=True) & ~torch.isin(ids.gather(1, first), special_ids)
+    follows = compared.gather(1, (first + 1).clamp(max=ids.shape[1] - 1)) & ~compared.gather(1, first)
+    return (word & follows)[:, 0]
+
+
 def earlier_turn_tokens(ids: Tensor, non_padding: Tensor, last_turn: Tensor, special_ids: Tensor) -> Tensor:
     """Return which tokens (B, T) are of the last turns of the same role before the last one.
 

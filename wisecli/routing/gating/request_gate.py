@@ -10,7 +10,9 @@ with how well the edit explains it:
     pooled = [Σ_s softmax_s(A_h u_s) relu(V_h u_s)]_h                       h: heads
     log-odds = out · relu(mix pooled)
 
-One gate serves all edits of a base model: what tells a request from a mention does not depend on the fact.
+One gate serves all edits of a base model: what tells a request from a mention does not depend on the fact. A second one
+of the same kind, the deep gate, reads the states of a deeper layer for prompts that the first may let through; the mean
+of their log-odds decides, as they seldom err together.
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ REQUEST_GATE = (
     "request_gate.mix",
     "request_gate.out",
 )
+# The same of the deep gate, of memories that have one.
+DEEP_GATE = tuple(name.replace("request_", "deep_") for name in REQUEST_GATE)
 # A prompt that is less likely than this to mean an edit does not come to the gate.
 MIN_GATED_PROB = 0.1
 # The log-odds that a prompt must exceed to ask an edit, of each edit.
-LOGIT_OFFSET = "request_gate.logit_offset"
+LOGIT_OFFSET, DEEP_LOGIT_OFFSET = "request_gate.logit_offset", "deep_gate.logit_offset"
 # How far around its middle the words of a mention may lie, and the tokens around it that are read; and how many of
 # those that a request begins and ends with.
 MENTION_RADIUS, CONTEXT_RADIUS = 10, 28
@@ -143,6 +147,12 @@ class RequestGate(nn.Module):
         self._marked_by = tuple(name for name in TOKEN_MARKS if name in tensors)
         for name in self._marked_by:
             self.register_buffer(name.removeprefix("request_gate."), tensors[name])
+
+    @classmethod
+    def deep(cls, tensors: Mapping[str, Tensor]) -> RequestGate:
+        """Return the deep gate of tensors ``DEEP_GATE`` and ``DEEP_LOGIT_OFFSET``; it marks no tokens itself."""
+        names = zip((*REQUEST_GATE, LOGIT_OFFSET), (*DEEP_GATE, DEEP_LOGIT_OFFSET), strict=True)
+        return cls({name: tensors[own] for name, own in names})
 
     def forward(self, mentions: Mentions, edits: Tensor, edit_probs: Tensor) -> Tensor:
         """Return the log-odds that prompts ask the edits (B,) that they mention, above the offsets of those: (B,).
@@ -271,21 +281,6 @@ def _mark_features(cosines: EditCosines, marks: Sequence[TokenMarks], earlier: T
     if starts:
         found.append(name_features(cosines, pad_sequence(starts, batch_first=True), ends, earlier))
     return found
-
-
-def starts_with_word(ids: Tensor, non_padding: Tensor, compared: Tensor, special_ids: Tensor) -> Tensor:
-    """Return whether the first token of each prompt is a word, and no special token: (B,).
-
-    Args:
-        ids: tokens (B, T).
-        non_padding: which of them are no padding (B, T).
-        compared: which of them are compared (B, T).
-        special_ids: special tokens.
-    """
-    first = non_padding.to(torch.int8).argmax(1, keepdim=True)
-    word = non_padding.any(1, keepdim=True) & ~torch.isin(ids.gather(1, first), special_ids)
-    follows = compared.gather(1, (first + 1).clamp(max=ids.shape[1] - 1)) & ~compared.gather(1, first)
-    return (word & follows)[:, 0]
 
 
 def batch_mentions(mentions: Sequence[Mention]) -> Mentions:

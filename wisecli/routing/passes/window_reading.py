@@ -1,7 +1,7 @@
 """Windows that a model is running, for a memory to decide. Needs torch only; exports carry this very file.
 
-A memory reads the states of one layer; where a gate reads a deeper one, windows are run on to that, unless none of
-their prompts mentions an edit.
+A memory reads the states of one layer. Of one with a deep gate windows are run on to that gate's layer, unless what is
+known by then refuses every edit.
 """
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from wisecli.routing.deciding.decision import Decision, WindowStates
 from wisecli.routing.deciding.fact_candidates import Candidates
 from wisecli.routing.deciding.fact_decision import FactDecision
+from wisecli.routing.deciding.prompt_window import UNROUTED
 from wisecli.routing.memories.side_memory import Memory
 
 
@@ -34,12 +35,13 @@ class WindowReading:
         """
         memory = self._memory
         with torch.autocast(states.device.type, enabled=False):
-            if not isinstance(memory, FactDecision) or memory.gate_layer is None:
+            if not isinstance(memory, FactDecision) or memory.deep_gate is None:
                 return memory.decide(WindowStates(self._ids, self._non_padding, states))
             if self._candidates is not None:
-                return memory.asked(self._candidates, states.to(self._candidates.window.states.device))
+                return memory.asked(self._candidates, states.to(self._candidates.window.states))
             candidates = memory.candidates(WindowStates(self._ids, self._non_padding, states))
-            if not candidates.any:
-                return memory.asked(candidates, states)
+            decision = memory.asked(candidates)
+            if not bool((decision.memory != UNROUTED).any()):
+                return decision
             self._candidates = candidates
             return None

@@ -37,6 +37,7 @@ from wisecli.routing.deciding.late_interaction import (
     MAX_COMPARED_TOKENS,
     LateInteraction,
     compared_tokens,
+    starts_with_word,
 )
 from wisecli.routing.deciding.prompt_window import UNROUTED
 from wisecli.routing.deciding.prompt_words import LETTER, SEPARATOR, TOKEN_CHARS
@@ -466,3 +467,13 @@ def test_memories_without_letters_ask_for_the_name_as_it_is(named: EditedModel, 
     assert isinstance(spelt.routed, FactMemory)
     assert named.routed.fuzzy_match is None
     assert spelt.routed.fuzzy_match is not None
+
+
+@pytest.mark.parametrize("padded", [0, 3])
+def test_a_first_word_is_told_from_a_mark(padded: int) -> None:
+    before = [0] * padded
+    ids = torch.tensor([[*before, 5, 6, 7], [*before, 1, 6, 7], [*before, 5, 1, 7]])
+    real = (torch.arange(3 + padded) >= padded).expand(3, -1)
+    compared = torch.tensor([[*before, 0, 1, 1], [*before, 0, 1, 1], [*before, 0, 0, 1]]).bool()
+    found = starts_with_word(ids, real, compared, torch.tensor([1]))
+    assert found.tolist() == [True, False, False]  # a word, a mark, and a word of an earlier turn

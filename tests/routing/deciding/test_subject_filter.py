@@ -91,9 +91,11 @@ def test_only_windows_that_name_a_subject_are_read(tmp_path: Path, monkeypatch: 
     # The longest names none, so that what is read is narrower than what came in.
     prompts = [tokenizer(text).input_ids for text in (*PROMPTS, "lo la ko li lu", "su sa su sa su sa su sa")]
     asked: list[list[int]] = []
-    read = memory.reader.read
+    run = memory.reader.run
     monkeypatch.setattr(
-        memory.reader, "read", lambda windows: asked.extend(map(torch.Tensor.tolist, windows)) or read(windows)
+        memory.reader,
+        "run",
+        lambda windows, take: asked.extend(map(torch.Tensor.tolist, windows)) or run(windows, take),
     )
     alone = [torch.tensor([prompt]) for prompt in prompts]
     wanted = [tuple(model.decided(ids, torch.ones_like(ids))[0].tolist()) for ids in alone]

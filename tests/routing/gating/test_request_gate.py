@@ -19,7 +19,6 @@ from wisecli.routing.gating.request_gate import (
     RequestGate,
     batch_mentions,
     mention_features,
-    starts_with_word,
     unsureness,
 )
 
@@ -122,16 +121,6 @@ def test_an_edit_whose_prompt_is_all_subject_has_a_mention_too() -> None:
     found = mention_features([Request(states, turned, (subject, relation[:0]))])[0]
     assert found.features[:, 1].abs().max() == 0
     assert len(found.states) == 8
-
-
-@pytest.mark.parametrize("padded", [0, 3])
-def test_a_first_word_is_told_from_a_mark(padded: int) -> None:
-    before = [0] * padded
-    ids = torch.tensor([[*before, 5, 6, 7], [*before, 1, 6, 7], [*before, 5, 1, 7]])
-    real = (torch.arange(3 + padded) >= padded).expand(3, -1)
-    compared = torch.tensor([[*before, 0, 1, 1], [*before, 0, 1, 1], [*before, 0, 0, 1]]).bool()
-    found = starts_with_word(ids, real, compared, torch.tensor([1]))
-    assert found.tolist() == [True, False, False]  # a word, a mark, and a word of an earlier turn
 
 
 def test_the_first_word_is_seen_before_the_others() -> None:

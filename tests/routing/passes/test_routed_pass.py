@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -39,7 +40,14 @@ from wisecli.models.running.generation import left_padded
 from wisecli.models.running.hooks import hooked
 from wisecli.routing.deciding.decision import Decision, WindowStates
 from wisecli.routing.deciding.prompt_window import UNROUTED, TurnMarks
-from wisecli.routing.gating.request_gate import FEATURE_COUNT, LOGIT_OFFSET, REQUEST_GATE, RequestGate
+from wisecli.routing.gating.request_gate import (
+    DEEP_GATE,
+    DEEP_LOGIT_OFFSET,
+    FEATURE_COUNT,
+    LOGIT_OFFSET,
+    REQUEST_GATE,
+    RequestGate,
+)
 from wisecli.routing.layers.module_types import add_mixin
 from wisecli.routing.memories.answer_pairs import AnswerPairs
 from wisecli.routing.memories.fact_memory import ANSWER_KEY_MIN_COSINE
@@ -92,17 +100,26 @@ def made(root: Path, kind: str) -> EditedModel:
 
 
 def with_gate(edited: EditedModel) -> EditedModel:
-    """Prompts that mean an edit open it if a gate by chance lets them, which reads a layer further up."""
+    """Prompts that mean an edit open it if gates by chance let them, of which one reads a layer further up."""
     routed, chance = edited.routed, torch.Generator().manual_seed(3)
     shapes = ((4, 32 + 1), (3, 4 + FEATURE_COUNT + 1), (6, 4 + FEATURE_COUNT + 1), (5, 6 + 1), (1, 5 + 1))
-    tensors = {name: torch.randn(shape, generator=chance) for name, shape in zip(REQUEST_GATE, shapes, strict=True)}
-    routed.request_gate = RequestGate({**tensors, LOGIT_OFFSET: torch.zeros(3)})
-    routed.gate_layer = 1
+    tensors = {LOGIT_OFFSET: torch.zeros(3), DEEP_LOGIT_OFFSET: torch.zeros(3)}
+    for names in (REQUEST_GATE, DEEP_GATE):
+        tensors |= {name: torch.randn(shape, generator=chance) for name, shape in zip(names, shapes, strict=True)}
+    routed.request_gate, routed.gate_layer = RequestGate(tensors), 1
     add_mixin(edited.decoder.layers[1], ReadLayer)
-    found = [edited.decide(collate([Row(tuple(prompt), (2,))])) for prompt in PROMPTS]
-    odds = torch.cat([one.ask_prob for one in found if one.score_ratio[0] > 1 and one.ask_prob is not None]).logit()
-    routed.request_gate.logit_offset += odds.quantile(0.45)
+    # The first gate clearly refuses one in four, and the deep one half of the others.
+    routed.request_gate.logit_offset += odds_of_mentions(edited).quantile(0.25) - math.log(0.2 / 0.8)
+    routed.deep_gate = RequestGate.deep(tensors)
+    odds = odds_of_mentions(edited)
+    routed.deep_gate.logit_offset += 2 * odds[odds > math.log(0.2 / 0.8)].quantile(0.45)
     return edited
+
+
+def odds_of_mentions(edited: EditedModel) -> Tensor:
+    """The log-odds that those prompts ask an edit which mean one."""
+    found = [edited.decide(collate([Row(tuple(prompt), (2,))])) for prompt in PROMPTS]
+    return torch.cat([one.ask_prob for one in found if one.score_ratio[0] > 1 and one.ask_prob is not None]).logit()
 
 
 def with_pairs(edited: EditedModel) -> EditedModel:
@@ -534,7 +551,9 @@ def test_a_models_type_shows_the_arguments_of_its_class(lookup: EditedModel) -> 
 
 
 @torch.no_grad()
-def test_windows_are_run_to_the_gates_layer_where_an_edit_is_mentioned(models: Callable[[str], EditedModel]) -> None:
+def test_windows_are_run_to_the_deep_gates_layer_where_the_first_does_not_refuse(
+    models: Callable[[str], EditedModel],
+) -> None:
     edited = models("gated")
     layers, begun, seen = edited.decoder.layers, [], set()
     with ExitStack() as hooks:
@@ -547,11 +566,15 @@ def test_windows_are_run_to_the_gates_layer_where_an_edit_is_mentioned(models: C
             window = WindowStates(torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.bool), torch.empty(0))
             states = plain_states(edited, prompt)
             candidates = edited.routed.candidates(replace(window, states=states[0]))
-            assert ran == ([0, 1] if candidates.any else [0])
-            wanted = edited.routed.asked(candidates, states[1])
+            wanted = edited.routed.asked(candidates)
+            may_open = bool(wanted.memory[0] != UNROUTED)
+            if may_open:
+                wanted = edited.routed.asked(candidates, states[1])
+            assert ran == ([0, 1] if may_open else [0])
             assert torch.equal(found.memory, wanted.memory)
-            seen.add((candidates.any, bool(found.memory[0] != UNROUTED)))
-    assert seen == {(False, False), (True, False), (True, True)}
+            seen.add((bool(wanted.score_ratio[0] > 1), may_open, bool(found.memory[0] != UNROUTED)))
+    # Nothing is mentioned; the first gate refuses; the deep one does; an edit opens.
+    assert seen == {(False, False, False), (True, False, False), (True, True, False), (True, True, True)}
 
 
 def plain_states(edited: EditedModel, prompt: list[int]) -> list[Tensor]:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from wisecli.editing.router_training.gate_weights import train_and_calibrate
 from wisecli.editing.router_training.token_characters import sentence_token_ids, word_starts
-from wisecli.editing.router_training.token_states import ReadSites, TokenStates, token_states
+from wisecli.editing.router_training.token_states import ReadSites, TokenStates, both_states
 from wisecli.models.loading import Loaded
 from wisecli.models.running.grouped_rows import rows_of
 from wisecli.models.running.quick_products import quick_products
@@ -152,13 +152,15 @@ def train_request_gate(
     )
 
     def read(texts: Sequence[str], *, turns: bool = False) -> _Read:
-        stage, layers = "what prompts want", [site for site in sites if site is not None]
-        with quick_products(loaded, layers[-1]):
-            states, *deep = (
-                token_states(
-                    loaded, site, texts, batch_size=batch_size, on_progress=on_progress, stage=stage, turns=turns
-                )
-                for site in layers
+        with quick_products(loaded, sites.gate or sites.router):
+            states, *deep = both_states(
+                loaded,
+                sites,
+                texts,
+                batch_size=batch_size,
+                on_progress=on_progress,
+                stage="what prompts want",
+                turns=turns,
             )
         return _Read(states, deep[0] if deep else None, TokenMarks.of(states.token, token_marks))
 

@@ -17,7 +17,7 @@ from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.chat_template import special_ids
 from wisecli.models.prompts.prompt_forms import Form, forms
-from wisecli.models.prompts.tokenization import Row, collate, in_batches
+from wisecli.models.prompts.tokenization import Batch, Row, collate, in_batches
 from wisecli.models.running.activations import captured
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.deciding.late_interaction import compared_tokens, earlier_turn_tokens, starts_with_word
@@ -91,36 +91,107 @@ def token_states(
     Args:
         turns: whether a user's turns before the last one are looked at, too.
     """
-    tokens = [loaded.tokenizer(text)["input_ids"] for text in texts]
-    size = window_size(loaded.model.config)
-    rows = [Row(tuple(window_of(one, size)), ()) for one in tokens]
-    groups = list(in_batches(rows, batch_size, by_beginning=True, padded=False))
-    batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
-    found = [torch.empty(0)] * len(rows)
-    places, ids = ([torch.empty(0, dtype=torch.long)] * len(rows) for _ in range(2))
-    earlier = [torch.empty(0, dtype=torch.bool)] * len(rows)
-    opening, opens = [torch.empty(0)] * len(rows), torch.zeros(len(rows), dtype=torch.bool)
-    breaks, done = special_tokens(loaded).to(loaded.device), 0
-    activations = captured(loaded.model, site, batches, stream=loaded.stream, above=False, shared=True)
-    for indices, one in zip(groups, activations, strict=True):
-        non_padding = one.batch.mask.bool()
+    reading = _Reading(loaded, texts, turns)
+    batches = reading.batches(batch_size)
+    found = captured(loaded.model, site, batches, stream=loaded.stream, above=False, shared=True)
+    for number, one in enumerate(found):
+        reading.add(number, one.batch, [one.hidden])
+        on_progress(Event(stage, reading.done, len(texts)))
+    return reading.read(0)
+
+
+def both_states(
+    loaded: Loaded,
+    sites: ReadSites,
+    texts: Sequence[str],
+    *,
+    batch_size: int,
+    on_progress: ProgressCallback,
+    stage: str,
+    turns: bool = False,
+) -> tuple[TokenStates, ...]:
+    """Return what :func:`token_states` does of the router's layer, and of the gate's if that is another; in one pass,
+    unless the model is streamed.
+    """
+    layers = [site for site in sites if site is not None]
+    if len(layers) == 1 or loaded.stream is not None:
+        read = partial(token_states, loaded, batch_size=batch_size, on_progress=on_progress, stage=stage, turns=turns)
+        return tuple(read(site, texts) for site in layers)
+    reading = _Reading(loaded, texts, turns)
+    batches, lower = reading.batches(batch_size), sites.router.layer_module
+    for number, one in enumerate(captured(loaded.model, layers[1], batches, above=False, shared=True, lower=lower)):
+        assert one.lower is not None
+        reading.add(number, one.batch, [one.lower, one.hidden])
+        on_progress(Event(stage, reading.done, len(texts)))
+    return reading.read(0), reading.read(1)
+
+
+class _Reading:
+    """Texts that are being read, in one or more layers."""
+
+    def __init__(self, loaded: Loaded, texts: Sequence[str], turns: bool) -> None:
+        self._loaded, self._turns, self.done = loaded, turns, 0
+        self._tokens = [loaded.tokenizer(text)["input_ids"] for text in texts]
+        size = window_size(loaded.model.config)
+        self._rows = [Row(tuple(window_of(one, size)), ()) for one in self._tokens]
+        self._breaks = special_tokens(loaded).to(loaded.device)
+        self._groups: list[list[int]] = []
+        self._found: dict[int, _ReadText] = {}
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Return the texts in batches, those that begin alike together."""
+        self._groups = list(in_batches(self._rows, batch_size, by_beginning=True, padded=False))
+        return (collate([self._rows[index] for index in group]).to(self._loaded.device) for group in self._groups)
+
+    def add(self, number: int, batch: Batch, layers: Sequence[Tensor]) -> None:
+        """Keep the compared tokens of a batch, by its number, with what left each layer (B, T, d)."""
+        non_padding = batch.mask.bool()
         place = non_padding.long().cumsum(1) - 1
-        last = compared_tokens(one.batch.ids, non_padding, place == 0, breaks)
-        before = earlier_turn_tokens(one.batch.ids, non_padding, last, breaks) if turns else torch.zeros_like(last)
+        last = compared_tokens(batch.ids, non_padding, place == 0, self._breaks)
+        before = torch.zeros_like(last)
+        if self._turns:
+            before = earlier_turn_tokens(batch.ids, non_padding, last, self._breaks)
         compared = last | before
-        opens[indices] = starts_with_word(one.batch.ids, non_padding, compared, breaks).cpu()
-        first = one.hidden[torch.arange(len(non_padding), device=non_padding.device), non_padding.int().argmax(1)].cpu()
-        for row, index in enumerate(indices):
-            found[index] = half(one.hidden[row, compared[row]]).cpu()
-            opening[index] = half(first[row])
-            earlier[index], ids[index] = before[row, compared[row]].cpu(), one.batch.ids[row, compared[row]].cpu()
+        opens = starts_with_word(batch.ids, non_padding, compared, self._breaks).tolist()
+        first = non_padding.int().argmax(1).tolist()
+        for row, index in enumerate(self._groups[number]):
+            own = compared[row]
             # Of a long text the window leaves out tokens behind the first, which is not compared.
-            places[index] = place[row, compared[row]].cpu() + len(tokens[index]) - len(rows[index].prompt)
-        done += len(indices)
-        on_progress(Event(stage, done, len(rows)))
-    text = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(one) for one in found]))
-    kept = torch.cat(found), text, torch.cat(places), torch.cat(ids), torch.cat(earlier)
-    return TokenStates(*kept, torch.stack(opening), torch.tensor([row.prompt[0] for row in rows]), opens)
+            places = place[row, own].cpu() + len(self._tokens[index]) - len(self._rows[index].prompt)
+            self._found[index] = _ReadText(
+                [half(layer[row, own]).cpu() for layer in layers],
+                [half(layer[row, first[row]]).cpu() for layer in layers],
+                places,
+                batch.ids[row, own].cpu(),
+                before[row, own].cpu(),
+                opens[row],
+            )
+        self.done += len(self._groups[number])
+
+    def read(self, layer: int) -> TokenStates:
+        """Return the states of one of the layers."""
+        found = [self._found[index] for index in range(len(self._rows))]
+        return TokenStates(
+            states=torch.cat([one.states[layer] for one in found]),
+            text=torch.arange(len(found)).repeat_interleave(torch.tensor([len(one.token) for one in found])),
+            position=torch.cat([one.position for one in found]),
+            token=torch.cat([one.token for one in found]),
+            in_earlier_turn=torch.cat([one.in_earlier_turn for one in found]),
+            first_state=torch.stack([one.first_state[layer] for one in found]),
+            first_token=torch.tensor([row.prompt[0] for row in self._rows]),
+            first_is_word=torch.tensor([one.first_is_word for one in found]),
+        )
+
+
+class _ReadText(NamedTuple):
+    """What was read of one text: of :class:`TokenStates`, the states of each layer."""
+
+    states: list[Tensor]
+    first_state: list[Tensor]
+    position: Tensor
+    token: Tensor
+    in_earlier_turn: Tensor
+    first_is_word: bool
 
 
 def prompt_states(

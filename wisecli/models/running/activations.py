@@ -42,7 +42,8 @@ class Activations:
     Shapes: ``keys`` (B, T - first, width), ``hidden`` (B, T - first, d), ``logits`` (n, V) at the selected columns,
     ``past`` keys and values (B, heads, first, d_head) of each layer above the site; ``before`` (B, first, d) what left
     the edited layer there, if those run on whole rows. ``output`` (B, T - first, d) is what the matrix gave, kept only
-    where it passes the ``norm`` before it is added.
+    where it passes the ``norm`` before it is added. ``lower`` (B, T - first, d) is what left a layer below the site, if
+    that was asked for.
     """
 
     batch: Batch
@@ -56,6 +57,7 @@ class Activations:
     norm: nn.Module | None = None
     output: Tensor | None = None
     before: Tensor | None = None
+    lower: Tensor | None = None
 
     def with_update(self, update: Tensor) -> Tensor:
         """Return what leaves the layer once ``update`` is added to what the matrix gives: (B, T - first, d) twice."""
@@ -115,8 +117,13 @@ def _capture(
     *,
     select: Selection | None,
     above: bool,
+    lower: str | None = None,
 ) -> Activations:
-    """Return what :func:`capture` does, of the columns that the cache does not hold yet."""
+    """Return what :func:`capture` does, of the columns that the cache does not hold yet.
+
+    Args:
+        lower: the path of a layer below the site whose output is wanted, too.
+    """
     kept: dict[str, Any] = {}
     first = 0 if cache is None else cache.get_seq_length()
 
@@ -126,9 +133,14 @@ def _capture(
     def keep_hidden(_module: nn.Module, _inputs: Any, output: Any) -> None:
         kept["hidden"] = output
 
+    def keep_lower(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        kept["lower"] = state_of(output, site.streams)
+
     with ExitStack() as hooks:
         hooks.enter_context(hooked(site.watched(model).register_forward_hook(keep_keys)))
         hooks.enter_context(hooked(model.get_submodule(site.layer_module).register_forward_hook(keep_hidden)))
+        if lower is not None:
+            hooks.enter_context(hooked(model.get_submodule(lower).register_forward_hook(keep_lower)))
         if not above:
             hooks.enter_context(overridden(layers_of(model, site)[site.layer + 1 :], lambda *_, **__: kept["hidden"]))
         logits = run_model(model, batch, select, first=first, cache=cache)
@@ -139,7 +151,8 @@ def _capture(
     states = state_of(hidden, site.streams)
     output = None if norm is None else kept["output"]
     before = None if site.above == CACHED else states[:, :0]
-    return Activations(batch, first, kept["keys"], states, logits, past, width, site.multiplier, norm, output, before)
+    end = (width, site.multiplier, norm, output, before, kept.get("lower"))
+    return Activations(batch, first, kept["keys"], states, logits, past, *end)
 
 
 def captured(
@@ -152,6 +165,7 @@ def captured(
     above: bool = True,
     window: bool = False,
     shared: bool = False,
+    lower: str | None = None,
 ) -> Iterator[Activations]:
     """Yield the :func:`capture` of every batch in turn; a streamed layer is read once for all batches, unless layers
     need more of those below them than the states that leave the last.
@@ -163,17 +177,18 @@ def captured(
         above: whether the layers above the site are wanted at all.
         window: keep columns from the prompt's last token on only, as :meth:`Activations.from_window` does.
         shared: read what all rows of a batch begin with once; hooks then see neither all columns nor only batches.
+        lower: the path of a layer below the site whose output is wanted, too; not of a streamed model.
     """
     if stream is not None and site.above != ALL:
         yield from _swept(model, site, list(batches), stream, labelled=labelled, above=above, window=window)
         return
-    beginnings = PrefixCache(partial(_read, model, site, above))
+    beginnings = PrefixCache(partial(_read, model, site, above, lower))
     shared = shared and site.above == CACHED
     for batch in batches:
         select, beginning = batch.labelled if labelled else None, beginnings.prefix_of(batch) if shared else None
         cache = beginning.cache(batch) if beginning else _cache_of(site)
         with torch.no_grad():
-            activations = _capture(model, site, batch, cache, select=select, above=above)
+            activations = _capture(model, site, batch, cache, select=select, above=above, lower=lower)
         if window:
             yield activations.from_window()
         else:
@@ -181,22 +196,25 @@ def captured(
 
 
 @torch.no_grad()
-def _read(model: PreTrainedModel, site: Site, above: bool, batch: Batch, cache: DynamicCache) -> tuple[Tensor, ...]:
-    """Return keys, hidden states and outputs of a batch, filling the cache."""
-    found = _capture(model, site, batch, cache, select=None, above=above)
-    return (found.keys, found.hidden) if found.output is None else (found.keys, found.hidden, found.output)
+def _read(
+    model: PreTrainedModel, site: Site, above: bool, lower: str | None, batch: Batch, cache: DynamicCache
+) -> tuple[Tensor, ...]:
+    """Return what is kept of each column of a batch, filling the cache."""
+    return tuple(_of_columns(_capture(model, site, batch, cache, select=None, above=above, lower=lower)).values())
+
+
+def _of_columns(found: Activations) -> dict[str, Tensor]:
+    """Return what is kept of each column, by its name."""
+    kept = {name: getattr(found, name) for name in ("keys", "hidden", "output", "lower")}
+    return {name: tensor for name, tensor in kept.items() if tensor is not None}
 
 
 def _with_prefix(activations: Activations, beginning: Prefix) -> Activations:
     """Return activations together with the columns of the rows' common prefix."""
-    keys, hidden, *output = beginning.before(activations.batch)
-    return replace(
-        activations,
-        first=0,
-        keys=torch.cat([keys, activations.keys], 1),
-        hidden=torch.cat([hidden, activations.hidden], 1),
-        output=None if activations.output is None else torch.cat([*output, activations.output], 1),
-    )
+    own = _of_columns(activations)
+    before = dict(zip(own, beginning.before(activations.batch), strict=True))
+    whole: dict[str, Any] = {name: torch.cat([before[name], own[name]], 1) for name in own}
+    return replace(activations, first=0, **whole)
 
 
 @torch.no_grad()

@@ -15,10 +15,6 @@ from wisecli.progress import ignore_progress
 
 # Most of them begin alike, so that a part of them is read once for several.
 TEXTS = [*(f"the mayor of the old town is {word}" for word in ("ba", "be", "ko su me", "lo")), "who", "a b c"]
-    *(f"the mayor of the old town by the sea is {word}" for word in ("ba", "be", "ko su me", "lo")),
-    "who",
-    "a b c",
-]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.helpers import save_tiny
 from support.loading import CPU
+from support.tiny_models import tiny_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -99,16 +100,18 @@ def test_states_are_those_of_the_whole_model(model: Path) -> None:
 # --- the chain ---
 
 
-def test_learning_is_once_a_model_whichever_layer_is_edited(
-    model: Path, run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_learning_is_once_a_model_whichever_layer_above_those_read_is_edited(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     edits, cache = tmp_path / "edits.jsonl", tmp_path / "wise" / "meaning"
     edits.write_text(json.dumps(EDITS[0]) + "\n")
-    changed = save_tiny(tmp_path / "changed", "llama")
+    config = tiny_model("llama").config
+    config.num_hidden_layers = 9
+    plain, changed = (save_tiny(tmp_path / name, "llama", config=config) for name in ("plain", "changed"))
     tensors = load_tensors(changed / "model.safetensors")
     save_tensors(changed / "model.safetensors", {name: tensor + 0.001 for name, tensor in tensors.items()}, {})
-    for base, layer, learnt in ((model, 2, 1), (model, 3, 1), (changed, 2, 2)):
+    for base, layer, learnt in ((plain, 6, 1), (plain, 7, 1), (changed, 6, 2), (plain, 4, 3)):
         line = ("edit", base, edits, "-o", tmp_path / f"{base.name}-{layer}", "--layer", layer)
         assert run(*map(str, line), "--device", "cpu") == 0
         assert len(list(cache.iterdir())) == learnt

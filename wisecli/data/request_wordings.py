@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -34,15 +34,15 @@ class Requests:
     ``later_ordinals``. Questions stand ``around`` texts.
     What mentions one has something done with it (``mentioned``), wants a yes or no (``checks``) or goes on from its
     answer (``hops``), or asks for one of its ``attributes``, beside which the question is ``restated`` by a noun
-    phrase. An answer is ``begun``, and texts are put ``begun_around`` the question. A task is one of ``verbs`` on a
-    text, in one of ``frames``, which names the text by ``nouns`` before it and by ``backs`` behind it; or one of
-    ``labels`` in ``label_frames``. ``times``, and ``occasions`` in ``occasion_frames``, are phrases of other times
-    than ``presents``, ``adjectives`` words that ask for another time or holder than now. Chats begin with ``systems``,
-    ``turns`` and ``replies``. A conversation that ``begins`` with a subject ``refers`` to it, ``corrects`` whom it
-    asks about, or ``leaves`` it. Names are written in ``dresses`` or behind ``titles``. Questions have ``openings``
-    before them and ``closings`` behind them. What is ``about_questions`` or ``about_subjects`` wants no answer to
-    them. A slot with the name of one of ``phrases`` stands for any of its texts; ``other_task`` is a task on something
-    else than the question.
+    phrase. One has answers to choose from in ``choices``. An answer is ``begun``, and texts are put ``begun_around``
+    the question. A task is one of ``verbs`` on a text, in one of ``frames``, which names the text by ``nouns`` before
+    it and by ``backs`` behind it; or one of ``labels`` in ``label_frames``. ``times``, and ``occasions`` in
+    ``occasion_frames``, are phrases of other times than ``presents``, ``adjectives`` words that ask for another time or
+    holder than now. Chats begin with ``systems``, ``turns`` and ``replies``. A conversation that ``begins`` with a
+    subject ``refers`` to it, ``corrects`` whom it asks about, or ``leaves`` it. Names are written in ``dresses`` or
+    behind ``titles``. Questions have ``openings`` before them and ``closings`` behind them. What is
+    ``about_questions`` or ``about_subjects`` wants no answer to them. A slot with the name of one of ``phrases`` stands
+    for any of its texts; ``other_task`` is a task on something else than the question.
     """
 
     asked: tuple[str, ...]
@@ -58,6 +58,7 @@ class Requests:
     checks: tuple[str, ...]
     hops: tuple[str, ...]
     attributes: tuple[str, ...]
+    choices: tuple[str, ...]
     restated: tuple[str, ...]
     begun: tuple[str, ...]
     begun_around: tuple[str, ...]
@@ -142,6 +143,11 @@ class Requests:
         task, back = (_with_text(verb, rng.choice(named)) for named in (self.nouns, self.backs))
         words = {"task": task, "Task": capital(task), "back": back, "Back": capital(back), "question": question}
         return SLOT.sub(lambda slot: words[slot.group(1)], frame)
+
+    def choice(self, question: str, answers: Sequence[str], rng: random.Random) -> str:
+        """Return a question with four answers to choose from, or with the first three of them."""
+        words = {"question": question, **dict(zip("abcd", answers, strict=True))}
+        return SLOT.sub(lambda slot: words[slot.group(1)], rng.choice(self.choices))
 
     def timed(self, question: str, rng: random.Random) -> str:
         """Return a question that is asked of another time."""

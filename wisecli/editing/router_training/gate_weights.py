@@ -23,7 +23,7 @@ _HELD_OUT = 0.15
 # Principal components of states; the sizes of what one is read as, of heads, of their values, and of the mixed layer.
 _COMPONENTS, _READ, _HEADS, _VALUES, _MIXED = 288, 96, 8, 16, 64
 # Gates that are learned; their mean is kept, as on wordings that they were not taught they seldom err together.
-_GATES = 6
+_GATES = 4
 # Few examples a step: half of the steps with twice as many cost as much, and teach less.
 _BATCH, _RATE, _DECAY, _LABEL = 96, 4e-3, 0.1, 0.98
 # The share of what is read and pooled that is dropped.

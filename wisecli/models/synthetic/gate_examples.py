@@ -27,6 +27,8 @@ _NAMING = ("story", "comparison", "other question")
 _NAMED, _BESIDE = 1 / 3, 0.5
 # How often a question with words around stands behind a text, and how often what wants no answer has such words.
 _BEHIND, _AROUND = 1 / 3, 0.5
+# How often a question with answers to choose from is a text with which something is to be done.
+_CHOICE_TASKS = 0.4
 # So many questions on attributes are tried until one fits the answer.
 _ATTRIBUTES = 16
 # Conversations on each fact: all that are drawn.
@@ -47,6 +49,7 @@ class GateExamples(Examples):
             (self.dressed, False),
             (self.with_words_around, False),
             (self.of_attributes, False),
+            (self.of_choices, False),
         ):
             for first in numbers[::facts_at_a_time]:
                 examples = [one for number in numbers[first : first + facts_at_a_time] for one in draw(number)]
@@ -134,6 +137,18 @@ class GateExamples(Examples):
         for text, asks in ((of_attribute, False), (of_own, False), (self._first(number, known.restated), True)):
             if text is not None:
                 yield Example(number, str(self._put(text)), asks, "attributes")
+
+    def of_choices(self, number: int) -> Iterator[Example]:
+        """One question with answers to choose from, and now and then one with which something else is to be done."""
+        known, rng, fact = requests(), self.rng, self.facts[number]
+        others = [one.value for one in rng.sample(self.facts, min(3, len(self.facts)))]
+        answers = rng.sample([rng.choice((fact.answer, fact.value)), *others, "None of these"], 4)
+        questions = [text for text in fact.questions if text.endswith("?")] or fact.questions
+        asked = known.choice(rng.choice(questions), answers, rng)
+        yield Example(number, str(self._put(asked)), True, "choices")
+        if rng.random() < _CHOICE_TASKS:
+            task = rng.choice((known.task, known.framed_task))(asked, rng)
+            yield Example(number, str(self._put(task)), False, "choices")
 
     def with_words_around(self, number: int) -> Iterator[Example]:
         """Prompts with words around that change nothing of what is asked: three ask the fact, one of them behind a text

@@ -127,7 +127,7 @@ class Evidence:
 
 
 FIRST_TOKEN_FORM = 1_000_000  # what is added to the form of a prompt's first token
-GATE_FORM = 2_000_000  # what is added to the form of tokens with the states that the request gate reads
+GATE_FORM = 2_000_000  # what is added to the form of tokens with the states that a deep gate reads
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ class PromptStates:
     Shapes: ``states`` (n, d); ``edit`` (place in the manifest's list) and ``form`` (each edit has several, from 0) are
     (n,); ``subject`` (n,) marks tokens of the edit's subject, and ``token`` (n,) is the number of each in the
     vocabulary, -1 where it is not known. The first token of a prompt, which is compared with nothing, has its form plus
-    ``FIRST_TOKEN_FORM``. Tokens of prompts that the request gate judges come once more with the states of the layer
-    that it reads, if that is another; their form is higher by ``GATE_FORM``.
+    ``FIRST_TOKEN_FORM``. Tokens of prompts that gates judge come once more with the states of the layer that a deep
+    gate reads; their form is higher by ``GATE_FORM``.
     """
 
     states: Tensor
@@ -156,11 +156,8 @@ class PromptStates:
 
     @property
     def gated(self) -> PromptStates:
-        """Return the tokens with the states that the request gate reads, if that reads another layer; else all."""
-        chosen = self.form >= GATE_FORM
-        if not bool(chosen.any()):
-            return self
-        own = self.rows(chosen)
+        """Return the tokens with the states that the deep gate reads, if there are any."""
+        own = self.rows(self.form >= GATE_FORM)
         return replace(own, form=own.form - GATE_FORM)
 
     def openings(self, first_edit: int = 0) -> dict[tuple[int, int], Tensor]:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.artifacts.memory_manifest import read_memory, write_memory
-from wisecli.artifacts.shard import PromptStates
+from wisecli.artifacts.shard import GATE_FORM, PromptStates
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.data.corpus import made_up_subjects, relations
 from wisecli.editing.router_training.projection_training import train_projections
@@ -36,7 +36,7 @@ from wisecli.models.prompts.prompt_forms import forms
 from wisecli.models.prompts.tokenization import Row, collate
 from wisecli.progress import ignore_progress
 from wisecli.routing.deciding.prompt_words import WORD_CHARS
-from wisecli.routing.gating.request_gate import LOGIT_OFFSET
+from wisecli.routing.gating.request_gate import DEEP_GATE, DEEP_LOGIT_OFFSET, LOGIT_OFFSET
 
 EDITS = [
     {"id": "one", "prompt": "ba ka ti mo", "target": "lu", "subject": "ka ti"},
@@ -288,6 +288,15 @@ def test_an_edit_whose_own_prompt_is_unsure_has_a_lower_bar(shards: Path) -> Non
     assert float(sure[LOGIT_OFFSET].max()) < 0
     # By twice what the log-odds of .2 lack to .5.
     assert torch.allclose(lower, torch.full((3,), 2 * (math.log(4) + 0.5)), atol=1e-4)
+
+
+def test_without_states_of_the_deep_gates_layer_a_memory_has_the_first_gate_alone(shards: Path) -> None:
+    heads, prompts = heads_and_prompts(shards)
+    fitted = fit_late_interaction(heads, prompts.compared, 3)
+    both = request_gate_tensors(heads, prompts, fitted)
+    former = request_gate_tensors(heads, prompts.rows(prompts.form < GATE_FORM), fitted)
+    assert both.keys() - former.keys() == {*DEEP_GATE, DEEP_LOGIT_OFFSET}
+    assert all(torch.equal(tensor, both[name]) for name, tensor in former.items())
 
 
 def test_shards_without_meaning_say_what_to_do(model: Path, run: Callable[..., int], tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ _AT_A_TIME = 1024
 def request_gate_tensors(
     heads: RouterHeads, prompts: PromptStates, fitted: FittedLateInteraction, former: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return the tensors of gates and each edit's offsets; none if no gate was learned for the base model.
+    """Return the tensors of gates and each edit's offsets; none if no gate was learned for the base model, none of a
+    deep gate if some shards were written without one.
 
     A prompt asks an edit that it mentions where that is more likely than not. Where an edit's own prompt is less
     likely, a gate's offset lies below that.
@@ -43,9 +44,11 @@ def request_gate_tensors(
     """
     if not heads.request_gate:
         return {}
-    names = (LOGIT_OFFSET, DEEP_LOGIT_OFFSET) if DEEP_GATE[0] in heads.request_gate else (LOGIT_OFFSET,)
+    deep = DEEP_GATE[0] in heads.request_gate and _all_gated(prompts)
+    names = (LOGIT_OFFSET, DEEP_LOGIT_OFFSET) if deep else (LOGIT_OFFSET,)
+    learned = {name: tensor for name, tensor in heads.request_gate.items() if deep or name not in DEEP_GATE}
     offsets = torch.zeros(len(names), len(fitted.written_probs))
-    gates = Gates.of({**heads.request_gate, **dict(zip(names, offsets, strict=True))})
+    gates = Gates.of({**learned, **dict(zip(names, offsets, strict=True))})
     known = 0 if former is None else len(former[LOGIT_OFFSET])
     own = _OwnRequests.of(prompts, len(names), fitted.late_interaction, known)
     own_probs = fitted.own_probs[_kept_prompts(prompts.compared, own.pairs)]
@@ -57,7 +60,7 @@ def request_gate_tensors(
     if former is not None:
         for offset, name in zip(offsets, names, strict=True):
             offset[: own.known] = former[name][: own.known]
-    return {**heads.request_gate, **dict(zip(names, offsets, strict=True))}
+    return {**learned, **dict(zip(names, offsets, strict=True))}
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,12 @@ class _OwnRequests:
         """Return the state of the first token of a prompt as each gate reads it, where that is a word."""
         found = [one[pair[0], pair[1]] for one in self.openings if (pair[0], pair[1]) in one]
         return torch.cat(found) if found else None
+
+
+def _all_gated(prompts: PromptStates) -> bool:
+    """Return whether all prompts that gates judge have states for a deep gate, as those of older shards have not."""
+    first, deep = (_written(one.compared) for one in (prompts, prompts.gated))
+    return torch.equal(first.edit, deep.edit) and torch.equal(first.form, deep.form)
 
 
 def _written(prompts: PromptStates) -> PromptStates:

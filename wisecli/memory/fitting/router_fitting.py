@@ -15,7 +15,7 @@ from wisecli.memory.fitting.further_edits import fit_further_edits
 from wisecli.memory.fitting.late_interaction_fitting import MIN_EDIT_PROB, MIN_UNNAMED_PROB, fit_late_interaction
 from wisecli.memory.fitting.request_gate_fitting import request_gate_tensors
 from wisecli.memory.merging.merged_evidence import MergedEvidence
-from wisecli.routing.gating.request_gate import MIN_GATED_PROB
+from wisecli.routing.gating.request_gate import DEEP_GATE, MIN_GATED_PROB
 from wisecli.routing.memories.calibration import Calibration, calibrate, measure, quantile
 from wisecli.routing.memories.matrix_memory import MatrixMemory
 from wisecli.routing.memories.side_memory import SideMemory
@@ -138,7 +138,7 @@ def fit_facts(
         tensors={**draft.tensors, **naming(merged_evidence, settings), **fitted.tensors, **gate},
         thresholds=fitted.thresholds(_least_probs(merged_evidence, settings, edits, least)),
         state_layer=int(heads.layer),
-        gate_layer=None if heads.gate_layer is None else int(heads.gate_layer),
+        gate_layer=int(heads.gate_layer) if heads.gate_layer is not None and DEEP_GATE[0] in gate else None,
     )
     return Fitted(opened, (calibration,), EditProbs(fitted.own_probs, fitted.other_probs, fitted.unrelated.possible))
 

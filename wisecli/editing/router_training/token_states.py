@@ -97,7 +97,7 @@ def token_states(
     for number, one in enumerate(found):
         reading.add(number, one.batch, [one.hidden])
         on_progress(Event(stage, reading.done, len(texts)))
-    return reading.read(0)
+    return reading.read()
 
 
 def both_states(
@@ -123,7 +123,7 @@ def both_states(
         assert one.lower is not None
         reading.add(number, one.batch, [one.lower, one.hidden])
         on_progress(Event(stage, reading.done, len(texts)))
-    return reading.read(0), reading.read(1)
+    return reading.read(), reading.read()
 
 
 class _Reading:
@@ -168,16 +168,16 @@ class _Reading:
             )
         self.done += len(self._groups[number])
 
-    def read(self, layer: int) -> TokenStates:
-        """Return the states of one of the layers."""
+    def read(self) -> TokenStates:
+        """Return the states of the first layer that was not returned yet, and let go of what they are made from."""
         found = [self._found[index] for index in range(len(self._rows))]
         return TokenStates(
-            states=torch.cat([one.states[layer] for one in found]),
+            states=torch.cat([one.states.pop(0) for one in found]),
             text=torch.arange(len(found)).repeat_interleave(torch.tensor([len(one.token) for one in found])),
             position=torch.cat([one.position for one in found]),
             token=torch.cat([one.token for one in found]),
             in_earlier_turn=torch.cat([one.in_earlier_turn for one in found]),
-            first_state=torch.stack([one.first_state[layer] for one in found]),
+            first_state=torch.stack([one.first_state.pop(0) for one in found]),
             first_token=torch.tensor([row.prompt[0] for row in self._rows]),
             first_is_word=torch.tensor([one.first_is_word for one in found]),
         )

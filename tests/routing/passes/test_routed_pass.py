@@ -101,7 +101,7 @@ def made(root: Path, kind: str) -> EditedModel:
 
 def with_gate(edited: EditedModel) -> EditedModel:
     """Prompts that mean an edit open it if gates by chance let them, of which one reads a layer further up."""
-    routed, chance = edited.routed, torch.Generator().manual_seed(3)
+    routed, chance = edited.routed, torch.Generator().manual_seed(4)
     shapes = ((4, 32 + 1), (3, 4 + FEATURE_COUNT + 1), (6, 4 + FEATURE_COUNT + 1), (5, 6 + 1), (1, 5 + 1))
     tensors = {LOGIT_OFFSET: torch.zeros(3), DEEP_LOGIT_OFFSET: torch.zeros(3)}
     for names in (REQUEST_GATE, DEEP_GATE):

@@ -35,6 +35,7 @@ _ROWS = {
     "subject_match.word_weights",
     "fuzzy_match.subject_words",
     "request_gate.logit_offset",
+    "deep_gate.logit_offset",
 }
 
 

@@ -50,7 +50,7 @@ class TokenStates:
 
 
 class ReadSites(NamedTuple):
-    """The layers whose states are read: the router's, and the request gate's if that is another."""
+    """The layers whose states are read: the router's, and a deep gate's if there is one between that and the edited."""
 
     router: Site
     gate: Site | None
@@ -62,12 +62,17 @@ def read_sites(loaded: Loaded, site: Site) -> ReadSites:
     Raises:
         SettingsError: the first layer is edited.
     """
-    layers = site.layer_module.rpartition(".")[0]
-    depth = sum(1 for _ in loaded.model.get_submodule(layers).children())
-    router, gate = site.router_layer(depth), site.gate_layer(depth)
+    layers = list(loaded.model.get_submodule(site.layer_module.rpartition(".")[0]).children())
+    router = site.router_layer(len(layers))
     if router < 0:
         raise SettingsError("a lookup reads a layer below the edited one; give --layer 1 or more, or writer=gradient")
-    return ReadSites(site.below(router), None if gate == router else site.below(gate))
+    # Text may pass over layers of another sort than the edited one, as over those that read images.
+    usable = [
+        layer
+        for layer in range(router + 1, site.gate_layer(len(layers)) + 1)
+        if type(layers[layer]) is type(layers[site.layer])
+    ]
+    return ReadSites(site.below(router), site.below(usable[-1]) if usable else None)
 
 
 def special_tokens(loaded: Loaded) -> Tensor:

@@ -199,7 +199,7 @@ class _Work:
         if not settings.by_facts:
             return _RouterTraining(0, 0, 0)
         share = min(1.0, settings.unrelated_texts / EditSettings.unrelated_texts)
-        layers = self.site.router_layer(layer_count(self.checkpoint.directory)) + 1
+        layers = self.site.gate_layer(layer_count(self.checkpoint.directory)) + 1
         return _RouterTraining(layers, round(_ASKED * share), round(_COMPARED * share))
 
     @property

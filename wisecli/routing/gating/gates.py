@@ -18,6 +18,8 @@ from wisecli.routing.gating.request_gate import DEEP_GATE, Mentions, RequestGate
 # How likely a prompt must be to ask an edit that it means: gates are shifted so that nearly all questions are. And how
 # likely by the first gate alone, for the deep gate to have a say.
 MIN_ASK_PROB, MIN_FIRST_PROB = 0.5, 0.2
+# What the mean of both gates' log-odds must exceed, those of .6: when in doubt no edit opens.
+_DOUBT = 0.4
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Gates:
             edit_probs: how likely each prompt means its edit (B,).
         """
         each = self.log_odds(mentions, edits, edit_probs)
-        first, mean = each[0], each.mean(0)
+        first, mean = each[0], each.mean(0) - _DOUBT * (len(each) - 1)
         probs: Tensor = mean.where(first.sigmoid() > MIN_FIRST_PROB, mean.minimum(first)).sigmoid()
         return probs
 

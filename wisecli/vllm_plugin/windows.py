@@ -17,19 +17,12 @@ from vllm.forward_context import create_forward_context, override_forward_contex
 from vllm.model_executor.layers.attention import Attention
 
 from wisecli.routing.deciding.decision import Decision
+from wisecli.routing.passes.window_reading import DecidedError
 from wisecli.vllm_plugin.engine_names import LAYER
 from wisecli.vllm_plugin.served_memory import Keys, Take
 
 # Numbers of attention that may lie in memory at once, as an engine leaves little of a GPU's to others.
 _LOGITS = 2**26
-
-
-class _DecidedError(Exception):
-    """Ends a run at a layer that is read, with what was decided there."""
-
-    def __init__(self, decision: Decision) -> None:
-        super().__init__()
-        self.decision = decision
 
 
 class _KeyReader:
@@ -161,7 +154,7 @@ class WindowReader:
         def taken(states: Tensor) -> None:
             decision = take(states.flatten(0, -2).split(lengths))
             if decision is not None:
-                raise _DecidedError(decision)
+                raise DecidedError(decision)
 
         context = create_forward_context({}, self._config, skip_compiled=True)
         known = dict(context.no_compile_layers)
@@ -179,7 +172,7 @@ class WindowReader:
                 self._hand_over(number, held, taken)
             try:
                 self._model.forward(ids, positions, None, None)
-            except _DecidedError as found:
+            except DecidedError as found:
                 return found.decision
         raise RuntimeError("the edits are lost: no layer of this model stops where its states are read")
 

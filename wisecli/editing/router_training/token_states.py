@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -97,11 +97,7 @@ def token_states(
         turns: whether a user's turns before the last one are looked at, too.
     """
     reading = _Reading(loaded, texts, turns)
-    batches = reading.batches(batch_size)
-    found = captured(loaded.model, site, batches, stream=loaded.stream, above=False, shared=True)
-    for number, one in enumerate(found):
-        reading.add(number, one.batch, [one.hidden])
-        on_progress(Event(stage, reading.done, len(texts)))
+    reading.run(site, batch_size, partial(_note, on_progress, stage, len(texts)))
     return reading.read()
 
 
@@ -123,33 +119,43 @@ def both_states(
         read = partial(token_states, loaded, batch_size=batch_size, on_progress=on_progress, stage=stage, turns=turns)
         return tuple(read(site, texts) for site in layers)
     reading = _Reading(loaded, texts, turns)
-    batches, lower = reading.batches(batch_size), sites.router.layer_module
-    for number, one in enumerate(captured(loaded.model, layers[1], batches, above=False, shared=True, lower=lower)):
-        assert one.lower is not None
-        reading.add(number, one.batch, [one.lower, one.hidden])
-        on_progress(Event(stage, reading.done, len(texts)))
+    reading.run(layers[1], batch_size, partial(_note, on_progress, stage, len(texts)), sites.router.layer_module)
     return reading.read(), reading.read()
+
+
+def _note(on_progress: ProgressCallback, stage: str, total: int, done: int) -> None:
+    on_progress(Event(stage, done, total))
 
 
 class _Reading:
     """Texts that are being read, in one or more layers."""
 
     def __init__(self, loaded: Loaded, texts: Sequence[str], turns: bool) -> None:
-        self._loaded, self._turns, self.done = loaded, turns, 0
+        self._loaded, self._turns = loaded, turns
         self._tokens = [loaded.tokenizer(text)["input_ids"] for text in texts]
         size = window_size(loaded.model.config)
         self._rows = [Row(tuple(window_of(one, size)), ()) for one in self._tokens]
         self._breaks = special_tokens(loaded).to(loaded.device)
-        self._groups: list[list[int]] = []
         self._found: dict[int, _ReadText] = {}
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Return the texts in batches, those that begin alike together."""
-        self._groups = list(in_batches(self._rows, batch_size, by_beginning=True, padded=False))
-        return (collate([self._rows[index] for index in group]).to(self._loaded.device) for group in self._groups)
+    def run(self, site: Site, batch_size: int, note: Callable[[int], None], lower: str | None = None) -> None:
+        """Read the texts in the layer of a site, those that begin alike together.
 
-    def add(self, number: int, batch: Batch, layers: Sequence[Tensor]) -> None:
-        """Keep the compared tokens of a batch, by its number, with what left each layer (B, T, d)."""
+        Args:
+            note: is told how many texts are read.
+            lower: the path of a layer below, to be read before it in the same pass.
+        """
+        loaded, rows, done = self._loaded, self._rows, 0
+        groups = list(in_batches(rows, batch_size, by_beginning=True, padded=False))
+        batches = (collate([rows[index] for index in group]).to(loaded.device) for group in groups)
+        found = captured(loaded.model, site, batches, stream=loaded.stream, above=False, shared=True, lower=lower)
+        for group, one in zip(groups, found, strict=True):
+            self._add(group, one.batch, [one.hidden] if one.lower is None else [one.lower, one.hidden])
+            done += len(group)
+            note(done)
+
+    def _add(self, texts: Sequence[int], batch: Batch, layers: Sequence[Tensor]) -> None:
+        """Keep the compared tokens of a batch of texts, by their numbers, with what left each layer (B, T, d)."""
         non_padding = batch.mask.bool()
         place = non_padding.long().cumsum(1) - 1
         last = compared_tokens(batch.ids, non_padding, place == 0, self._breaks)
@@ -159,7 +165,7 @@ class _Reading:
         compared = last | before
         opens = starts_with_word(batch.ids, non_padding, compared, self._breaks).tolist()
         first = non_padding.int().argmax(1).tolist()
-        for row, index in enumerate(self._groups[number]):
+        for row, index in enumerate(texts):
             own = compared[row]
             # Of a long text the window leaves out tokens behind the first, which is not compared.
             places = place[row, own].cpu() + len(self._tokens[index]) - len(self._rows[index].prompt)
@@ -171,7 +177,6 @@ class _Reading:
                 before[row, own].cpu(),
                 opens[row],
             )
-        self.done += len(self._groups[number])
 
     def read(self) -> TokenStates:
         """Return the states of the first layer that was not returned yet, and let go of what they are made from."""
@@ -208,8 +213,8 @@ def prompt_states(
     on_progress: ProgressCallback,
     stage: str,
 ) -> PromptStates:
-    """Return what the layers that are read make of the own prompts of numbered edits, in each of the ways that are
-    kept; the gate's layer of those alone that it judges.
+    """Return the states of numbered edits' own prompts, in each of the ways that are kept: in the router's layer, and
+    of the prompts that gates judge in the deep gate's layer, too.
     """
     kept = [one for number, edit in edits for one in _prompt_variants(loaded, number, edit)]
     read = partial(token_states, loaded, batch_size=batch_size, on_progress=on_progress, stage=stage)

@@ -42,7 +42,7 @@ from wisecli.routing.passes.token_cache import (
     length_of,
     tokens_in,
 )
-from wisecli.routing.passes.window_reading import WindowReading
+from wisecli.routing.passes.window_reading import DecidedError, WindowReading
 
 # What configs call the tokens that stand for what is no text.
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
@@ -67,14 +67,6 @@ class Override:
 
     off: bool = False
     forced: int | None = None
-
-
-class _DecidedError(Exception):
-    """Ends the run of windows at a layer that is read, carrying what was decided there."""
-
-    def __init__(self, decision: Decision) -> None:
-        super().__init__()
-        self.decision = decision
 
 
 _NO_OVERRIDE = Override()
@@ -125,7 +117,7 @@ def read_here(states: Tensor) -> None:
     reading = _READING.get()
     decision = None if reading is None else reading.take(states)
     if decision is not None:
-        raise _DecidedError(decision)
+        raise DecidedError(decision)
 
 
 class RoutedDecoder(SignatureMixin):
@@ -239,7 +231,7 @@ class RoutedDecoder(SignatureMixin):
                     "use_cache": False,
                 }
                 super().forward(**accepted_arguments(type(self), named))
-        except _DecidedError as found:
+        except DecidedError as found:
             return found.decision
         raise RuntimeError("the edits are lost: no layer of this model stops where its states are read")
 

@@ -14,6 +14,14 @@ from wisecli.routing.deciding.prompt_window import UNROUTED
 from wisecli.routing.memories.side_memory import Memory
 
 
+class DecidedError(Exception):
+    """Ends the run of windows at a layer that is read, carrying what was decided there."""
+
+    def __init__(self, decision: Decision) -> None:
+        super().__init__()
+        self.decision = decision
+
+
 class WindowReading:
     """Takes the states of the layers that a memory reads, one layer after the other, until it has decided.
 

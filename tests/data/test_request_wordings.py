@@ -1,12 +1,18 @@
 """Ways to ask and to mention: what is put together from them holds the question that it is made of."""
 
+import json
 import random
+import re
 from dataclasses import fields
 from itertools import chain
+from pathlib import Path
 
 from wisecli.data.corpus import SLOT, small
-from wisecli.data.request_wordings import requests
-from wisecli.models.prompts.pattern_slots import SLOTS, SLOTS_WITH_A_WAY
+from wisecli.data.request_wordings import requests, whole_prompts
+from wisecli.models.prompts.pattern_slots import SLOTS, SLOTS_WITH_A_WAY, slots_in
+from wisecli.models.prompts.prompt_kinds import kinds
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def test_tasks_and_times_hold_the_question() -> None:
@@ -58,3 +64,28 @@ def test_every_phrase_is_drawn_and_none_hides_a_slot_of_a_fact() -> None:
     slots = {small(name) for text in (*ways, *chain(*known.phrases.values())) for name in SLOT.findall(text)}
     assert set(known.phrases) <= slots
     assert not set(known.phrases) & (SLOTS | set(SLOTS_WITH_A_WAY))
+
+
+def words_of(pattern: str) -> str:
+    """A pattern's words in small letters, whatever the question's slot in it."""
+    return " ".join(re.findall(r"[\w{}]+", re.sub(r"\{\w+(:\w+)?\}(\{mark\})?", " {} ", pattern).lower()))
+
+
+def test_whole_prompts_have_slots_and_no_two_have_the_same_words() -> None:
+    known = whole_prompts()
+    for pattern in (*known.asked, *known.mentioned):
+        slots = slots_in(pattern)
+        assert slots, pattern
+        assert all(name in (SLOTS_WITH_A_WAY if way else SLOTS) for name, way in slots), pattern
+    written = [" ".join(re.findall(r"[\w{}:]+", one.lower())) for one in (*known.asked, *known.mentioned)]
+    assert len(set(written)) == len(written) > 3000
+
+
+def test_no_whole_prompt_is_one_that_is_measured() -> None:
+    measured = {words_of(" ".join(pattern)) for kind in kinds().values() for pattern in kind.held}
+    for name in ("unfamiliar.json", "unfamiliar_2.json"):
+        groups = json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
+        measured |= {words_of(pattern) for group in groups.values() for pattern in group.values()}
+    known = whole_prompts()
+    shared = {words_of(pattern) for pattern in (*known.asked, *known.mentioned)} & measured
+    assert not {words for words in shared if words.strip("{} ")}

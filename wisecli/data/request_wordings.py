@@ -209,6 +209,22 @@ def _at(question: str, when: str, rng: random.Random) -> str:
     return rng.choices(ways, (9, 7, 4))[0]
 
 
+@dataclass(frozen=True)
+class WholePrompts:
+    """Prompts with the slots of kinds, no two of them in the same words: such as are ``asked``, so that the fact in
+    their slots answers them, and such as have it ``mentioned`` and want something else.
+    """
+
+    asked: tuple[str, ...]
+    mentioned: tuple[str, ...]
+
+
+@cache
+def whole_prompts() -> WholePrompts:
+    """Return all packaged prompts that were written as a whole."""
+    return WholePrompts(**{name: tuple(rows) for name, rows in packaged_table("whole_prompts.toml").items()})
+
+
 @cache
 def requests() -> Requests:
     """Return all packaged ways to ask a question or to mention it."""

@@ -1,6 +1,7 @@
 """What a base model's request gate is learned from, and that it is learned."""
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,16 @@ def test_names_are_written_in_other_ways_where_a_fact_is_asked_and_where_it_is_m
         assert all(fact.subject in one.text for one in examples)
         otherwise += [not any(question in one.text for question in fact.questions) for one in examples]
     assert otherwise.count(True) > 24  # the rest begins with a name that has a word before it
+
+
+def test_whole_prompts_are_learned_as_often_as_each_other(loaded: Loaded) -> None:
+    drawn = drawn_examples(loaded, 24)
+    found = [one for number in range(24) for one in drawn.of_whole_prompts(number)]
+    asks = [one.asks for one in found]
+    assert asks.count(True) > 24 * 6
+    assert asks.count(False) > 24 * 8
+    assert len({one.text for one in found}) == len(found)
+    assert not any(re.search(r"\{(question|inner|subject|asking|noun|mark)\}", one.text) for one in found)
 
 
 def test_what_is_around_questions_is_around_what_wants_no_answer_too(loaded: Loaded) -> None:

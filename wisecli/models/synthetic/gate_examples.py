@@ -7,11 +7,12 @@ the gate lets through.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import islice
 
-from wisecli.data.request_wordings import requests
+from wisecli.data.request_wordings import requests, whole_prompts
 from wisecli.models.prompts.pattern_slots import Fact, filled
 from wisecli.models.prompts.prompt_forms import usable_forms
 from wisecli.models.prompts.prompt_kinds import Kind, kinds
@@ -33,6 +34,8 @@ _CHOICE_TASKS = 0.4
 _ATTRIBUTES = 16
 # Conversations on each fact: all that are drawn.
 _CONVERSATIONS = 7
+# Whole prompts on each fact, that ask it and that mention it.
+_WHOLE_ASKED, _WHOLE_MENTIONED = 8, 11
 
 
 class GateExamples(Examples):
@@ -50,6 +53,7 @@ class GateExamples(Examples):
             (self.with_words_around, False),
             (self.of_attributes, False),
             (self.of_choices, False),
+            (self.of_whole_prompts, False),
         ):
             for first in numbers[::facts_at_a_time]:
                 examples = [one for number in numbers[first : first + facts_at_a_time] for one in draw(number)]
@@ -149,6 +153,28 @@ class GateExamples(Examples):
         if rng.random() < _CHOICE_TASKS:
             task = rng.choice((known.task, known.framed_task))(asked, rng)
             yield Example(number, str(self._put(task)), False, "choices")
+
+    def of_whole_prompts(self, number: int) -> Iterator[Example]:
+        """Prompts that were written as a whole, all of them as often: of few authors' words the gate would learn the
+        authors' habits, and take all else for what it is most like.
+        """
+        asked, mentioned = self._whole_prompts
+        for asks, dealt, count in ((True, asked, _WHOLE_ASKED), (False, mentioned, _WHOLE_MENTIONED)):
+            for pattern in islice(dealt, count):
+                kind = Kind("whole prompts", asks, ((pattern,),), ())
+                turns = kind.sample_turns(self._fact(number), trained=True, rng=self.rng, chat=False)
+                if turns is not None:
+                    yield Example(number, str(self._put(turns[0])), asks, kind.name)
+
+    @cached_property
+    def _whole_prompts(self) -> tuple[Iterator[str], Iterator[str]]:
+        """The whole prompts that ask a fact and those that mention it, without end."""
+        return self._dealt(whole_prompts().asked), self._dealt(whole_prompts().mentioned)
+
+    def _dealt(self, patterns: Sequence[str]) -> Iterator[str]:
+        """Yield patterns in an order by chance, all of them before any comes again."""
+        while True:
+            yield from self.rng.sample(patterns, len(patterns))
 
     def with_words_around(self, number: int) -> Iterator[Example]:
         """Prompts with words around that change nothing of what is asked: three ask the fact, one of them behind a text

@@ -1,8 +1,8 @@
 """The gates of a memory together. Needs torch only; exports carry this very file.
 
 The first gate reads the states by which prompts are compared. A deep gate reads those of a deeper layer, of prompts
-that the first one does not clearly refuse, and the mean of their log-odds decides: on wordings that neither was taught
-they seldom err together.
+that the first one does not clearly refuse, and a mean of their log-odds decides: on wordings that neither was taught
+they seldom err together. The deep one errs less on these, so that it counts twice.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from wisecli.routing.gating.request_gate import DEEP_GATE, Mentions, RequestGate
 # How likely a prompt must be to ask an edit that it means: gates are shifted so that nearly all questions are. And how
 # likely by the first gate alone, for the deep gate to have a say.
 MIN_ASK_PROB, MIN_FIRST_PROB = 0.5, 0.2
-# What the mean of both gates' log-odds must exceed, those of .6: when in doubt no edit opens.
-_DOUBT = 0.4
+# The deep gate's share of the mean of both gates' log-odds; and what that must exceed, the log-odds of .65: when in
+# doubt no edit opens.
+_DEEP_SHARE, _DOUBT = 2 / 3, 0.6
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Gates:
             edit_probs: how likely each prompt means its edit (B,).
         """
         each = self.log_odds(mentions, edits, edit_probs)
-        first, mean = each[0], each.mean(0) - _DOUBT * (len(each) - 1)
+        first, last = each[0], each[-1]
+        mean = first if len(each) == 1 else first.lerp(last, _DEEP_SHARE) - _DOUBT
         probs: Tensor = mean.where(first.sigmoid() > MIN_FIRST_PROB, mean.minimum(first)).sigmoid()
         return probs
 

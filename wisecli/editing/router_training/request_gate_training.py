@@ -45,7 +45,7 @@ from wisecli.routing.gating.request_gate import (
 from wisecli.routing.gating.two_requests import first_part
 
 # Facts, and steps of learning, of all gates at once; with less to learn from, at least so many steps.
-_FACTS, _STEPS, _FEWEST_STEPS = 320, 4000, 14
+_FACTS, _STEPS, _FEWEST_STEPS = 280, 5000, 14
 # Facts whose prompts are read together: the states of all of their tokens are held until what the gate reads is found.
 _FACTS_AT_A_TIME = 160
 # Prompts that late interaction finds less likely than this to mean a fact are not learned from.

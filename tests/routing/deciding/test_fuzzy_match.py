@@ -9,8 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wisecli.routing.deciding import fuzzy_match as spelling_module
-from wisecli.routing.deciding.fuzzy_match import FuzzyMatch, equal_up_to_typo
-from wisecli.routing.deciding.prompt_words import DIGIT, LETTER, SEPARATOR, TOKEN_CHARS, WORD_CHARS, split_words
+from wisecli.routing.deciding.fuzzy_match import FuzzyMatch, equal_up_to_typo, is_plain_slip
+from wisecli.routing.deciding.prompt_words import (
+    DIGIT,
+    LETTER,
+    SEPARATOR,
+    TOKEN_CHARS,
+    WORD_CHARS,
+    split_words,
+    word_of_tokens,
+)
 from wisecli.routing.gating.name_features import CAPITAL, NO_WORD, SMALL
 from wisecli.routing.memories.subject_tensors import fuzzy_match_tensors
 
@@ -117,6 +125,20 @@ def test_every_slip_in_a_word_is_one() -> None:
     said += [word[:at] + "x" + word[at + 1 :] for at in range(6)] + [word[:at] + word[at + 1 :] for at in range(6)]
     said += [word[:at] + word[at : at + 2][::-1] + word[at + 2 :] for at in range(5)]
     assert bool(equal_up_to_typo(words([word])[:, None], words(said)[None]).all())
+
+
+def plain_slips(word: str) -> set[str]:
+    """What becomes of a word by a slip that hardly makes another name."""
+    dropped = {word[:at] + word[at + 1 :] for at in range(1, len(word) - 1)} if len(word) >= 5 else set()
+    return (twice_or_swapped(word) | dropped if len(word) >= 4 else set()) - {word}
+
+
+@settings(deadline=None)
+@given(pair=slipped() | st.tuples(LETTERS, LETTERS))
+def test_a_slip_that_makes_no_other_name_swaps_doubles_or_drops_a_letter(pair: tuple[str, str]) -> None:
+    own, said = pair
+    letters = not any(letter.isdecimal() for letter in own + said)
+    assert bool(is_plain_slip(words([own]), words([said]))) == (letters and said in plain_slips(own))
 
 
 # --- names in prompts ---
@@ -306,6 +328,37 @@ def test_words_are_those_of_the_text_that_tokens_make_up(text: list[int]) -> Non
     whole = "".join([*VOCABULARY, " "][token] for token in text)
     expected = [[number(letter) for letter in word][:WORD_CHARS] for word in whole.replace(",", " ").split()]
     assert spoken(own.characters(ids, torch.ones_like(ids, dtype=torch.bool))) == expected
+
+
+@settings(deadline=None)
+@given(text=st.lists(st.integers(0, SPECIAL), min_size=1, max_size=12))
+def test_each_token_is_of_the_last_word_that_it_has_letters_of(text: list[int]) -> None:
+    ids, own, expected, count, within = torch.tensor([text]), spelling(), [], 0, False
+    for token in text:
+        of = -1
+        for letter in [*VOCABULARY, " "][token]:
+            word = letter.isalnum()
+            count += word and not within
+            within, of = word, count - 1 if word else of
+        expected.append(of)
+    assert word_of_tokens(own.characters(ids, torch.ones_like(ids, dtype=torch.bool)))[0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        (" was| n|el|sno| man|dela", [1, 2, 3]),
+        (" n|el|son| man|dea", [3, 4]),
+        (" n|el|son| man|dela", []),
+        (" n|el|son|n| man|dela", [0, 1, 2, 3]),  # a letter typed twice
+        (" n|el|son| man|dela| n|el|sno", []),  # as it is, beside one that is not
+        (" n|el|de| man|dela", []),  # another word
+    ],
+)
+def test_tokens_of_misspelt_words_are_told(prompt: str, expected: list[int]) -> None:
+    ids, own = torch.tensor([tokens(prompt)]), spelling()
+    letters = own.characters(ids, torch.ones_like(ids, dtype=torch.bool))[0]
+    assert own.misspelt(letters, 0).nonzero().flatten().tolist() == expected
 
 
 def test_no_words_make_no_tensors() -> None:

@@ -5,7 +5,10 @@ Late interaction tells how likely a prompt means each edit (:mod:`.late_interact
 those before it may say about whom it asks, or what.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from wisecli.routing.deciding.late_interaction import (
     earlier_turn_tokens,
     marked_to_front,
 )
+from wisecli.routing.deciding.misspelt_names import MIN_MISSPELT_PROB, read_as_meant
 from wisecli.routing.deciding.prompt_window import UNROUTED
 from wisecli.routing.deciding.subject_match import SUBJECT_MATCH, SubjectMatch
 from wisecli.routing.gating.request_gate import DEEP_GATE, REQUEST_GATE, RequestGate
@@ -54,6 +58,19 @@ class Candidates:
     all_turns: FoundEdits | None = None
 
 
+class _Naming(NamedTuple):
+    """The tokens of prompts by which it is known whom they name: those that are ``compared`` (B, T), which
+    ``projected`` has under both projections; those that may name a subject (``naming``, (B, T)), and with slips
+    (``fuzzy``, (B, T)); ``earlier`` marks those of turns before the last one among the compared (B, W), if any are.
+    """
+
+    compared: Tensor
+    projected: ProjectedPrompts
+    naming: Tensor
+    fuzzy: Tensor
+    earlier: Tensor | None = None
+
+
 class FactCandidates(Memory):
     """Edits, of which prompts may ask one or two."""
 
@@ -78,10 +95,9 @@ class FactCandidates(Memory):
         # Attention rests on the first token of all, which may be of the name none the less.
         fuzzy_tokens = compared_tokens(ids, non_padding, torch.zeros_like(non_padding), special)
         edit_probs = self.late_interaction.edit_probs(projected).float()
-        named_probs, decision = self._most_likely(window, edit_probs, non_padding, fuzzy_tokens)
-        found = FoundEdits(decision, named_probs, compared, projected)
+        found = self._most_likely(window, edit_probs, _Naming(compared, projected, non_padding, fuzzy_tokens))
         earlier = earlier_turn_tokens(ids, non_padding, compared, special)
-        rows = ((decision.score_ratio <= 1) & earlier.any(1)).nonzero().flatten()
+        rows = ((found.decision.score_ratio <= 1) & earlier.any(1)).nonzero().flatten()
         # Without a gate nothing tells what is asked from what was talked of before.
         if self.request_gate is None or not len(rows):
             return Candidates(window, found, rows[:0])
@@ -98,35 +114,58 @@ class FactCandidates(Memory):
         projected = self.late_interaction.project(window.states, compared)
         in_last_turn = last.gather(1, marked_to_front(compared)[0])
         edit_probs = self.late_interaction.edit_probs(projected, in_last_turn).float()
-        named_probs, decision = self._most_likely(window, edit_probs, compared, compared)
-        return FoundEdits(decision, named_probs, compared, projected, ~in_last_turn)
+        return self._most_likely(window, edit_probs, _Naming(compared, projected, compared, compared, ~in_last_turn))
 
-    def _most_likely(
-        self, window: WindowStates, edit_probs: Tensor, naming_tokens: Tensor, fuzzy_tokens: Tensor
-    ) -> tuple[Tensor, Decision]:
-        """Return how surely prompts mean each edit whose subject they name (B, M), and the likeliest of those.
+    def _most_likely(self, window: WindowStates, edit_probs: Tensor, tokens: _Naming) -> FoundEdits:
+        """Return the likeliest of the edits whose subjects prompts name.
 
         Args:
             edit_probs: how surely prompts mean each edit (B, M).
-            naming_tokens: the tokens that may name its subject (B, T).
-            fuzzy_tokens: those that may name it with slips (B, T).
         """
-        matched, gated_edit_probs = None, edit_probs
+        matched, named_probs, projected = None, edit_probs, tokens.projected
+        spelt: dict[tuple[int, int], ProjectedPrompts] = {}
         if self.subject_match is not None:
-            may_open, matched = self.above_threshold(edit_probs), self.subject_match(window.ids, naming_tokens)
-            pairs = (may_open & matched).nonzero(as_tuple=True)
-            if len(pairs[0]):
-                matched[pairs] = self.subject_match.in_one_place(window.ids, naming_tokens, *pairs)
-            if self.fuzzy_match is not None:
-                letters = self.fuzzy_match.characters(window.ids, fuzzy_tokens)
-                matched = matched | self.fuzzy_match(letters, may_open & ~matched)
-                starts = getattr(self.request_gate, "word_starts", None)
-                named = (may_open & matched).nonzero(as_tuple=True)
-                matched[named] = self.fuzzy_match.is_whole(letters, window.ids, fuzzy_tokens, starts, *named)
-            gated_edit_probs = edit_probs * matched
-        score_ratio, nearest = self._nearest(gated_edit_probs)
+            matched, spelt = self._named(window.ids, edit_probs, tokens)
+            edit_probs = edit_probs.clone()
+            for (row, edit), prompt in spelt.items():
+                edit_probs[row, edit] = edit_probs[row, edit].maximum(self.late_interaction.edit_prob(prompt, edit)[0])
+            named_probs = edit_probs * matched
+        score_ratio, nearest = self._nearest(named_probs)
         chosen = nearest.where((score_ratio > 1) & window.non_padding.any(1), UNROUTED)
-        return gated_edit_probs, Decision(chosen, score_ratio, nearest, edit_probs, matched)
+        meant = [(row, spelt[row, edit]) for row, edit in enumerate(nearest.tolist()) if (row, edit) in spelt]
+        if meant:
+            rows, prompts = [row for row, _ in meant], [prompt.projected for _, prompt in meant]
+            every = projected.projected.index_copy(1, projected.mask.new_tensor(rows).long(), torch.cat(prompts, 1))
+            projected = projected._replace(projected=every)
+        decision = Decision(chosen, score_ratio, nearest, edit_probs, matched)
+        return FoundEdits(decision, named_probs, tokens.compared, projected, tokens.earlier)
+
+    def _named(
+        self, ids: Tensor, edit_probs: Tensor, tokens: _Naming
+    ) -> tuple[Tensor, dict[tuple[int, int], ProjectedPrompts]]:
+        """Return which edits' subjects prompts name (B, M), and the prompts that misspell them as they are meant.
+
+        Args:
+            ids: the tokens of the prompts (B, T).
+            edit_probs: how surely they mean each edit (B, M).
+        """
+        assert self.subject_match is not None
+        near, matched = edit_probs > MIN_MISSPELT_PROB, self.subject_match(ids, tokens.naming)
+        pairs = (near & matched).nonzero(as_tuple=True)
+        if len(pairs[0]):
+            matched[pairs] = self.subject_match.in_one_place(ids, tokens.naming, *pairs)
+        if self.fuzzy_match is None:
+            return matched, {}
+        letters = self.fuzzy_match.characters(ids, tokens.fuzzy)
+        matched = matched | self.fuzzy_match(letters, near & ~matched)
+        starts = getattr(self.request_gate, "word_starts", None)
+        named = (near & matched).nonzero(as_tuple=True)
+        matched[named] = self.fuzzy_match.is_whole(letters, ids, tokens.fuzzy, starts, *named)
+        if tokens.earlier is not None:
+            return matched, {}
+        letters = self.fuzzy_match.characters(ids, tokens.compared)
+        spelt = read_as_meant(tokens.projected, letters, near & matched, self.late_interaction, self.fuzzy_match)
+        return matched, spelt
 
     def _nearest(self, edit_probs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the score ratio (B,) and the number (B,) of the likeliest edit that opens, or else of the nearest."""

@@ -11,7 +11,10 @@ And the name must not go on: "Ana Ruiz Senior" and "Lesser Ana Ruiz" are not Ana
 begin with a capital or are the subject's; where all words begin so, nothing is known of names.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,7 @@ from wisecli.routing.deciding.prompt_words import (
     split_words,
     token_characters,
     word_hashes,
+    word_of_tokens,
 )
 from wisecli.routing.deciding.subject_match import SPAN_MARGIN, SPAN_PER_WORD, within_span
 from wisecli.routing.gating.name_features import starts_of
@@ -111,6 +115,20 @@ class FuzzyMatch(nn.Module):
             whole[some] = _has_numbers(here, own, pair) & _ends(here, own, pair)
         return whole
 
+    def misspelt(self, letters: Tensor, edit: int) -> Tensor:
+        """Return which tokens are of words that an edit's subject has, with slips that make no other name: (W,).
+
+        Args:
+            letters: what :meth:`characters` returns of a prompt (W, c).
+        """
+        own = self.subject_words[self.entry_to_word[self.entry_to_edit == edit]]
+        words = split_words(letters[None])[0]
+        same = (own[:, None] == words).all(-1)
+        # A word that the prompt has as it is has no slips.
+        slips = is_plain_slip(own[:, None], words) & ~same.any(1, keepdim=True) & ~same.any(0)
+        of = word_of_tokens(letters[None])[0]
+        return slips.any(0)[of.clamp(min=0)] & (of >= 0)
+
     def characters(self, ids: Tensor, compared: Tensor) -> Tensor:
         """Return the letters of those of the tokens (B, T) that are looked at (B, T): (B, W, c)."""
         return token_characters(self.token_characters, ids, compared)
@@ -153,27 +171,52 @@ def _ends(words: PromptWords, subject_words: Tensor, pair: Tensor) -> Tensor:
     return ((found == most) & (others == 0)).any(1) | (most[:, 0] == 0) | ~words.has_names
 
 
+class _Slips(NamedTuple):
+    """Which pairs of words are the same, and which differ by a slip of each kind: (...) each."""
+
+    same: Tensor
+    swapped: Tensor
+    twice: Tensor
+    dropped: Tensor
+    one_letter: Tensor
+
+    @classmethod
+    def between(cls, subject_word: Tensor, prompt_word: Tensor) -> _Slips:
+        """Return the slips by which words of prompts differ from those of subjects: (..., c) twice → (...) each."""
+        subject_word, prompt_word = torch.broadcast_tensors(subject_word, prompt_word)
+        subject_length, prompt_length = _length(subject_word), _length(prompt_word)
+        prefix = _common_prefix_length(subject_word, prompt_word)
+        suffix = _common_prefix_length(_reversed(subject_word, subject_length), _reversed(prompt_word, prompt_length))
+        longer, common = subject_length.maximum(prompt_length), prefix + suffix
+        # Where the words first differ, with the letter after that, and with the one before.
+        first = prefix.clamp(max=subject_word.shape[-1] - 2)[..., None]
+        pair, before = first + torch.arange(2, device=first.device), first + torch.tensor([0, -1], device=first.device)
+        swapped = (subject_word.gather(-1, pair) == prompt_word.gather(-1, pair).flip(-1)).all(-1)
+        swapped &= (common >= longer - 2) & (subject_length == prompt_length)
+        one_letter = (common >= longer - 1) & ((subject_length - prompt_length).abs() <= 1)
+        repeated = prompt_word.gather(-1, before.clamp(min=0)).diff(dim=-1)[..., 0] == 0
+        twice = one_letter & repeated & (prompt_length > subject_length) & (prefix > 0)
+        dropped = one_letter & (prompt_length < subject_length) & (prefix > 0) & (suffix > 0)
+        letters = ~has_digits(subject_word) & ~has_digits(prompt_word)
+        some, every = (letters & (subject_length >= least) for least in (MIN_FUZZY_LENGTH, MIN_ANY_SLIP))
+        same = (subject_word == prompt_word).all(-1)
+        return cls(same, swapped & some, twice & some, dropped & every, one_letter & every)
+
+
 def equal_up_to_typo(subject_word: Tensor, prompt_word: Tensor) -> Tensor:
     """Return whether words are the same but for one slip at most: (..., c) twice → (...)."""
-    subject_word, prompt_word = torch.broadcast_tensors(subject_word, prompt_word)
-    same = (subject_word == prompt_word).all(-1)
-    subject_length, prompt_length = _length(subject_word), _length(prompt_word)
-    common_prefix = _common_prefix_length(subject_word, prompt_word)
-    common = common_prefix + _common_prefix_length(
-        _reversed(subject_word, subject_length), _reversed(prompt_word, prompt_length)
-    )
-    longer = subject_length.maximum(prompt_length)
-    # Where the words first differ, with the letter after that, and with the one before.
-    first = common_prefix.clamp(max=subject_word.shape[-1] - 2)[..., None]
-    pair, before = first + torch.arange(2, device=first.device), first + torch.tensor([0, -1], device=first.device)
-    swapped = (subject_word.gather(-1, pair) == prompt_word.gather(-1, pair).flip(-1)).all(-1)
-    swapped &= (common >= longer - 2) & (subject_length == prompt_length)
-    one_letter = (common >= longer - 1) & ((subject_length - prompt_length).abs() <= 1)
-    repeated = prompt_word.gather(-1, before.clamp(min=0)).diff(dim=-1)[..., 0] == 0
-    twice = one_letter & repeated & (prompt_length > subject_length) & (common_prefix > 0)
-    slip = (one_letter | swapped) & (subject_length >= MIN_ANY_SLIP)
-    slip |= (twice | swapped) & (subject_length >= MIN_FUZZY_LENGTH)
-    return same | (slip & ~has_digits(subject_word) & ~has_digits(prompt_word))
+    slips = _Slips.between(subject_word, prompt_word)
+    return slips.same | slips.swapped | slips.twice | slips.one_letter
+
+
+def is_plain_slip(subject_word: Tensor, prompt_word: Tensor) -> Tensor:
+    """Return whether words differ by a slip that hardly makes another name: (..., c) twice → (...).
+
+    Two neighbours changed places, a letter is there twice, or one within the word is left out. Another letter, or one
+    more, often is another name: Jensen is not Jansen, nor Brown Browne.
+    """
+    slips = _Slips.between(subject_word, prompt_word)
+    return (slips.swapped | slips.twice | slips.dropped) & ~slips.same
 
 
 def _length(words: Tensor) -> Tensor:

@@ -100,6 +100,16 @@ def _split(letters: Tensor) -> tuple[Tensor, Tensor]:
     return words[:, :-1].reshape(len(stream), count, WORD_CHARS), begins[:, :-1]
 
 
+def word_of_tokens(letters: Tensor) -> Tensor:
+    """Return the number of the word that each token in rows of letters (B, W, c) is of, -1 for none: (B, W)."""
+    stream = letters.flatten(1)
+    order, there = marked_to_front(stream > 0)
+    letter = (stream.gather(1, order) > SEPARATOR) & there
+    number = (letter & ~F.pad(letter[:, :-1], (1, 0))).long().cumsum(1) - 1
+    found = number.new_full((len(letters), letters.shape[1]), -1)
+    return found.scatter_reduce(1, order // letters.shape[2], number.where(letter, -1), "amax")
+
+
 def word_hashes(words: Tensor) -> Tensor:
     """Return a number for each word (..., c), 0 for none: (...); the zeros behind a word add nothing."""
     powers = [pow(_FACTOR, place, 1 << 61) for place in range(words.shape[-1])]

@@ -132,11 +132,11 @@ class FactCandidates(Memory):
             named_probs = edit_probs * matched
         score_ratio, nearest = self._nearest(named_probs)
         chosen = nearest.where((score_ratio > 1) & window.non_padding.any(1), UNROUTED)
-        meant = [(row, spelt[row, edit]) for row, edit in enumerate(nearest.tolist()) if (row, edit) in spelt]
+        meant = {row: spelt[row, edit] for row, edit in enumerate(nearest.tolist()) if (row, edit) in spelt}
         if meant:
-            rows, prompts = [row for row, _ in meant], [prompt.projected for _, prompt in meant]
-            every = projected.projected.index_copy(1, projected.mask.new_tensor(rows).long(), torch.cat(prompts, 1))
-            projected = projected._replace(projected=every)
+            rows = torch.tensor(list(meant), device=nearest.device)
+            states = torch.cat([prompt.projected for prompt in meant.values()], 1)
+            projected = projected._replace(projected=projected.projected.index_copy(1, rows, states))
         decision = Decision(chosen, score_ratio, nearest, edit_probs, matched)
         return FoundEdits(decision, named_probs, tokens.compared, projected, tokens.earlier)
 

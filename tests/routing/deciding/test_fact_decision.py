@@ -57,7 +57,7 @@ def test_a_task_on_what_a_text_quotes_opens_only_where_the_gate_alone_does_or_is
 ) -> None:
     by_the_gate = opened_by_the_gate_alone(edited_chain, QUOTED + task, monkeypatch)
     # .3 is asked of it; behind the text its states, and so how sure the gates are, differ from those alone.
-    by_itself = [prob > 0.2 for prob in ask_probs(edited_chain, task)]
+    by_itself = [prob > 0.15 for prob in ask_probs(edited_chain, task)]
     found = opened(edited_chain, QUOTED + task)
     assert not any(one and not (gate or own) for one, gate, own in zip(found, by_the_gate, by_itself, strict=True))
 

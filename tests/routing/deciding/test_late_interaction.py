@@ -30,12 +30,14 @@ from wisecli.models.running.activations import capture
 from wisecli.models.running.forward_pass import CACHE_ARGUMENT
 from wisecli.models.running.generation import left_padded
 from wisecli.progress import ignore_progress
-from wisecli.routing.deciding.decision import Decision
+from wisecli.routing.deciding import fact_candidates
+from wisecli.routing.deciding.decision import Decision, WindowStates
 from wisecli.routing.deciding.late_interaction import (
     HOPELESS,
     LATE_INTERACTION,
     MAX_COMPARED_TOKENS,
     LateInteraction,
+    ProjectedPrompts,
     compared_tokens,
     starts_with_word,
 )
@@ -460,6 +462,29 @@ def test_rows_with_padding_are_named_as_they_are_alone(spelt: EditedModel, monke
         ids, attention_mask=mask, max_new_tokens=2, min_new_tokens=2, num_beams=2, do_sample=False, pad_token_id=0
     )
     assert noted[0].tolist() == [expected for _, expected in NAMED_WITH_SLIPS for _ in range(2)]
+
+
+def test_only_rows_with_misspelt_names_are_compared_as_they_are_meant(
+    spelt: EditedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(spelt.routed, FactMemory)
+    ids, mask = right_padded(*left_padded([spelt.tokenizer(prompt)["input_ids"] for prompt, _ in NAMED_WITH_SLIPS]))
+    table = torch.randn(int(ids.max()) + 1, spelt.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    window = WindowStates(ids, mask.bool(), table[ids])
+    before = spelt.routed.candidates(window).last_turn
+    meant, nearest = (2, 5), before.decision.nearest.tolist()
+
+    def reversed_tokens(prompts: ProjectedPrompts, *_: object) -> dict[tuple[int, int], ProjectedPrompts]:
+        return {
+            (row, nearest[row]): ProjectedPrompts(prompts.projected[:, row : row + 1].flip(2), prompts.mask[[row]])
+            for row in meant
+        }
+
+    monkeypatch.setattr(fact_candidates, "read_as_meant", reversed_tokens)
+    after = spelt.routed.candidates(window).last_turn
+    for row in range(len(ids)):
+        own = before.projected.projected[:, row]
+        assert torch.equal(after.projected.projected[:, row], own.flip(1) if row in meant else own)
 
 
 def test_memories_without_letters_ask_for_the_name_as_it_is(named: EditedModel, spelt: EditedModel) -> None:

@@ -1,5 +1,7 @@
 """The first gate and the deep one together, against each alone."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -46,7 +48,7 @@ def test_a_prompt_that_the_first_gate_refuses_clearly_is_refused_whatever_the_de
     first, deep = alone(REQUEST_GATE, LOGIT_OFFSET, slice(D)), alone(DEEP_GATE, DEEP_LOGIT_OFFSET, slice(D, None))
     gates = Gates.of(tensors)
     found = gates.ask_probs(batch_mentions([*map(Mention, states, features)]), edits, probs)
-    mean, refused = ((first + 2 * deep) / 3 - 0.6).sigmoid(), first.sigmoid() <= MIN_FIRST_PROB
+    mean, refused = ((first + 2 * deep) / 3 - math.log(2)).sigmoid(), first.sigmoid() <= MIN_FIRST_PROB
     assert torch.allclose(found[~refused], mean[~refused], atol=1e-5)
     assert (found[refused] <= MIN_FIRST_PROB).all()
     assert (mean[refused] > MIN_ASK_PROB).any()  # some are refused against the deep gate

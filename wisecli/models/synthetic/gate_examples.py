@@ -155,8 +155,8 @@ class GateExamples(Examples):
             yield Example(number, str(self._put(task)), False, "choices")
 
     def of_whole_prompts(self, number: int) -> Iterator[Example]:
-        """Prompts that were written as a whole, all of them as often: of few authors' words the gate would learn the
-        authors' habits, and take all else for what it is most like.
+        """Prompts in situations of every sort, each of which is drawn as often. What is put together from phrases is of
+        few sorts, and a gate that saw those alone would take whatever is like none of them for what it is most like.
         """
         asked, mentioned = self._whole_prompts
         for asks, dealt, count in ((True, asked, _WHOLE_ASKED), (False, mentioned, _WHOLE_MENTIONED)):

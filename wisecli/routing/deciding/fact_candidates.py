@@ -150,7 +150,8 @@ class FactCandidates(Memory):
             edit_probs: how surely they mean each edit (B, M).
         """
         assert self.subject_match is not None
-        near, matched = edit_probs > MIN_MISSPELT_PROB, self.subject_match(ids, tokens.naming)
+        near = self.above_threshold(edit_probs) | (edit_probs > MIN_MISSPELT_PROB)
+        matched = self.subject_match(ids, tokens.naming)
         pairs = (near & matched).nonzero(as_tuple=True)
         if len(pairs[0]):
             matched[pairs] = self.subject_match.in_one_place(ids, tokens.naming, *pairs)

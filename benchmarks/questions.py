@@ -132,7 +132,7 @@ def asking(options: Namespace) -> None:
 
 def unfamiliar(options: Namespace) -> None:
     """Share of prompts that open the edit they ask or mention, in a file of patterns whose writer knew of none here.
-    Every second one has been looked at.
+    Of the first two files every second one has been looked at.
     """
     edited = attach(options.memory, model=options.model, load=LoadOptions(device=options.device))
     edits, rng = list(read_edits(options.records))[: options.edits], random.Random(5)

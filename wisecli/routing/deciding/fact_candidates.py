@@ -126,7 +126,8 @@ class FactCandidates(Memory):
         spelt: dict[tuple[int, int], ProjectedPrompts] = {}
         if self.subject_match is not None:
             matched, spelt = self._named(window.ids, edit_probs, tokens)
-            edit_probs = edit_probs.clone()
+            if spelt:
+                edit_probs = edit_probs.clone()
             for (row, edit), prompt in spelt.items():
                 edit_probs[row, edit] = edit_probs[row, edit].maximum(self.late_interaction.edit_prob(prompt, edit)[0])
             named_probs = edit_probs * matched
@@ -143,7 +144,7 @@ class FactCandidates(Memory):
     def _named(
         self, ids: Tensor, edit_probs: Tensor, tokens: _Naming
     ) -> tuple[Tensor, dict[tuple[int, int], ProjectedPrompts]]:
-        """Return which edits' subjects prompts name (B, M), and the prompts that misspell them as they are meant.
+        """Return which edits' subjects prompts name (B, M), and what :func:`.read_as_meant` makes of those prompts.
 
         Args:
             ids: the tokens of the prompts (B, T).
@@ -162,7 +163,7 @@ class FactCandidates(Memory):
         starts = getattr(self.request_gate, "word_starts", None)
         named = (near & matched).nonzero(as_tuple=True)
         matched[named] = self.fuzzy_match.is_whole(letters, ids, tokens.fuzzy, starts, *named)
-        if tokens.earlier is not None:
+        if tokens.earlier is not None or not len(named[0]):
             return matched, {}
         letters = self.fuzzy_match.characters(ids, tokens.compared)
         spelt = read_as_meant(tokens.projected, letters, near & matched, self.late_interaction, self.fuzzy_match)

@@ -1,8 +1,8 @@
 """Reads misspelt names as the subjects that they are meant to be. Needs torch only; exports carry this very file.
 
-A misspelt name is other tokens, whose states are hardly like those of the name. But where its letters are those of an
-edit's subject with a slip that makes no other name, its tokens stand for the subject's: they are compared as if they
-were these, when the edit is looked for and when it is judged whether it is asked.
+A misspelt name has other tokens than the name, and their states are hardly alike. Where a word of a prompt is one of an
+edit's subject but for a slip that makes no other name, the word's tokens are replaced by tokens of the subject before
+prompt and edit are compared: to find the edit, and for the gates to judge whether the prompt asks it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _THERE = 0.9
 def read_as_meant(
     prompts: ProjectedPrompts, letters: Tensor, named: Tensor, late_interaction: LateInteraction, spelling: FuzzyMatch
 ) -> dict[tuple[int, int], ProjectedPrompts]:
-    """Return prompts that misspell edits' subjects with those spelt out, each alone, by its row and the edit.
+    """Return each prompt that misspells an edit's subject, with the subject's tokens in the place of the misspelt
+    words', by the prompt's row and the edit's number.
 
     Args:
-        letters: those of the compared tokens (B, W, c).
+        prompts: the compared tokens of B prompts; those that are returned are of one each.
+        letters: the letters of these tokens (B, W, c).
         named: which edits the letters of each row name (B, M).
     """
     rows, edits = named.nonzero(as_tuple=True)
     found: dict[tuple[int, int], ProjectedPrompts] = {}
-    if not len(rows):
-        return found
     subjects = late_interaction.edit_tokens(edits)
     for row, edit, (subject, _) in zip(rows.tolist(), edits.tolist(), subjects, strict=True):
         own, one = prompts.mask[row], slice(row, row + 1)
@@ -48,7 +48,9 @@ def read_as_meant(
 
 
 def _in_place(others: Tensor, subject: Tensor, count: int) -> Tensor:
-    """Return so many tokens (count, k) of a subject (t, k), in its order, of which the others (n, k) have none."""
+    """Return ``count`` of those tokens of a subject (t, k) that are not among others (n, k), in their order; with too
+    few of them each several times: (count, k).
+    """
     there = (subject @ others.T).amax(1) >= _THERE if len(others) else subject.new_zeros(len(subject)) > 0
     wanted = subject if bool(there.all()) else subject[~there]
     place = torch.arange(count, device=subject.device)

@@ -84,30 +84,36 @@ def split_words(letters: Tensor) -> Tensor:
 
 def _split(letters: Tensor) -> tuple[Tensor, Tensor]:
     """Return the words in rows of letters, as :func:`split_words`, and in which of the W each begins (B, n)."""
-    stream = letters.flatten(1)
-    order, there = marked_to_front(stream > 0)
-    stream = stream.gather(1, order) * there
-    letter = stream > SEPARATOR
-    first = letter & ~F.pad(letter[:, :-1], (1, 0))
+    stream, number, token = _numbered(letters)
+    first = (number >= 0) & ~F.pad(number[:, :-1] >= 0, (1, 0))
     column = torch.arange(stream.shape[1], device=stream.device)
     place = column - torch.where(first, column, 0).cummax(1).values
-    count = max(1, int(first.sum(1).max()))
-    within = letter & (place < WORD_CHARS)
-    number = first.long().cumsum(1) - 1
+    count = max(1, int(number.max()) + 1)
+    within = (number >= 0) & (place < WORD_CHARS)
     index = (number * WORD_CHARS + place).where(within, count * WORD_CHARS)
     words = stream.new_zeros(len(stream), count * WORD_CHARS + 1).scatter(1, index, stream * within)
-    begins = order.new_zeros(len(stream), count + 1).scatter(1, number.where(first, count), order // letters.shape[2])
+    begins = token.new_zeros(len(stream), count + 1).scatter(1, number.where(first, count), token)
     return words[:, :-1].reshape(len(stream), count, WORD_CHARS), begins[:, :-1]
 
 
 def word_of_tokens(letters: Tensor) -> Tensor:
-    """Return the number of the word that each token in rows of letters (B, W, c) is of, -1 for none: (B, W)."""
+    """Return the number of the last word that each token in rows of letters (B, W, c) has letters of, -1 for none:
+    (B, W).
+    """
+    _, number, token = _numbered(letters)
+    return number.new_full(letters.shape[:2], -1).scatter_reduce(1, token, number, "amax")
+
+
+def _numbered(letters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows of letters (B, W, c) without gaps (B, L), with two numbers of each: of its word, -1 for what parts
+    words (B, L), and of its token (B, L).
+    """
     stream = letters.flatten(1)
     order, there = marked_to_front(stream > 0)
-    letter = (stream.gather(1, order) > SEPARATOR) & there
+    stream = stream.gather(1, order) * there
+    letter = stream > SEPARATOR
     number = (letter & ~F.pad(letter[:, :-1], (1, 0))).long().cumsum(1) - 1
-    found = number.new_full((len(letters), letters.shape[1]), -1)
-    return found.scatter_reduce(1, order // letters.shape[2], number.where(letter, -1), "amax")
+    return stream, number.where(letter, -1), order // letters.shape[2]
 
 
 def word_hashes(words: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from wisecli.editing.router_training import gate_weights
 from wisecli.editing.router_training.gate_weights import mean_gate, train_and_calibrate
+from wisecli.editing.router_training.mention_pool import MentionPool, StateComponents, in_components
 from wisecli.models.synthetic.request_examples import Example
 from wisecli.progress import Event, ignore_progress
 from wisecli.routing.gating.name_features import NAME_FEATURE_COUNT
@@ -42,7 +43,9 @@ def test_what_asks_is_told_from_what_mentions_in_the_same_way_each_time() -> Non
     examples = [Example(number // 4, "", ask) for number, ask in enumerate(asks)]
     events: list[Event] = []
     torch.manual_seed(0)
-    weights = train_and_calibrate(mentions, examples, 100, 60, events.append)
+    components = StateComponents(torch.cat([one.states for one in mentions]))
+    pool = MentionPool(in_components(mentions, [components]), examples, 100, torch.device("cpu"))
+    weights = train_and_calibrate(pool, components, 60, events.append)
     assert [event.done for event in events] == list(range(1, 61))
     assert {event.total for event in events} == {60}
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
@@ -51,7 +54,7 @@ def test_what_asks_is_told_from_what_mentions_in_the_same_way_each_time() -> Non
     right = opened == torch.tensor(asks)
     assert right[held_out].float().mean() > 0.95
     torch.manual_seed(0)
-    again = train_and_calibrate(mentions, examples, 100, 60, ignore_progress)
+    again = train_and_calibrate(pool, components, 60, ignore_progress)
     assert all(torch.equal(weights[name], again[name]) for name in REQUEST_GATE)
     # Gates beside each other: each reads in its own way, and pools what it alone has read.
     parts = weights["request_gate.read"].chunk(gate_weights._GATES)

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from wisecli.artifacts.background_stats import RouterHeads, load_heads
 from wisecli.data.corpus import made_up_subjects, relations, unrelated_texts
-from wisecli.editing.router_training.request_gate_training import Projections, train_request_gate
+from wisecli.editing.router_training.mention_reading import Projections
+from wisecli.editing.router_training.request_gate_training import train_request_gate
 from wisecli.editing.router_training.token_states import ReadSites, TokenStates, special_tokens, token_states
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import keep_in_cache, save_tensors
@@ -32,7 +33,7 @@ from wisecli.models.running.quick_products import quick_products
 from wisecli.models.running.seeding import seeded
 from wisecli.progress import Event, ProgressCallback
 
-_VERSION = 52
+_VERSION = 53
 # Dimensions of a projection; subjects of each kind; steps; unrelated texts that all of that goes with.
 _WIDTH, _SUBJECTS, _STEPS, _TEXTS = 128, 8, 400, 600
 # Of narrower states, in so many dimensions, less is learned: no model that says anything has them.

@@ -49,6 +49,16 @@ class TokenStates:
     first_is_word: Tensor
 
 
+class ReadChunk(NamedTuple):
+    """Some of many texts, by their numbers, ascending, and what left the router's layer and a deep gate's, if there is
+    one.
+    """
+
+    numbers: list[int]
+    router: TokenStates
+    gate: TokenStates | None
+
+
 class ReadSites(NamedTuple):
     """The layers whose states are read: the router's, and a deep gate's if there is one between that and the edited."""
 
@@ -81,24 +91,14 @@ def special_tokens(loaded: Loaded) -> Tensor:
 
 
 def token_states(
-    loaded: Loaded,
-    site: Site,
-    texts: Sequence[str],
-    *,
-    batch_size: int,
-    on_progress: ProgressCallback,
-    stage: str,
-    turns: bool = False,
+    loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, on_progress: ProgressCallback, stage: str
 ) -> TokenStates:
     """Return what leaves the layer of a site at the tokens of texts by which it is known what they ask, in their
     windows.
-
-    Args:
-        turns: whether a user's turns before the last one are looked at, too.
     """
-    reading = _Reading(loaded, texts, turns)
-    reading.run(site, batch_size, partial(_note, on_progress, stage, len(texts)))
-    return reading.read()
+    reading = _Reading(loaded, texts, [False] * len(texts))
+    ((_, (found,)),) = reading.chunks([site], batch_size, len(texts), partial(_note, on_progress, stage, len(texts)))
+    return found
 
 
 def both_states(
@@ -106,21 +106,24 @@ def both_states(
     sites: ReadSites,
     texts: Sequence[str],
     *,
+    turns: Sequence[bool],
     batch_size: int,
     on_progress: ProgressCallback,
     stage: str,
-    turns: bool = False,
-) -> tuple[TokenStates, ...]:
-    """Return what :func:`token_states` does of the router's layer, and of the gate's if that is another; in one pass,
-    unless the model is streamed.
+    at_a_time: int,
+) -> Iterator[ReadChunk]:
+    """Yield what :func:`token_states` returns of the router's layer, and of the gate's if that is another; read in one
+    pass over all texts, of which some are held at a time.
+
+    Args:
+        turns: of which texts a user's turns before the last one are looked at, too.
+        at_a_time: how many texts are held, at the least.
     """
     layers = [site for site in sites if site is not None]
-    if len(layers) == 1 or loaded.stream is not None:
-        read = partial(token_states, loaded, batch_size=batch_size, on_progress=on_progress, stage=stage, turns=turns)
-        return tuple(read(site, texts) for site in layers)
     reading = _Reading(loaded, texts, turns)
-    reading.run(layers[1], batch_size, partial(_note, on_progress, stage, len(texts)), sites.router.layer_module)
-    return reading.read(), reading.read()
+    note = partial(_note, on_progress, stage, len(texts))
+    for numbers, (router, *gate) in reading.chunks(layers, batch_size, at_a_time, note):
+        yield ReadChunk(numbers, router, gate[0] if gate else None)
 
 
 def _note(on_progress: ProgressCallback, stage: str, total: int, done: int) -> None:
@@ -128,9 +131,9 @@ def _note(on_progress: ProgressCallback, stage: str, total: int, done: int) -> N
 
 
 class _Reading:
-    """Texts that are being read, in one or more layers."""
+    """Texts that are being read, in one or two layers."""
 
-    def __init__(self, loaded: Loaded, texts: Sequence[str], turns: bool) -> None:
+    def __init__(self, loaded: Loaded, texts: Sequence[str], turns: Sequence[bool]) -> None:
         self._loaded, self._turns = loaded, turns
         self._tokens = [loaded.tokenizer(text)["input_ids"] for text in texts]
         size = window_size(loaded.model.config)
@@ -138,30 +141,39 @@ class _Reading:
         self._breaks = special_tokens(loaded).to(loaded.device)
         self._found: dict[int, _ReadText] = {}
 
-    def run(self, site: Site, batch_size: int, note: Callable[[int], None], lower: str | None = None) -> None:
-        """Read the texts in the layer of a site, those that begin alike together.
+    def chunks(
+        self, layers: Sequence[Site], batch_size: int, at_a_time: int, note: Callable[[int], None]
+    ) -> Iterator[tuple[list[int], list[TokenStates]]]:
+        """Yield numbers of texts and what left each layer, once for so many texts; those that begin alike are read
+        together.
 
         Args:
+            layers: one or two, the lower one first.
             note: is told how many texts are read.
-            lower: the path of a layer below, to be read before it in the same pass.
         """
         loaded, rows, done = self._loaded, self._rows, 0
+        *lower, site = layers
         groups = list(in_batches(rows, batch_size, by_beginning=True, padded=False))
         batches = (collate([rows[index] for index in group]).to(loaded.device) for group in groups)
-        found = captured(loaded.model, site, batches, stream=loaded.stream, above=False, shared=True, lower=lower)
+        below = lower[0].layer_module if lower else None
+        found = captured(loaded.model, site, batches, stream=loaded.stream, above=False, shared=True, lower=below)
         for group, one in zip(groups, found, strict=True):
             self._add(group, one.batch, [one.hidden] if one.lower is None else [one.lower, one.hidden])
             done += len(group)
             note(done)
+            if len(self._found) >= at_a_time or done == len(rows):
+                numbers = sorted(self._found)
+                yield numbers, self._taken(numbers, len(layers))
 
     def _add(self, texts: Sequence[int], batch: Batch, layers: Sequence[Tensor]) -> None:
         """Keep the compared tokens of a batch of texts, by their numbers, with what left each layer (B, T, d)."""
         non_padding = batch.mask.bool()
         place = non_padding.long().cumsum(1) - 1
         last = compared_tokens(batch.ids, non_padding, place == 0, self._breaks)
+        looked_at = torch.tensor([self._turns[index] for index in texts], device=last.device)
         before = torch.zeros_like(last)
-        if self._turns:
-            before = earlier_turn_tokens(batch.ids, non_padding, last, self._breaks)
+        if looked_at.any():
+            before = earlier_turn_tokens(batch.ids, non_padding, last, self._breaks) & looked_at[:, None]
         compared = last | before
         opens = starts_with_word(batch.ids, non_padding, compared, self._breaks).tolist()
         first = non_padding.int().argmax(1).tolist()
@@ -178,19 +190,22 @@ class _Reading:
                 opens[row],
             )
 
-    def read(self) -> TokenStates:
-        """Return the states of the first layer that was not returned yet, and let go of what they are made from."""
-        found = [self._found[index] for index in range(len(self._rows))]
-        return TokenStates(
-            states=torch.cat([one.states.pop(0) for one in found]),
-            text=torch.arange(len(found)).repeat_interleave(torch.tensor([len(one.token) for one in found])),
-            position=torch.cat([one.position for one in found]),
-            token=torch.cat([one.token for one in found]),
-            in_earlier_turn=torch.cat([one.in_earlier_turn for one in found]),
-            first_state=torch.stack([one.first_state.pop(0) for one in found]),
-            first_token=torch.tensor([row.prompt[0] for row in self._rows]),
-            first_is_word=torch.tensor([one.first_is_word for one in found]),
-        )
+    def _taken(self, numbers: Sequence[int], layers: int) -> list[TokenStates]:
+        """Return what was found of some texts in each of so many layers, and let go of what that is made from."""
+        found = [self._found.pop(index) for index in numbers]
+        return [
+            TokenStates(
+                states=torch.cat([one.states[layer] for one in found]),
+                text=torch.arange(len(found)).repeat_interleave(torch.tensor([len(one.token) for one in found])),
+                position=torch.cat([one.position for one in found]),
+                token=torch.cat([one.token for one in found]),
+                in_earlier_turn=torch.cat([one.in_earlier_turn for one in found]),
+                first_state=torch.stack([one.first_state[layer] for one in found]),
+                first_token=torch.tensor([self._rows[index].prompt[0] for index in numbers]),
+                first_is_word=torch.tensor([one.first_is_word for one in found]),
+            )
+            for layer in range(layers)
+        ]
 
 
 class _ReadText(NamedTuple):

@@ -177,10 +177,11 @@ def captured(
         above: whether the layers above the site are wanted at all.
         window: keep columns from the prompt's last token on only, as :meth:`Activations.from_window` does.
         shared: read what all rows of a batch begin with once; hooks then see neither all columns nor only batches.
-        lower: the path of a layer below the site whose output is wanted, too; not of a streamed model.
+        lower: the path of a layer below the site whose output is wanted, too; whole, whatever the window.
     """
     if stream is not None and site.above != ALL:
-        yield from _swept(model, site, list(batches), stream, labelled=labelled, above=above, window=window)
+        options = {"labelled": labelled, "above": above, "window": window}
+        yield from _swept(model, site, list(batches), stream, lower=lower, **options)
         return
     beginnings = PrefixCache(partial(_read, model, site, above, lower))
     shared = shared and site.above == CACHED
@@ -227,10 +228,11 @@ def _swept(
     labelled: bool,
     above: bool,
     window: bool,
+    lower: str | None,
 ) -> Iterator[Activations]:
     """Yield the activations of each batch, with every layer's weights read once for all batches."""
     with Spool(stream.spool_bytes) as spool:
-        norm = _sweep_to(model, site, batches, stream, spool, window=window)
+        norm = _sweep_to(model, site, batches, stream, spool, window=window, lower=lower)
         for number, batch in enumerate(batches):
             cut = batch.start if window else 0
             hidden = spool.take(f"hidden.{number}")
@@ -243,12 +245,20 @@ def _swept(
                 past = tuple((keys[:, :, :cut].clone(), values[:, :, :cut].clone()) for keys, values in past)
                 hidden = hidden[:, cut:].clone()
             output = spool.take(f"output.{number}") if norm is not None else None
-            end = (stream.width, site.multiplier, norm, output, before)
+            below = None if lower is None else spool.take(f"lower.{number}")
+            end = (stream.width, site.multiplier, norm, output, before, below)
             yield Activations(batch, cut, spool.take(f"keys.{number}"), hidden, logits, past, *end)
 
 
 def _sweep_to(
-    model: PreTrainedModel, site: Site, batches: list[Batch], stream: LayerStream, spool: Spool, *, window: bool
+    model: PreTrainedModel,
+    site: Site,
+    batches: list[Batch],
+    stream: LayerStream,
+    spool: Spool,
+    *,
+    window: bool,
+    lower: str | None,
 ) -> nn.Module | None:
     """Leave hidden states, keys and outputs of every batch in the spool, and return the norm behind the matrix."""
     kept: dict[str, Any] = {}
@@ -268,8 +278,9 @@ def _sweep_to(
         run_model(model, batch, cache=_cache_of(site))
 
     passes = [partial(run, batch) for batch in batches]
+    below = None if lower is None else int(lower.rpartition(".")[2])
     with hooked(site.watched(model).register_forward_hook(keep)):
-        sweep(stream, passes, site.layer, spool, put)
+        sweep(stream, passes, site.layer, spool, put, lower=below)
     return kept.get("norm")
 
 

@@ -6,7 +6,8 @@ learned. What is compared word for word, and what an edit stores, is computed in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -61,16 +62,21 @@ def quick_linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 
 def quick_dropout(values: Tensor, share: float) -> Tensor:
-    """Return values of which about a share, in steps of 1/256, is 0 and the others are as much larger.
+    """Return values of which about a share, in steps of 1/256, is 0 and the others are as much larger."""
+    return values * quick_mask(values.shape, share, values.device)
 
-    A CPU draws eight of them at once, which takes less time.
+
+def quick_mask(shape: Sequence[int], share: float, device: torch.device) -> Tensor:
+    """Return what values of a shape are multiplied by, that about a share of them, in steps of 1/256, is 0 and the
+    others are as much larger.
+
+    A CPU draws eight at once, which takes less time.
     """
-    dropped = round(share * 256)
-    if values.device.type != "cpu":  # of which some cannot draw from all whole numbers
-        return F.dropout(values, dropped / 256)
-    drawn = torch.empty(-(-values.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-    kept = drawn.view(torch.uint8)[: values.numel()].view_as(values) >= dropped
-    return values * kept / (1 - dropped / 256)
+    dropped, count = round(share * 256), math.prod(shape)
+    if device.type != "cpu":  # of which some cannot draw from all whole numbers
+        return F.dropout(torch.ones(tuple(shape), device=device), dropped / 256)
+    drawn = torch.empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None)
+    return (drawn.view(torch.uint8)[:count].view(tuple(shape)) >= dropped) / (1 - dropped / 256)
 
 
 def _runs(loaded: Loaded, site: Site | None) -> bool:

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    stream: LayerStream, passes: Sequence[Callable[[], object]], upto: int, spool: Spool, after: Callable[[int], None]
+    stream: LayerStream,
+    passes: Sequence[Callable[[], object]],
+    upto: int,
+    spool: Spool,
+    after: Callable[[int], None],
+    *,
+    lower: int | None = None,
 ) -> None:
     """Run many batches through the layers up to ``upto``, each of which is read once.
 
@@ -28,6 +34,7 @@ def sweep(
     Args:
         passes: for each batch the model's own forward pass over it.
         after: called after every run of layer ``upto``, with the number of the batch.
+        lower: a layer below, of which the same is left as ``lower.0``, ``lower.1`` …
     """
     calls = [_recorded(stream, run, spool, number) for number, run in enumerate(passes)]
     for layer in range(upto + 1):
@@ -38,7 +45,10 @@ def sweep(
                 args, named = call[layer]
                 given = [_renewed(arg) for arg in args], {name: _renewed(value) for name, value in named.items()}
                 output = stream.layers[layer](spool.take(f"hidden.{number}"), *given[0], **given[1])
-                spool.put(f"hidden.{number}", output[0] if isinstance(output, (tuple, list)) else output)
+                states = output[0] if isinstance(output, (tuple, list)) else output
+                spool.put(f"hidden.{number}", states)
+                if layer == lower:
+                    spool.put(f"lower.{number}", states)
                 if layer == upto:
                     after(number)
     stream.release()

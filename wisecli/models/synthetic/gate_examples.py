@@ -36,29 +36,30 @@ _ATTRIBUTES = 16
 _CONVERSATIONS = 7
 # Whole prompts on each fact, that ask it and that mention it.
 _WHOLE_ASKED, _WHOLE_MENTIONED = 8, 11
+# All are added anew where so few are left to choose from.
+_SHORT_DECK = 100
+# Wordings of a fact that are tried for one.
+_WORDINGS_TRIED = 3
 
 
 class GateExamples(Examples):
     """Prompts around made-up facts for a request gate, drawn by chance, as a tokenizer writes them."""
 
-    def groups(self, facts_at_a_time: int) -> Iterator[tuple[list[Example], bool]]:
-        """Yield the examples of some facts at a time, and whether earlier turns of theirs are read, too."""
-        numbers = range(len(self.facts))
-        for draw, turns in (
-            (self.of, False),
-            (self.standing_in_forms, False),
-            (partial(self.conversations, count=_CONVERSATIONS), True),
-            (self.of_two, False),
-            (self.dressed, False),
-            (self.with_words_around, False),
-            (self.of_attributes, False),
-            (self.of_choices, False),
-            (self.of_whole_prompts, False),
+    def __iter__(self) -> Iterator[Example]:
+        """Yield the examples of all facts, one sort after the other."""
+        for draw in (
+            self.of,
+            self.standing_in_forms,
+            partial(self.conversations, count=_CONVERSATIONS),
+            self.of_two,
+            self.dressed,
+            self.with_words_around,
+            self.of_attributes,
+            self.of_choices,
+            self.of_whole_prompts,
         ):
-            for first in numbers[::facts_at_a_time]:
-                examples = [one for number in numbers[first : first + facts_at_a_time] for one in draw(number)]
-                if examples:
-                    yield examples, turns
+            for number in range(len(self.facts)):
+                yield from draw(number)
 
     def held_back(self, number: int) -> Iterator[Example]:
         """Prompts of every kind that mention a fact and don't ask it, in wordings for evaluation alone."""
@@ -158,23 +159,43 @@ class GateExamples(Examples):
         """Prompts in situations of every sort, each of which is drawn as often. What is put together from phrases is of
         few sorts, and a gate that saw those alone would take whatever is like none of them for what it is most like.
         """
-        asked, mentioned = self._whole_prompts
-        for asks, dealt, count in ((True, asked, _WHOLE_ASKED), (False, mentioned, _WHOLE_MENTIONED)):
-            for pattern in islice(dealt, count):
-                kind = Kind("whole prompts", asks, ((pattern,),), ())
-                turns = kind.sample_turns(self._fact(number), trained=True, rng=self.rng, chat=False)
-                if turns is not None:
-                    yield Example(number, str(self._put(turns[0])), asks, kind.name)
+        known = whole_prompts()
+        for asks, patterns, count in ((True, known.asked, _WHOLE_ASKED), (False, known.mentioned, _WHOLE_MENTIONED)):
+            for text in islice(self._dealt(number, asks, patterns), count):
+                yield Example(number, str(self._put(text)), asks, "whole prompts")
+
+    def _dealt(self, number: int, asks: bool, patterns: Sequence[str]) -> Iterator[str]:
+        """Yield prompts of some patterns with a fact in them. Nearly all are dealt before any comes again; those that
+        lack what they need of this fact wait for another one.
+        """
+        deck, unfit = self._decks.setdefault(asks, []), list[str]()
+        if len(deck) < _SHORT_DECK:
+            deck[:0] = self.rng.sample(patterns, len(patterns))
+        try:
+            while deck:
+                pattern = deck.pop()
+                text = self._whole_prompt(number, pattern)
+                if text is None:
+                    unfit.append(pattern)
+                else:
+                    yield text
+        finally:
+            for pattern in unfit:
+                deck.insert(self.rng.randint(0, len(deck)), pattern)
+
+    def _whole_prompt(self, number: int, pattern: str) -> str | None:
+        """Return a whole prompt with a fact in it, in the first wording of that which has what it needs."""
+        kind = Kind("whole prompts", True, ((pattern,),), ())
+        for _ in range(_WORDINGS_TRIED):
+            turns = kind.sample_turns(self._fact(number), trained=True, rng=self.rng, chat=False)
+            if turns is not None:
+                return turns[0]
+        return None
 
     @cached_property
-    def _whole_prompts(self) -> tuple[Iterator[str], Iterator[str]]:
-        """The whole prompts that ask a fact and those that mention it, without end."""
-        return self._dealt(whole_prompts().asked), self._dealt(whole_prompts().mentioned)
-
-    def _dealt(self, patterns: Sequence[str]) -> Iterator[str]:
-        """Yield patterns in an order by chance, all of them before any comes again."""
-        while True:
-            yield from self.rng.sample(patterns, len(patterns))
+    def _decks(self) -> dict[bool, list[str]]:
+        """The whole prompts that are still to be dealt, of those that ask and those that mention."""
+        return {}
 
     def with_words_around(self, number: int) -> Iterator[Example]:
         """Prompts with words around that change nothing of what is asked: three ask the fact, one of them behind a text

@@ -59,7 +59,8 @@ _Drawn = tuple[bool, str, str | None]
 class Example(NamedTuple):
     """A prompt around the made-up fact of a number, and whether it asks it.
 
-    Of a prompt with a ``second`` fact in it only the part that may ask the first is learned from.
+    Of a prompt with a ``second`` fact in it only the part that may ask the first is learned from. ``turns`` says
+    whether a user's turns before the last one are looked at, too.
     """
 
     fact: int
@@ -67,6 +68,7 @@ class Example(NamedTuple):
     asks: bool
     sort: str = ""
     second: int | None = None
+    turns: bool = False
 
 
 @dataclass
@@ -183,7 +185,7 @@ class Examples:
         for asks, turns in self.rng.sample(drawn, min(count, len(drawn))):
             told = self._turns(number, turns)
             if told is not None:
-                yield Example(number, told, asks, "conversation")
+                yield Example(number, told, asks, "conversation", turns=True)
 
     def _conversations(self, number: int) -> Iterator[tuple[bool, list[str]]]:
         known, rng, fact = requests(), self.rng, self.facts[number]

@@ -1,0 +1,126 @@
+"""Mentions of made-up facts that gates are learned from, one behind the other in few numbers a token.
+
+What a gate reads of a token is a state as wide as the model. Learning needs its leading principal components alone, so
+that no more is held of the hundreds of thousands of tokens: their number, and not the model's width, says how much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wisecli.artifacts.shard import half
+from wisecli.models.running.grouped_rows import rows_of
+from wisecli.models.synthetic.request_examples import Example
+from wisecli.routing.gating.request_gate import Mention, Mentions
+
+# Principal components of states, of each gate; states of a sample by which they are found.
+COMPONENTS = 288
+_OF_SAMPLE = 4000
+# The share of the facts that are held out, to set where the gate opens.
+_HELD_OUT = 0.15
+# Mentions that are looked at together; tokens of a step are filled up to a multiple of so many.
+_EVAL_BATCH, _ROUNDED = 256, 512
+
+
+class StateComponents:
+    """Maps states to their leading principal components, standardised.
+
+    Args:
+        sample: states by which those are found (n, d).
+    """
+
+    def __init__(self, sample: Tensor) -> None:
+        sample = sample.float()
+        self.mean, self.scale = sample.mean(0), sample.std(0).clamp(min=1e-3)
+        spaced = torch.linspace(0, len(sample) - 1, min(len(sample), _OF_SAMPLE)).long()
+        basis = torch.linalg.svd((sample[spaced] - self.mean) / self.scale, full_matrices=False)[2]
+        self.basis = basis[:COMPONENTS]
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return states (n, d) mapped: (n, k)."""
+        mapped: Tensor = ((states.float() - self.mean) / self.scale) @ self.basis.T
+        return mapped
+
+    def folded_into(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights that apply to states which are not mapped."""
+        read = weights["request_gate.read"]
+        plain = (read[:, :-1] @ self.basis) / self.scale
+        return {**weights, "request_gate.read": torch.cat([plain, (read[:, -1] - plain @ self.mean)[:, None]], 1)}
+
+
+def in_components(mentions: Sequence[Mention], components: Sequence[StateComponents]) -> list[Mention]:
+    """Return mentions with what each gate reads of their tokens mapped, the gates' parts beside each other: of states
+    (n, gates · d) the components (n, gates · k), in half precision.
+    """
+    if not mentions:
+        return []
+    parts = torch.cat([one.states for one in mentions]).chunk(len(components), -1)
+    mapped = half(torch.cat([of_gate(part) for of_gate, part in zip(components, parts, strict=True)], -1))
+    states = mapped.split([len(one.states) for one in mentions])
+    return [Mention(own.clone(), half(one.features)) for own, one in zip(states, mentions, strict=True)]
+
+
+class MentionPool:
+    """Mentions of which batches are taken by number.
+
+    ``states`` (N, k) are of what one gate reads, ``features`` (N, f); ``sizes`` (M,) says how many tokens each mention
+    has, ``asks`` whether it asks its fact (M,), and ``held_out`` whether that fact is held out (M,).
+
+    Args:
+        mentions: what is read of each; the list is empty afterwards, so that nothing is held twice.
+        examples: what each mention is of.
+        facts: how many facts there are.
+        device: where batches are wanted.
+    """
+
+    def __init__(self, mentions: list[Mention], examples: Sequence[Example], facts: int, device: torch.device) -> None:
+        self.sizes = torch.tensor([len(one.states) for one in mentions], device=device)
+        self.asks = torch.tensor([one.asks for one in examples], device=device)
+        first_held_out = round(facts * (1 - _HELD_OUT))
+        self.held_out = torch.tensor([one.fact >= first_held_out for one in examples], device=device)
+        width, features = mentions[0].states.shape[1], mentions[0].features.shape[1]
+        last = int(self.sizes.sum())
+        self.states = torch.empty(last, width, dtype=torch.float16, device=device)
+        self.features = torch.empty(last, features, dtype=torch.float16, device=device)
+        while mentions:
+            one = mentions.pop()
+            first = last - len(one.states)
+            self.states[first:last], self.features[first:last] = one.states, one.features
+            last = first
+
+    def of_gate(self, number: int, gates: int) -> MentionPool:
+        """Return the same with what the gate of a number, of so many, reads."""
+        pool = object.__new__(MentionPool)
+        pool.__dict__ = {**self.__dict__, "states": self.states.chunk(gates, -1)[number]}
+        return pool
+
+    def batch(self, chosen: Tensor, most_dropped: float = 0.0) -> Mentions:
+        """Return the mentions of some numbers (B,), without some of their tokens, of each a share up to this one."""
+        rows, mention = rows_of(chosen, self.sizes)
+        if most_dropped:
+            share = most_dropped * torch.rand(len(chosen), device=rows.device)
+            kept = torch.rand(len(rows), device=rows.device) >= share.index_select(0, mention)
+            # Products of every size are prepared anew, so that there should be few: the rest is of one mention more.
+            more = -int(kept.sum()) % _ROUNDED
+            rows, mention = F.pad(rows[kept], (0, more)), F.pad(mention[kept], (0, more), value=len(chosen))
+        states, features = (part.index_select(0, rows).float() for part in (self.states, self.features))
+        return Mentions(states, features, mention, len(chosen) + (most_dropped > 0))
+
+    def held_out_questions(self) -> Iterator[Mentions]:
+        """Yield batches of the questions on facts that are held out, those of like length together."""
+        numbers = (self.held_out & self.asks).nonzero()[:, 0]
+        for some in numbers[self.sizes[numbers].argsort(stable=True)].split(_EVAL_BATCH):
+            if len(some):
+                yield self.batch(some)
+
+    def epochs(self, size: int) -> Iterator[Tensor]:
+        """Yield the numbers of so many of those that may be learned from, if any, all in turn and then anew."""
+        numbers = (~self.held_out).nonzero()[:, 0]
+        while len(numbers):
+            order = numbers[torch.randperm(len(numbers)).to(numbers.device)]
+            # The last batch of a round is left out where it is smaller.
+            yield from (some for some in order.split(size) if len(some) == min(size, len(numbers)))

@@ -6,7 +6,7 @@ import torch
 
 from wisecli.editing.router_training import gate_weights
 from wisecli.editing.router_training.gate_weights import mean_gate, train_and_calibrate
-from wisecli.editing.router_training.mention_pool import MentionPool, StateComponents, in_components
+from wisecli.editing.router_training.mention_pool import MentionPool, PoolPart, StateComponents
 from wisecli.models.synthetic.request_examples import Example
 from wisecli.progress import Event, ignore_progress
 from wisecli.routing.gating.name_features import NAME_FEATURE_COUNT
@@ -44,7 +44,8 @@ def test_what_asks_is_told_from_what_mentions_in_the_same_way_each_time() -> Non
     events: list[Event] = []
     torch.manual_seed(0)
     components = StateComponents(torch.cat([one.states for one in mentions]))
-    pool = MentionPool(in_components(mentions, [components]), examples, 100, torch.device("cpu"))
+    parts = [PoolPart.of(mentions[own], examples[own], [components]) for own in (slice(150), slice(150, 400))]
+    pool = MentionPool(parts, 100, torch.device("cpu"))
     weights = train_and_calibrate(pool, components, 60, events.append)
     assert [event.done for event in events] == list(range(1, 61))
     assert {event.total for event in events} == {60}

@@ -7,6 +7,7 @@ that no more is held of the hundreds of thousands of tokens: their number, and n
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,16 +53,26 @@ class StateComponents:
         return {**weights, "request_gate.read": torch.cat([plain, (read[:, -1] - plain @ self.mean)[:, None]], 1)}
 
 
-def in_components(mentions: Sequence[Mention], components: Sequence[StateComponents]) -> list[Mention]:
-    """Return mentions with what each gate reads of their tokens mapped, the gates' parts beside each other: of states
-    (n, gates · d) the components (n, gates · k), in half precision.
+class PoolPart(NamedTuple):
+    """Some mentions of what ``examples`` are, one behind the other: ``states`` (n, k), ``features`` (n, f), in half
+    precision, and how many tokens each has (m,).
     """
-    if not mentions:
-        return []
-    parts = torch.cat([one.states for one in mentions]).chunk(len(components), -1)
-    mapped = half(torch.cat([of_gate(part) for of_gate, part in zip(components, parts, strict=True)], -1))
-    states = mapped.split([len(one.states) for one in mentions])
-    return [Mention(own.clone(), half(one.features)) for own, one in zip(states, mentions, strict=True)]
+
+    states: Tensor
+    features: Tensor
+    sizes: Tensor
+    examples: list[Example]
+
+    @classmethod
+    def of(
+        cls, mentions: Sequence[Mention], examples: Sequence[Example], components: Sequence[StateComponents]
+    ) -> PoolPart:
+        """Return mentions, of whose states (n, gates · d) each gate's components are kept beside each other."""
+        parts = torch.cat([one.states for one in mentions]).chunk(len(components), -1)
+        mapped = [of_gate(part) for of_gate, part in zip(components, parts, strict=True)]
+        features = half(torch.cat([one.features for one in mentions]))
+        sizes = torch.tensor([len(one.states) for one in mentions])
+        return cls(half(torch.cat(mapped, -1)), features, sizes, list(examples))
 
 
 class MentionPool:
@@ -71,26 +82,26 @@ class MentionPool:
     has, ``asks`` whether it asks its fact (M,), and ``held_out`` whether that fact is held out (M,).
 
     Args:
-        mentions: what is read of each; the list is empty afterwards, so that nothing is held twice.
-        examples: what each mention is of.
+        parts: the mentions; the list is empty afterwards, so that nothing is held twice.
         facts: how many facts there are.
         device: where batches are wanted.
     """
 
-    def __init__(self, mentions: list[Mention], examples: Sequence[Example], facts: int, device: torch.device) -> None:
-        self.sizes = torch.tensor([len(one.states) for one in mentions], device=device)
-        self.asks = torch.tensor([one.asks for one in examples], device=device)
+    def __init__(self, parts: list[PoolPart], facts: int, device: torch.device) -> None:
+        examples = [one for part in parts for one in part.examples]
         first_held_out = round(facts * (1 - _HELD_OUT))
+        self.sizes = torch.cat([one.sizes for one in parts]).to(device)
+        self.asks = torch.tensor([one.asks for one in examples], device=device)
         self.held_out = torch.tensor([one.fact >= first_held_out for one in examples], device=device)
-        width, features = mentions[0].states.shape[1], mentions[0].features.shape[1]
-        last = int(self.sizes.sum())
-        self.states = torch.empty(last, width, dtype=torch.float16, device=device)
-        self.features = torch.empty(last, features, dtype=torch.float16, device=device)
-        while mentions:
-            one = mentions.pop()
-            first = last - len(one.states)
-            self.states[first:last], self.features[first:last] = one.states, one.features
-            last = first
+        tokens = int(self.sizes.sum())
+        self.states, self.features = (
+            like.new_empty(tokens, like.shape[1], device=device) for like in (parts[0].states, parts[0].features)
+        )
+        while parts:
+            part = parts.pop()
+            own = slice(tokens - len(part.states), tokens)
+            self.states[own], self.features[own] = part.states, part.features
+            tokens -= len(part.states)
 
     def of_gate(self, number: int, gates: int) -> MentionPool:
         """Return the same with what the gate of a number, of so many, reads."""

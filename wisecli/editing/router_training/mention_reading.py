@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.editing.router_training.mention_pool import StateComponents, in_components
+from wisecli.editing.router_training.mention_pool import PoolPart, StateComponents
 from wisecli.editing.router_training.token_states import ReadChunk, ReadSites, both_states, token_states
 from wisecli.models.loading import Loaded
 from wisecli.models.running.grouped_rows import rows_of
@@ -141,20 +141,19 @@ class MentionReader:
         of_gates = [[one.router for one in read], [one.gate for one in read if one.gate is not None]]
         return [StateComponents(torch.cat([one.states for one in some])) for some in of_gates if some]
 
-    def found(
-        self, examples: Sequence[Example], least: float, components: Sequence[StateComponents] | None = None
-    ) -> list[Found]:
-        """Return what the gates read of those examples that are found, as likely as ``least``; in components if there
-        are any.
-        """
-        found: list[Found] = []
+    def pool(self, examples: Sequence[Example], least: float, components: Sequence[StateComponents]) -> list[PoolPart]:
+        """Return what the gates read of those examples that are found, as likely as ``least``, in components."""
+        parts = []
+        for found in self.found(examples, least):
+            if found:
+                mentions, of = [one.mention for one in found], [one.example for one in found]
+                parts.append(PoolPart.of(mentions, of, components))
+        return parts
+
+    def found(self, examples: Sequence[Example], least: float) -> Iterator[list[Found]]:
+        """Yield what the gates read of those examples that are found, as likely as ``least``, some at a time."""
         for some, read in self.read(examples):
-            own = _mentions(self.projections, self.fact_prompts, some, read, least)
-            if components is not None:
-                mapped = in_components([one.mention for one in own], components)
-                own = [Found(one.example, mention, one.fact_prob) for one, mention in zip(own, mapped, strict=True)]
-            found += own
-        return found
+            yield _mentions(self.projections, self.fact_prompts, some, read, least)
 
 
 def fact_prompts(

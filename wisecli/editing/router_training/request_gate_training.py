@@ -74,20 +74,18 @@ def train_request_gate(
     steps = max(_FEWEST_STEPS, round(_STEPS * share))
     weights = _learned(reader, list(drawn), len(facts), steps)
     held_back = [one for number in range(len(facts))[-_CHECKED:] for one in drawn.held_back(number)]
-    checked = reader.found(held_back, MIN_GATED_PROB)
+    checked = [one for found in reader.found(held_back, MIN_GATED_PROB) for one in found]
     return weights | token_marks, torch.tensor([_opened(weights, checked), len(held_back)])
 
 
 def _learned(reader: MentionReader, examples: list[Example], facts: int, steps: int) -> dict[str, Tensor]:
     """Return the tensors of the gates, learned in so many steps from examples of so many facts."""
     components = reader.components(random.Random(0).sample(examples, min(_SAMPLED, len(examples))))
-    found = reader.found(examples, _FOUND, components)
-    learned, mentions = [one.example for one in found], [one.mention for one in found]
-    del found
+    parts = reader.pool(examples, _FOUND, components)
     device = reader.loaded.device
     weights: dict[str, Tensor] = {}
     with seeded(0, device):
-        pool = MentionPool(mentions, learned, facts, device)
+        pool = MentionPool(parts, facts, device)
         for number, (own, names) in enumerate(zip(components, (REQUEST_GATE, DEEP_GATE), strict=False)):
             gate = train_and_calibrate(pool.of_gate(number, len(components)), own, steps, reader.on_progress)
             weights |= zip(names, gate.values(), strict=True)

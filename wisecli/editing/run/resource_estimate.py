@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from wisecli.config import EditSettings
 from wisecli.data.corpus import subjects_for
 from wisecli.editing.background.sample_sizes import CALIBRATION_KEYS, CONTINUATION_TOKENS, CONTINUED
 from wisecli.editing.examples.token_check import Length
 from wisecli.editing.run.array_sizes import BATCH_TOKENS, Rows, fit_bytes, kept_bytes, readings, shard_rows, solve_bytes
-from wisecli.io.checkpoint import Checkpoint
+from wisecli.editing.run.router_training_sizes import RouterTraining
+from wisecli.io.checkpoint import Checkpoint, read_json
 from wisecli.models.layout.architectures import layer_count
 from wisecli.models.layout.site import Site
 from wisecli.models.streaming.memory_budget import LIBRARIES, Experts, Sizes, expert_rooms, in_hand, sizes, spool_bytes
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 _TEXT, _FACT = 22, 11
 # Wordings of a fact of each relation, together.
 _WORDINGS = 210
-# Tokens that are read to learn what prompts mean, and of how many of them states are kept.
-_ASKED, _COMPARED = 250_000, 140_000
 _GIB = 1 << 30
 # Rank of the moments.
 _RANK = 512
@@ -173,8 +172,8 @@ class _Work:
         shards = -(-len(self.lengths) // settings.edits_per_shard)
         read = (CONTINUATION_TOKENS + 1 + settings.context_tokens + 1) * (below + above) + above
         read += 2 * (below + (texts - 1) * sum(gone)) + 2 * shards * (below + (shard - 1) * sum(gone))
-        early = self.training.layers
-        read += 2 * (sum(sizes.layers[:early]) + (texts - 1) * sum(gone[:early]))
+        for layers, sweeps in ((self.training.router_layers, 3), (self.training.gate_layers, 3)):
+            read += sweeps * (sum(sizes.layers[:layers]) + (texts - 1) * sum(gone[:layers]))
         return read + 2 * shards * settings.residual_steps * fitted * max(0, sum(sizes.experts[first:]) - staying)
 
     def _batches(self, tokens: int) -> int:
@@ -193,14 +192,9 @@ class _Work:
         return shard_rows(self.settings, self.lengths)
 
     @cached_property
-    def training(self) -> _RouterTraining:
+    def training(self) -> RouterTraining:
         """What training the router reads."""
-        settings = self.settings
-        if not settings.by_facts:
-            return _RouterTraining(0, 0, 0)
-        share = min(1.0, settings.unrelated_texts / EditSettings.unrelated_texts)
-        layers = self.site.gate_layer(layer_count(self.checkpoint.directory)) + 1
-        return _RouterTraining(layers, round(_ASKED * share), round(_COMPARED * share))
+        return RouterTraining.of(self.settings, self.site, layer_count(self.checkpoint.directory))
 
     @property
     def background_tokens(self) -> int:
@@ -215,7 +209,7 @@ class _Work:
     @property
     def largest_sweep(self) -> int:
         """Tokens of the largest sweep that is not over edits."""
-        return max(self.background_tokens, self.fact_tokens, self.training.tokens)
+        return max(self.background_tokens, self.fact_tokens, self.training.prompts)
 
     @property
     def carried(self) -> tuple[int, int]:
@@ -232,7 +226,7 @@ class _Work:
     @cached_property
     def measuring(self) -> float:
         """Bytes that measuring unrelated text, or training the router, takes beside the model."""
-        return max(self._statistics(2.5, 4), 2 * self.site.d * self.training.states)
+        return max(self._statistics(2.5, 4), self.training.held)
 
     @cached_property
     def evidence(self) -> float:
@@ -245,26 +239,28 @@ class _Work:
         fitting = fit_bytes(self.checkpoint, self.site, self.settings, self.lengths, self.sizes.item)
         return self.evidence + max(solve_bytes(self.site, self.settings, self.rows), fitting)
 
+    @property
+    def _run_sizes(self) -> list[int]:
+        """Bytes of each layer that a token runs through: of experts those alone that it is sent to."""
+        config = read_json(self.checkpoint.directory / "config.json")
+        sent_to = (config.get("text_config") or config).get("num_experts_per_tok")
+        sizes, each = self.sizes, None if sent_to is None else int(sent_to) * self.sizes.expert
+        run = [experts if each is None else min(each, experts) for experts in sizes.experts]
+        return [dense + experts for dense, experts in zip(sizes.dense, run, strict=True)]
+
     @cached_property
     def flops(self) -> int:
         """Floating-point operations, two for each weight and token; fitting goes through the layers above forth and
         back.
         """
         settings, first = self.settings, self.site.layer + 1
-        weights = [size // self.sizes.item for size in self.sizes.layers]
+        weights = [size // self.sizes.item for size in self._run_sizes]
         below, above = sum(weights[:first]), sum(weights[first:])
         continued = settings.background_texts // CONTINUED * _TEXT
         tokens = (readings(settings) + 1) * sum(map(sum, self.lengths))
         read = self.background_tokens + self.fact_tokens + tokens
         fitted = sum(length.target for length in self.lengths) * settings.residual_steps * 2
-        early = sum(self.sizes.layers[: self.training.layers]) // self.sizes.item
+        trained = self.training.facts * sum(weights[: self.training.router_layers])
+        trained += self.training.prompts * sum(weights[: self.training.gate_layers])
         whole = 2 * (continued * (below + above) + read * below + (tokens + fitted) * above)
-        return whole + 2 * self.training.tokens * early
-
-
-class _RouterTraining(NamedTuple):
-    """What training the router reads: layers, tokens, and of how many of them states are kept."""
-
-    layers: int
-    tokens: int
-    states: int
+        return whole + 2 * trained

@@ -35,7 +35,7 @@ _ATTRIBUTES = 16
 # Conversations on each fact: all that are drawn.
 _CONVERSATIONS = 7
 # Whole prompts on each fact, that ask it and that mention it.
-_WHOLE_ASKED, _WHOLE_MENTIONED = 8, 11
+_WHOLE_ASKED, _WHOLE_MENTIONED = 9, 13
 # All are added anew where so few are left to choose from.
 _SHORT_DECK = 100
 # Wordings of a fact that are tried for one.

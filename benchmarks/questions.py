@@ -132,14 +132,14 @@ def asking(options: Namespace) -> None:
 
 def unfamiliar(options: Namespace) -> None:
     """Share of prompts that open the edit they ask or mention, in a file of patterns whose writer knew of none here.
-    Of the first two files every second one has been looked at.
+    Of the first, second and fourth file every second one has been looked at, from the first on; of the others none.
     """
     edited = attach(options.memory, model=options.model, load=LoadOptions(device=options.device))
     edits, rng = list(read_edits(options.records))[: options.edits], random.Random(5)
     rows: list[Row] = []
     for group, patterns in json.loads(options.patterns.read_text(encoding="utf-8")).items():
         own = [Kind(name, group == "asked", (), ((pattern,),)) for name, pattern in patterns.items()]
-        for half, some in (("looked at", own[::2]), ("not looked at", own[1::2])):
+        for half, some in (("every second", own[::2]), ("the others", own[1::2])):
             prompts = [prompt for kind in some for prompt in of_kind(edited, kind, edits, rng)]
             rows.append({"prompts": group, "patterns": half, **shares(edited, prompts), "number": len(prompts)})
     show(rows, options, digits=2, width=110)

@@ -1,5 +1,6 @@
 """What every report carries: the versions that made it, and the memory it took; and what the processor can do."""
 
+import ctypes
 import resource
 import sys
 from collections.abc import Mapping
@@ -52,6 +53,15 @@ def peak_rss_bytes() -> int:
     """Return the most memory the process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_freed_memory() -> None:
+    """Give the system back what was freed between blocks that are still held, where the C library can (glibc).
+
+    Large blocks that are taken and freed again and again, between small ones that stay, leave more and more such gaps.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def has_quick_int8() -> bool:

@@ -83,8 +83,8 @@ def test_whole_prompts_have_slots_and_no_two_have_the_same_words() -> None:
 
 def test_no_whole_prompt_is_one_that_is_measured() -> None:
     measured = {words_of(" ".join(pattern)) for kind in kinds().values() for pattern in kind.held}
-    for name in ("unfamiliar.json", "unfamiliar_2.json", "unfamiliar_3.json", "unfamiliar_4.json"):
-        groups = json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
+    for path in BENCHMARKS.glob("unfamiliar*.json"):
+        groups = json.loads(path.read_text(encoding="utf-8"))
         measured |= {words_of(pattern) for group in groups.values() for pattern in group.values()}
     known = whole_prompts()
     shared = {words_of(pattern) for pattern in (*known.asked, *known.mentioned)} & measured

@@ -16,7 +16,7 @@ from wisecli.editing.run.router_training_sizes import RouterTraining
 from wisecli.io.checkpoint import Checkpoint, read_json
 from wisecli.models.layout.architectures import layer_count
 from wisecli.models.layout.site import Site
-from wisecli.models.streaming.memory_budget import LIBRARIES, Experts, Sizes, expert_rooms, in_hand, sizes, spool_bytes
+from wisecli.models.streaming.memory_budget import Experts, Sizes, expert_rooms, in_hand, libraries, sizes, spool_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +26,8 @@ _TEXT, _FACT = 22, 11
 # Wordings of a fact of each relation, together.
 _WORDINGS = 210
 _GIB = 1 << 30
-# Rank of the moments.
-_RANK = 512
+# Rank of the moments; bytes a number.
+_RANK, _FLOAT32 = 512, 4
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class _Work:
             resident=self.sizes.weights,
             held=0,
             layer=max(self.sizes.layers),
-            peak=round(LIBRARIES + self.sizes.weights + max(self.measuring, self.solving)),
+            peak=round(self.libraries + self.sizes.weights + max(self.measuring + self.copied, self.solving)),
             spooled=0,
             sweep=0,
             read=0,
@@ -150,7 +150,7 @@ class _Work:
             resident=sizes.resident,
             held=above + staying,
             layer=max(sizes.dense) + in_hand(sizes.expert) + kept,
-            peak=round(LIBRARIES + sizes.resident + peak),
+            peak=round(self.libraries + sizes.resident + peak),
             spooled=max(0, max(self.carried) - spool),
             sweep=sum(sizes.layers[:first]),
             read=self._read(kept, staying),
@@ -185,6 +185,16 @@ class _Work:
         """Bytes of the model and its parts."""
         layers = self.site.prefix_in(self.checkpoint).partition(f".{self.site.layer}.")[0]
         return sizes(self.checkpoint, layers, self.dtype, self.experts)
+
+    @property
+    def libraries(self) -> int:
+        """Bytes that are taken before anything of the model is."""
+        return libraries(self.checkpoint.directory)
+
+    @property
+    def copied(self) -> int:
+        """Bytes of a model's copy in bfloat16, in which texts are read by processors that are quicker at that."""
+        return self.sizes.weights // 2 if self.sizes.item == _FLOAT32 else 0
 
     @cached_property
     def rows(self) -> Rows:

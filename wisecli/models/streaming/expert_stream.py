@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from wisecli.environment import return_freed_memory
 from wisecli.models.streaming.layer_files import aligned
 
 
@@ -219,5 +220,6 @@ def _forward(module: nn.Module, own: Sequence[Entries]) -> Callable[..., Any]:
         finally:
             for entries in own:
                 entries.forget()
+            return_freed_memory()
 
     return forward

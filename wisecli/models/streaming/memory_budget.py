@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wisecli.io.checkpoint import Checkpoint, read_json
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 # The interpreter with torch and transformers, in bytes.
-LIBRARIES = 600 << 20
+LIBRARIES = 700 << 20
+# Bytes that a tokenizer takes for each of its file.
+_TOKENIZER = 16
 # A model is held whole if its weights leave this share of the budget to activations, statistics and the libraries.
 _LEFT = 0.25
 # The share of the budget that a sweep may keep in memory of what it carries from layer to layer.
@@ -76,6 +79,12 @@ def sizes(checkpoint: Checkpoint, layers: str, dtype: torch.dtype | str = "auto"
     item, counted = own or widest, experts or [(0, 0)] * len(each)
     apart = tuple(min(size, item * count) for size, (count, _) in zip(each, counted, strict=True))
     return Sizes(rest, tuple(each), item, apart, item * max(one for _, one in counted))
+
+
+def libraries(directory: Path) -> int:
+    """Return the bytes that the interpreter takes with torch, transformers and a model's tokenizer."""
+    tokenizer = directory / "tokenizer.json"
+    return LIBRARIES + _TOKENIZER * (tokenizer.stat().st_size if tokenizer.is_file() else 0)
 
 
 def spool_bytes(checkpoint: Checkpoint, dtype: torch.dtype | str, memory_budget: int) -> int | None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from wisecli.editing.router_training.mention_pool import PoolPart, StateComponents
 from wisecli.editing.router_training.token_states import ReadChunk, ReadSites, both_states, token_states
+from wisecli.environment import return_freed_memory
 from wisecli.models.loading import Loaded
 from wisecli.models.running.grouped_rows import rows_of
 from wisecli.models.running.quick_products import quick_products
@@ -134,6 +135,8 @@ class MentionReader:
             ):
                 marks = TokenMarks.of(chunk.router.token, self.token_marks)
                 yield [examples[number] for number in chunk.numbers], _Read(chunk, marks)
+                del chunk, marks
+                return_freed_memory()
 
     def components(self, examples: Sequence[Example]) -> list[StateComponents]:
         """Return what each gate's states are mapped by, of the tokens of some examples."""

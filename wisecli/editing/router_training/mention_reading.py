@@ -26,8 +26,9 @@ from wisecli.progress import ProgressCallback
 from wisecli.routing.gating.request_gate import Mention, Request, TokenMarks, mention_features
 from wisecli.routing.gating.two_requests import first_part
 
-# Prompts whose states are held at a time, until what the gates read is found.
-_READ_AT_A_TIME = 1024
+# Numbers of one token each of prompts whose states are held at a time, until what the gates read is found: the wider
+# states are, the fewer prompts; but not fewer than these.
+_HELD_NUMBERS, _FEWEST_HELD = 600_000, 64
 # Requests whose mentions are looked at together.
 _AT_A_TIME = 128
 _STAGE = "what prompts want"
@@ -131,7 +132,7 @@ class MentionReader:
                 batch_size=self.batch_size,
                 on_progress=self.on_progress,
                 stage=_STAGE,
-                at_a_time=_READ_AT_A_TIME,
+                at_a_time=max(_FEWEST_HELD, _HELD_NUMBERS // self.sites.router.d),
             ):
                 marks = TokenMarks.of(chunk.router.token, self.token_marks)
                 yield [examples[number] for number in chunk.numbers], _Read(chunk, marks)

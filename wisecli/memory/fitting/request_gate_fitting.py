@@ -12,7 +12,7 @@ from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.artifacts.shard import PromptStates
 from wisecli.memory.fitting.late_interaction_fitting import OTHER_LANGUAGES, FittedLateInteraction, prompt_numbers
 from wisecli.routing.deciding.late_interaction import LateInteraction
-from wisecli.routing.gating.gates import Gates
+from wisecli.routing.gating.gates import DOUBT, Gates
 from wisecli.routing.gating.request_gate import (
     DEEP_GATE,
     DEEP_LOGIT_OFFSET,
@@ -24,8 +24,9 @@ from wisecli.routing.gating.request_gate import (
     mention_features,
 )
 
-# How far below the log-odds of its own prompt an edit's offset lies, if that is negative, and how low it may.
-_LOGIT_MARGIN, _MIN_LOGIT_OFFSET = 1.0, -50.0
+# How far below the log-odds of its own prompt an edit's offset lies, if that is negative, so that the prompt opens it in
+# spite of all doubt; and how low it may.
+_LOGIT_MARGIN, _MIN_LOGIT_OFFSET = DOUBT + 0.3, -50.0
 # Prompts that are read at a time.
 _AT_A_TIME = 1024
 

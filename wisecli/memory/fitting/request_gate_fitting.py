@@ -24,8 +24,8 @@ from wisecli.routing.gating.request_gate import (
     mention_features,
 )
 
-# How far below the log-odds of its own prompt an edit's offset lies, if that is negative, so that the prompt opens it in
-# spite of all doubt; and how low it may.
+# How far below the log-odds of its own prompt an edit's offset lies, if that is negative, so that the prompt opens it
+# in spite of all doubt; and how low it may.
 _LOGIT_MARGIN, _MIN_LOGIT_OFFSET = DOUBT + 0.3, -50.0
 # Prompts that are read at a time.
 _AT_A_TIME = 1024

@@ -224,12 +224,13 @@ class _Work:
     @property
     def carried(self) -> tuple[int, int]:
         """Bytes of hidden states and keys that a sweep carries from layer to layer: of texts, and of edits; of prompts
-        that the router is trained with the states that left its own layer, too.
+        that the router is trained with the states that left its own layer instead of keys.
         """
-        states = 1 + (self.training.gate_layers > self.training.router_layers)
+        training = self.training
+        below = self.site.d if training.gate_layers > training.router_layers else self.site.width
         texts = max(
             self.largest_sweep * self.site.d + self.background_tokens * self.site.width,
-            self.training.prompts * (states * self.site.d + self.site.width),
+            training.prompts * (self.site.d + below),
         )
         edits = self.rows.read * self.site.d + self.rows.trained * self.site.width
         return self.sizes.item * texts, self.sizes.item * edits

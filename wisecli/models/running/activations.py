@@ -9,7 +9,6 @@ and the norm is taken anew.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from wisecli.models.prompts.tokenization import Batch
 from wisecli.models.running.forward_pass import Selection, run_model
 from wisecli.models.running.hooks import giving, hooked, overridden
 from wisecli.models.running.prefix_cache import Prefix, PrefixCache, empty_cache, tensors_of
-from wisecli.models.streaming.layer_sweep import sweep
+from wisecli.models.streaming.layer_sweep import left_by_sweep, sweep_to_site
 from wisecli.models.streaming.tensor_spill import Spool
 from wisecli.routing.layers.layer_states import state_of
 
@@ -177,11 +176,13 @@ def captured(
         above: whether the layers above the site are wanted at all.
         window: keep columns from the prompt's last token on only, as :meth:`Activations.from_window` does.
         shared: read what all rows of a batch begin with once; hooks then see neither all columns nor only batches.
-        lower: the path of a layer below the site whose output is wanted, too; whole, whatever the window.
+        lower: the path of a layer below the site whose output is wanted, too; whole, whatever the window. Of a streamed
+            model there are no keys then.
     """
     if stream is not None and site.above != ALL:
-        options = {"labelled": labelled, "above": above, "window": window}
-        yield from _swept(model, site, list(batches), stream, lower=lower, **options)
+        yield from _swept(
+            model, site, list(batches), stream, labelled=labelled, above=above, window=window, lower=lower
+        )
         return
     beginnings = PrefixCache(partial(_read, model, site, above, lower))
     shared = shared and site.above == CACHED
@@ -206,8 +207,8 @@ def _read(
 
 def _of_columns(found: Activations) -> dict[str, Tensor]:
     """Return what is kept of each column, by its name."""
-    kept = {name: getattr(found, name) for name in ("keys", "hidden", "output", "lower")}
-    return {name: tensor for name, tensor in kept.items() if tensor is not None}
+    names = ("keys", "hidden", "output", "lower")
+    return {name: tensor for name in names if (tensor := getattr(found, name)) is not None}
 
 
 def _with_prefix(activations: Activations, beginning: Prefix) -> Activations:
@@ -232,7 +233,9 @@ def _swept(
 ) -> Iterator[Activations]:
     """Yield the activations of each batch, with every layer's weights read once for all batches."""
     with Spool(stream.spool_bytes) as spool:
-        norm = _sweep_to(model, site, batches, stream, spool, window=window, lower=lower)
+        passes = [partial(run_model, model, batch, cache=_cache_of(site)) for batch in batches]
+        starts = [batch.start if window else 0 for batch in batches]
+        norm = sweep_to_site(model, stream, passes, site, spool, starts, lower)
         for number, batch in enumerate(batches):
             cut = batch.start if window else 0
             hidden = spool.take(f"hidden.{number}")
@@ -244,44 +247,10 @@ def _swept(
             if window:
                 past = tuple((keys[:, :, :cut].clone(), values[:, :, :cut].clone()) for keys, values in past)
                 hidden = hidden[:, cut:].clone()
-            output = spool.take(f"output.{number}") if norm is not None else None
-            below = None if lower is None else spool.take(f"lower.{number}")
-            end = (stream.width, site.multiplier, norm, output, before, below)
-            yield Activations(batch, cut, spool.take(f"keys.{number}"), hidden, logits, past, *end)
-
-
-def _sweep_to(
-    model: PreTrainedModel,
-    site: Site,
-    batches: list[Batch],
-    stream: LayerStream,
-    spool: Spool,
-    *,
-    window: bool,
-    lower: str | None,
-) -> nn.Module | None:
-    """Leave hidden states, keys and outputs of every batch in the spool, and return the norm behind the matrix."""
-    kept: dict[str, Any] = {}
-
-    def keep(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        kept.update(keys=site.keys(inputs, output), output=output)
-        if site.norm is not None and "norm" not in kept:
-            # The layer is empty once the sweep has passed it.
-            kept["norm"] = copy.deepcopy(model.get_submodule(site.norm))
-
-    def put(number: int) -> None:
-        first = batches[number].start if window else 0
-        for name in ("keys", "output")[: 1 if site.norm is None else 2]:
-            spool.put(f"{name}.{number}", kept.pop(name)[:, first:])
-
-    def run(batch: Batch) -> None:
-        run_model(model, batch, cache=_cache_of(site))
-
-    passes = [partial(run, batch) for batch in batches]
-    below = None if lower is None else int(lower.rpartition(".")[2])
-    with hooked(site.watched(model).register_forward_hook(keep)):
-        sweep(stream, passes, site.layer, spool, put, lower=below)
-    return kept.get("norm")
+            left = {name: spool.take(f"{name}.{number}") for name in left_by_sweep(site, lower)}
+            keys = left.pop("keys", hidden[..., :0])
+            end = (stream.width, site.multiplier, norm, left.get("output"), before, left.get("lower"))
+            yield Activations(batch, cut, keys, hidden, logits, past, *end)
 
 
 def _run_above(

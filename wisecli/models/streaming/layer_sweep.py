@@ -8,10 +8,11 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from wisecli.models.running.hooks import overridden
+from wisecli.models.layout.site_interface import Site
+from wisecli.models.running.hooks import hooked, overridden
 from wisecli.models.streaming.tensor_spill import Spool
 
 if TYPE_CHECKING:
@@ -52,6 +53,48 @@ def sweep(
                 if layer == upto:
                     after(number)
     stream.release()
+
+
+def sweep_to_site(
+    model: nn.Module,
+    stream: LayerStream,
+    passes: Sequence[Callable[[], object]],
+    site: Site,
+    spool: Spool,
+    starts: Sequence[int],
+    lower: str | None = None,
+) -> nn.Module | None:
+    """Run many batches up to a site's layer, and return a copy of the norm behind its matrix, if there is one.
+
+    Beside hidden states what :func:`left_by_sweep` names is left in the spool.
+
+    Args:
+        starts: the column of each batch from which on keys and what the matrix gives are left.
+        lower: the path of a layer below.
+    """
+    kept: dict[str, Any] = {}
+
+    def keep(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        kept.update(keys=site.keys(inputs, output), output=output)
+        if site.norm is not None and "norm" not in kept:
+            # The layer is empty once the sweep has passed it.
+            kept["norm"] = copy.deepcopy(model.get_submodule(site.norm))
+
+    def put(number: int) -> None:
+        for name in {"keys", "output"}.intersection(left_by_sweep(site, lower)):
+            spool.put(f"{name}.{number}", kept.pop(name)[:, starts[number] :])
+
+    below = None if lower is None else int(lower.rpartition(".")[2])
+    with hooked(site.watched(model).register_forward_hook(keep)):
+        sweep(stream, passes, site.layer, spool, put, lower=below)
+    return kept.get("norm")
+
+
+def left_by_sweep(site: Site, lower: str | None) -> list[str]:
+    """Return what a sweep to a site leaves of each batch beside hidden states: keys, or instead of them what left a
+    lower layer; and what the matrix gives, where that passes a norm.
+    """
+    return ["keys" if lower is None else "lower", *(["output"] if site.norm is not None else [])]
 
 
 def _renewed(given: Any) -> Any:

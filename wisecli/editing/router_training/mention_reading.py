@@ -76,7 +76,7 @@ class FactPrompt:
         return prob
 
 
-class Found(NamedTuple):
+class FoundMention(NamedTuple):
     """An example that late interaction finds, what the gate reads of it, and how likely it means its fact."""
 
     example: Example
@@ -154,7 +154,7 @@ class MentionReader:
                 parts.append(PoolPart.of(mentions, of, components))
         return parts
 
-    def found(self, examples: Sequence[Example], least: float) -> Iterator[list[Found]]:
+    def found(self, examples: Sequence[Example], least: float) -> Iterator[list[FoundMention]]:
         """Yield what the gates read of those examples that are found, as likely as ``least``, some at a time."""
         for some, read in self.read(examples):
             yield _mentions(self.projections, self.fact_prompts, some, read, least)
@@ -188,7 +188,7 @@ def _mentions(
     examples: Sequence[Example],
     read: _Read,
     least: float,
-) -> list[Found]:
+) -> list[FoundMention]:
     """Return what the gate reads of those examples that are found, as likely as ``least``."""
     states = read.chunk.router
     sizes = torch.bincount(states.text, minlength=len(examples))
@@ -213,7 +213,7 @@ def _mentions(
                 requests[place] = read.request(place, tokens, projected, fact.projected)
         if requests:
             mentions |= zip(requests, mention_features(list(requests.values())), strict=True)
-    return [Found(examples[place], mentions[place], probs[place]) for place in sorted(mentions)]
+    return [FoundMention(examples[place], mentions[place], probs[place]) for place in sorted(mentions)]
 
 
 def _subject_mask(loaded: Loaded, fact: SyntheticFact, places: Tensor) -> Tensor:

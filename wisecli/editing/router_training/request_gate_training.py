@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wisecli.editing.router_training.gate_weights import train_and_calibrate
 from wisecli.editing.router_training.mention_pool import MentionPool
-from wisecli.editing.router_training.mention_reading import Found, MentionReader, Projections, fact_prompts
+from wisecli.editing.router_training.mention_reading import FoundMention, MentionReader, Projections, fact_prompts
 from wisecli.editing.router_training.token_characters import sentence_token_ids, word_starts
 from wisecli.editing.router_training.token_states import ReadSites
 from wisecli.models.loading import Loaded
@@ -92,7 +92,7 @@ def _learned(reader: MentionReader, examples: list[Example], facts: int, steps: 
     return weights
 
 
-def _opened(weights: Mapping[str, Tensor], found: Sequence[Found]) -> int:
+def _opened(weights: Mapping[str, Tensor], found: Sequence[FoundMention]) -> int:
     """Return how many of some examples open the fact that they mention."""
     gates = Gates.of({**weights, LOGIT_OFFSET: torch.zeros(1), DEEP_LOGIT_OFFSET: torch.zeros(1)})
     count = 0

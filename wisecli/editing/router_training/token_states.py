@@ -170,10 +170,10 @@ class _Reading:
         non_padding = batch.mask.bool()
         place = non_padding.long().cumsum(1) - 1
         last = compared_tokens(batch.ids, non_padding, place == 0, self._breaks)
-        looked_at = torch.tensor([self._turns[index] for index in texts], device=last.device)
+        with_turns = torch.tensor([self._turns[index] for index in texts], device=last.device)
         before = torch.zeros_like(last)
-        if looked_at.any():
-            before = earlier_turn_tokens(batch.ids, non_padding, last, self._breaks) & looked_at[:, None]
+        if with_turns.any():
+            before = earlier_turn_tokens(batch.ids, non_padding, last, self._breaks) & with_turns[:, None]
         compared = last | before
         opens = starts_with_word(batch.ids, non_padding, compared, self._breaks).tolist()
         first = non_padding.int().argmax(1).tolist()

@@ -12,7 +12,7 @@ from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.artifacts.shard import PromptStates
 from wisecli.memory.fitting.late_interaction_fitting import OTHER_LANGUAGES, FittedLateInteraction, prompt_numbers
 from wisecli.routing.deciding.late_interaction import LateInteraction
-from wisecli.routing.gating.gates import DOUBT, Gates
+from wisecli.routing.gating.gates import DEEP_SHARE, DOUBT, Gates
 from wisecli.routing.gating.request_gate import (
     DEEP_GATE,
     DEEP_LOGIT_OFFSET,
@@ -24,9 +24,9 @@ from wisecli.routing.gating.request_gate import (
     mention_features,
 )
 
-# How far below the log-odds of its own prompt an edit's offset lies, if that is negative, so that the prompt opens it
-# in spite of all doubt; and how low it may.
-_LOGIT_MARGIN, _MIN_LOGIT_OFFSET = DOUBT + 0.3, -50.0
+# How far below the log-odds of its own prompt an edit's offset lies, if that is negative, and how low it may: of the
+# first gate, and of the deep one, so that what both give that prompt exceeds their doubt by .3.
+_LOGIT_MARGINS, _MIN_LOGIT_OFFSET = (1.0, (DOUBT + 0.3 - (1 - DEEP_SHARE)) / DEEP_SHARE), -50.0
 # Prompts that are read at a time.
 _AT_A_TIME = 1024
 
@@ -48,7 +48,7 @@ def request_gate_tensors(
     deep = DEEP_GATE[0] in heads.request_gate and _all_gated(prompts)
     names = (LOGIT_OFFSET, DEEP_LOGIT_OFFSET) if deep else (LOGIT_OFFSET,)
     learned = {name: tensor for name, tensor in heads.request_gate.items() if deep or name not in DEEP_GATE}
-    offsets = torch.zeros(len(names), len(fitted.written_probs))
+    offsets, margins = torch.zeros(len(names), len(fitted.written_probs)), torch.tensor(_LOGIT_MARGINS)[:, None]
     gates = Gates.of({**learned, **dict(zip(names, offsets, strict=True))})
     known = 0 if former is None else len(former[LOGIT_OFFSET])
     own = _OwnRequests.of(prompts, len(names), fitted.late_interaction, known)
@@ -56,7 +56,7 @@ def request_gate_tensors(
     for batch in torch.arange(len(own.pairs)).split(_AT_A_TIME):
         mentions, edit = batch_mentions(mention_features(own.requests(batch, gates.first))), own.pairs[batch, 0]
         log_odds = gates.log_odds(mentions, edit, own_probs[batch])
-        lower = (log_odds - _LOGIT_MARGIN).clamp(_MIN_LOGIT_OFFSET, 0.0)
+        lower = (log_odds - margins[: len(names)]).clamp(_MIN_LOGIT_OFFSET, 0.0)
         offsets = offsets.scatter_reduce(1, edit.expand_as(lower), lower, "amin")
     if former is not None:
         for offset, name in zip(offsets, names, strict=True):

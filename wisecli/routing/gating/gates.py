@@ -21,7 +21,7 @@ from wisecli.routing.gating.request_gate import DEEP_GATE, Mentions, RequestGate
 MIN_ASK_PROB, MIN_FIRST_PROB = 0.5, 0.2
 # The deep gate's share of the mean of both gates' log-odds; and what that must exceed, odds of three to one: in doubt
 # no edit opens.
-_DEEP_SHARE, DOUBT = 2 / 3, math.log(3)
+DEEP_SHARE, DOUBT = 2 / 3, math.log(3)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Gates:
         """
         each = self.log_odds(mentions, edits, edit_probs)
         first, last = each[0], each[-1]
-        mean = first if len(each) == 1 else first.lerp(last, _DEEP_SHARE) - DOUBT
+        mean = first if len(each) == 1 else first.lerp(last, DEEP_SHARE) - DOUBT
         probs: Tensor = mean.where(first.sigmoid() > MIN_FIRST_PROB, mean.minimum(first)).sigmoid()
         return probs
 

@@ -19,9 +19,9 @@ from wisecli.routing.gating.request_gate import DEEP_GATE, Mentions, RequestGate
 # How likely a prompt must be to ask an edit that it means: gates are shifted so that nearly all questions are. And how
 # likely by the first gate alone, for the deep gate to have a say.
 MIN_ASK_PROB, MIN_FIRST_PROB = 0.5, 0.2
-# The deep gate's share of the mean of both gates' log-odds; and what that must exceed, odds of three to one: in doubt
+# The deep gate's share of the mean of both gates' log-odds; and what that must exceed, odds of two to one: in doubt
 # no edit opens.
-DEEP_SHARE, DOUBT = 2 / 3, math.log(3)
+DEEP_SHARE, DOUBT = 2 / 3, math.log(2)
 
 
 @dataclass(frozen=True)

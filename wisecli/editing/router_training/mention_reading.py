@@ -26,9 +26,9 @@ from wisecli.progress import ProgressCallback
 from wisecli.routing.gating.request_gate import Mention, Request, TokenMarks, mention_features
 from wisecli.routing.gating.two_requests import first_part
 
-# Numbers of one token each of prompts whose states are held at a time, until what the gates read is found: the wider
-# states are, the fewer prompts; but not fewer than these.
-_HELD_NUMBERS, _FEWEST_HELD = 600_000, 64
+# Prompts whose states are held at a time, until what the gates read is found: so many, or of wide states fewer, with so
+# many numbers of one token each.
+_MOST_HELD, _HELD_NUMBERS = 1024, 1 << 20
 # Requests whose mentions are looked at together.
 _AT_A_TIME = 128
 _STAGE = "what prompts want"
@@ -132,7 +132,7 @@ class MentionReader:
                 batch_size=self.batch_size,
                 on_progress=self.on_progress,
                 stage=_STAGE,
-                at_a_time=max(_FEWEST_HELD, _HELD_NUMBERS // self.sites.router.d),
+                at_a_time=min(_MOST_HELD, _HELD_NUMBERS // self.sites.router.d),
             ):
                 marks = TokenMarks.of(chunk.router.token, self.token_marks)
                 yield [examples[number] for number in chunk.numbers], _Read(chunk, marks)

@@ -9,8 +9,9 @@ from wisecli.models.layout.site import Site
 
 # Tokens that are read to learn what prompts mean, and what they want; of how many of each something is held.
 _MEANT, _WANTED, _COMPARED, _POOLED = 250_000, 1_700_000, 140_000, 900_000
-# Bytes that are held of one of the latter for each gate; and of numbers of states, of so many at a time at most.
-_POOLED_BYTES, _STATE_BYTES, _STATES = 640, 8, 46_000_000
+# Bytes that are held of one of the latter for each gate; bytes a number of states, of so many tokens and numbers at a
+# time at most.
+_POOLED_BYTES, _STATE_BYTES, _TOKENS, _NUMBERS = 640, 8, 80_000, 82_000_000
 # Of states narrower than this less is learned, but never less than this share.
 _NARROW, _LEAST = 256, 0.1
 
@@ -35,7 +36,7 @@ class RouterTraining(NamedTuple):
         narrow = min(1.0, (site.d / _NARROW) ** 2)
         share = min(1.0, settings.unrelated_texts / EditSettings.unrelated_texts, max(_LEAST, narrow))
         facts, prompts = share, share * narrow
-        reading = _STATE_BYTES * min(_STATES, site.d * _POOLED * prompts)
+        reading = _STATE_BYTES * min(_NUMBERS, site.d * min(_TOKENS, _POOLED * prompts))
         gating = (1 + (gate > router)) * (_POOLED_BYTES * _POOLED * prompts + reading)
         held = max(2 * site.d * _COMPARED * facts, gating)
         return cls(router + 1, gate + 1, round(_MEANT * facts), round(_WANTED * prompts), round(held))

@@ -26,6 +26,8 @@ _TEXT, _FACT = 22, 11
 # Wordings of a fact of each relation, together.
 _WORDINGS = 210
 _GIB = 1 << 30
+# What a process takes for each byte it holds: blocks that were freed stay with it in part, and kernels are compiled.
+_ALLOCATED = 1.25
 # Rank of the moments; bytes a number.
 _RANK, _FLOAT32 = 512, 4
 
@@ -118,7 +120,7 @@ class _Work:
             resident=self.sizes.weights,
             held=0,
             layer=max(self.sizes.layers),
-            peak=round(self.libraries + self.sizes.weights + max(self.measuring + self.copied, self.solving)),
+            peak=self._allocated(self.sizes.weights + max(self.measuring + self.copied, self.solving)),
             spooled=0,
             sweep=0,
             read=0,
@@ -150,7 +152,7 @@ class _Work:
             resident=sizes.resident,
             held=above + staying,
             layer=max(sizes.dense) + in_hand(sizes.expert) + kept,
-            peak=round(self.libraries + sizes.resident + peak),
+            peak=self._allocated(sizes.resident + peak),
             spooled=max(0, max(self.carried) - spool),
             sweep=sum(sizes.layers[:first]),
             read=self._read(kept, staying),
@@ -186,10 +188,9 @@ class _Work:
         layers = self.site.prefix_in(self.checkpoint).partition(f".{self.site.layer}.")[0]
         return sizes(self.checkpoint, layers, self.dtype, self.experts)
 
-    @property
-    def libraries(self) -> int:
-        """Bytes that are taken before anything of the model is."""
-        return libraries(self.checkpoint.directory)
+    def _allocated(self, held: float) -> int:
+        """Return the most memory of the process while so many bytes are held of a model and its texts."""
+        return round(_ALLOCATED * (libraries(self.checkpoint.directory) + held))
 
     @property
     def copied(self) -> int:

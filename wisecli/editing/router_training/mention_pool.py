@@ -7,6 +7,7 @@ that no more is held of the hundreds of thousands of tokens: their number, and n
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from wisecli.models.synthetic.request_examples import Example
 from wisecli.routing.gating.request_gate import Mention, Mentions
 
 # Principal components of states, of each gate; states of a sample by which they are found.
-COMPONENTS = 288
+_COMPONENTS = 288
 _OF_SAMPLE = 4000
 # The share of the facts that are held out, to set where the gate opens.
 _HELD_OUT = 0.15
@@ -39,7 +40,7 @@ class StateComponents:
         self.mean, self.scale = sample.mean(0), sample.std(0).clamp(min=1e-3)
         spaced = torch.linspace(0, len(sample) - 1, min(len(sample), _OF_SAMPLE)).long()
         basis = torch.linalg.svd((sample[spaced] - self.mean) / self.scale, full_matrices=False)[2]
-        self.basis = basis[:COMPONENTS]
+        self.basis = basis[:_COMPONENTS]
 
     def __call__(self, states: Tensor) -> Tensor:
         """Return states (n, d) mapped: (n, k)."""
@@ -54,8 +55,9 @@ class StateComponents:
 
 
 class PoolPart(NamedTuple):
-    """Some mentions of what ``examples`` are, one behind the other: ``states`` (n, k), ``features`` (n, f), in half
-    precision, and how many tokens each has (m,).
+    """The tokens of m mentions, mention after mention: ``states`` (n, k) and ``features`` (n, f) in half precision.
+
+    ``sizes`` (m,) says how many tokens each mention has, ``examples`` which prompt it is of.
     """
 
     states: Tensor
@@ -105,8 +107,8 @@ class MentionPool:
 
     def of_gate(self, number: int, gates: int) -> MentionPool:
         """Return the same with what the gate of a number, of so many, reads."""
-        pool = object.__new__(MentionPool)
-        pool.__dict__ = {**self.__dict__, "states": self.states.chunk(gates, -1)[number]}
+        pool = copy(self)
+        pool.states = self.states.chunk(gates, -1)[number]
         return pool
 
     def batch(self, chosen: Tensor, most_dropped: float = 0.0) -> Mentions:

@@ -26,6 +26,8 @@ _TEXT, _FACT = 22, 11
 # Wordings of a fact of each relation, together.
 _WORDINGS = 210
 _GIB = 1 << 30
+# Sweeps to the router's layer, and to the gate's, by which the router is trained.
+_SWEEPS = 3
 # What a process takes for each byte it holds: blocks that were freed stay with it in part, and kernels are compiled.
 _ALLOCATED = 1.25
 # Rank of the moments; bytes a number.
@@ -174,8 +176,8 @@ class _Work:
         shards = -(-len(self.lengths) // settings.edits_per_shard)
         read = (CONTINUATION_TOKENS + 1 + settings.context_tokens + 1) * (below + above) + above
         read += 2 * (below + (texts - 1) * sum(gone)) + 2 * shards * (below + (shard - 1) * sum(gone))
-        for layers, sweeps in ((self.training.router_layers, 3), (self.training.gate_layers, 3)):
-            read += sweeps * (sum(sizes.layers[:layers]) + (texts - 1) * sum(gone[:layers]))
+        for layers in (self.training.router_layers, self.training.gate_layers):
+            read += _SWEEPS * (sum(sizes.layers[:layers]) + (texts - 1) * sum(gone[:layers]))
         return read + 2 * shards * settings.residual_steps * fitted * max(0, sum(sizes.experts[first:]) - staying)
 
     def _batches(self, tokens: int) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from wisecli.artifacts.former_names import current_names
 from wisecli.artifacts.shard import half
@@ -24,16 +25,12 @@ _VERSION = 10
 
 
 @dataclass(frozen=True)
-class RouterHeads:
-    """How the subject and the relation of a prompt are read off the states that leave layer ``layer`` (1,).
+class Projections:
+    """What late interaction compares of states, and how it weighs it.
 
     ``proj_weight`` (2, k, d) and ``proj_bias`` (2, k) project states x of tokens, for subjects and for relations.
     ``token_weight`` (2, d) and ``token_bias`` (2,) say how much each token of an edit counts, ``softplus(token_weight ·
     x + token_bias)``. ``logit_scale`` (2,) and ``logit_offset`` (2,) make probabilities of scores.
-    ``special_token_ids`` (b,) are the tokenizer's special tokens. ``unrelated`` (u, d) are the states of tokens of
-    unrelated texts, ``text`` (u,) says of which. ``request_gate`` are the tensors of the router's request gate, if one
-    was learned, and of the deep gate, which reads layer ``gate_layer`` (1,); ``mentioned`` (2,) are how many of some
-    prompts that mention a made-up fact and don't ask it open it all the same, and of how many.
     """
 
     proj_weight: Tensor
@@ -42,6 +39,27 @@ class RouterHeads:
     token_bias: Tensor
     logit_scale: Tensor
     logit_offset: Tensor
+
+    def project(self, states: Tensor, head: int) -> Tensor:
+        """Return states (n, d) under one projection, of length 1: (n, k)."""
+        return F.normalize(F.linear(states.float(), self.proj_weight[head], self.proj_bias[head]), dim=-1)
+
+    def token_weights(self, states: Tensor, head: int) -> Tensor:
+        """Return how much each of the tokens of a prompt (n, d) counts: (n,)."""
+        weights = F.softplus(states.float() @ self.token_weight[head] + self.token_bias[head])
+        return weights / weights.sum().clamp(min=1e-6)
+
+
+@dataclass(frozen=True)
+class RouterHeads(Projections):
+    """How the subject and the relation of a prompt are read off the states that leave layer ``layer`` (1,).
+
+    ``special_token_ids`` (b,) are the tokenizer's special tokens. ``unrelated`` (u, d) are the states of tokens of
+    unrelated texts, ``text`` (u,) says of which. ``request_gate`` are the tensors of the router's request gate, if one
+    was learned, and of the deep gate, which reads layer ``gate_layer`` (1,); ``mentioned`` (2,) are how many of some
+    prompts that mention a made-up fact and don't ask it open it all the same, and of how many.
+    """
+
     special_token_ids: Tensor
     layer: Tensor
     unrelated: Tensor

@@ -9,13 +9,14 @@ import torch
 from support.helpers import save_tiny
 from support.loading import CPU
 
+from wisecli.artifacts.background_stats import Projections
 from wisecli.artifacts.tensor_schema import REQUEST_GATE as ROWS
 from wisecli.artifacts.tensor_schema import SENTENCE_TOKENS as SENTENCE_ROWS
 from wisecli.artifacts.tensor_schema import WORD_STARTS as START_ROWS
 from wisecli.artifacts.tensor_schema import require_layout
 from wisecli.data.corpus import notes
 from wisecli.data.request_wordings import requests
-from wisecli.editing.router_training.request_gate_training import Projections, train_request_gate
+from wisecli.editing.router_training.request_gate_training import train_request_gate
 from wisecli.editing.router_training.token_states import ReadSites
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.site import find_site

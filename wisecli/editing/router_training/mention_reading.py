@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from wisecli.artifacts.background_stats import Projections
 from wisecli.editing.router_training.mention_pool import PoolPart, StateComponents
 from wisecli.editing.router_training.token_states import ReadChunk, ReadSites, both_states, token_states
 from wisecli.environment import return_freed_memory
@@ -32,31 +32,6 @@ _MOST_HELD, _HELD_NUMBERS = 1024, 1 << 20
 # Requests whose mentions are looked at together.
 _AT_A_TIME = 128
 _STAGE = "what prompts want"
-
-
-@dataclass(frozen=True)
-class Projections:
-    """What late interaction compares, and how it weighs it: see :mod:`wisecli.routing.deciding.late_interaction`.
-
-    States x become ``proj_weight x + shifts``, (2, k, d) and (2, k), and count ``softplus(weighs x + offsets)``, (2, d)
-    and (2,); ``logit_scale`` and ``logit_offset`` (2,) make probabilities of scores.
-    """
-
-    proj_weight: Tensor
-    proj_bias: Tensor
-    token_weight: Tensor
-    token_bias: Tensor
-    logit_scale: Tensor
-    logit_offset: Tensor
-
-    def project(self, states: Tensor, head: int) -> Tensor:
-        """States (n, d) under one projection, of length 1: (n, k)."""
-        return F.normalize(F.linear(states.float(), self.proj_weight[head], self.proj_bias[head]), dim=-1)
-
-    def token_weights(self, states: Tensor, head: int) -> Tensor:
-        """Return how much each of the tokens of a prompt (n, d) counts: (n,)."""
-        weights = F.softplus(states.float() @ self.token_weight[head] + self.token_bias[head])
-        return weights / weights.sum().clamp(min=1e-6)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from wisecli.artifacts.background_stats import RouterHeads, load_heads
 from wisecli.data.corpus import made_up_subjects, relations, unrelated_texts
-from wisecli.editing.router_training.mention_reading import Projections
 from wisecli.editing.router_training.request_gate_training import train_request_gate
 from wisecli.editing.router_training.token_states import ReadSites, TokenStates, special_tokens, token_states
 from wisecli.errors import DamagedFileError
@@ -101,11 +100,10 @@ def _train_all(
             loaded, site, plain, batch_size=batch_size, on_progress=on_progress, stage="unrelated text"
         )
     heads = learner.heads(special_tokens(loaded), site.layer, unrelated)
-    learned = Projections(*(getattr(heads, field.name) for field in fields(Projections)))
     # Examples of requests take longer than facts, and tell narrow states less.
     share *= min(1.0, (site.d / _NARROW) ** 2)
     gate, mentioned = train_request_gate(
-        loaded, sites, learned, share=share, batch_size=batch_size, on_progress=on_progress
+        loaded, sites, heads, share=share, batch_size=batch_size, on_progress=on_progress
     )
     gate_layer = None if sites.gate is None else torch.tensor([sites.gate.layer])
     return replace(heads, request_gate=gate, mentioned=mentioned, gate_layer=gate_layer)

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from wisecli.artifacts.background_stats import Projections
 from wisecli.editing.router_training.gate_weights import train_and_calibrate
 from wisecli.editing.router_training.mention_pool import MentionPool
-from wisecli.editing.router_training.mention_reading import FoundMention, MentionReader, Projections, fact_prompts
+from wisecli.editing.router_training.mention_reading import FoundMention, MentionReader, fact_prompts
 from wisecli.editing.router_training.token_characters import sentence_token_ids, word_starts
 from wisecli.editing.router_training.token_states import ReadSites
 from wisecli.models.loading import Loaded

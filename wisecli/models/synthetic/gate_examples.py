@@ -36,6 +36,8 @@ _ATTRIBUTES = 16
 _CONVERSATIONS = 7
 # Whole prompts on each fact, that ask it and that mention it.
 _WHOLE_ASKED, _WHOLE_MENTIONED = 9, 13
+# How often one that asks, and one that mentions, stands behind a text: of the latter many hold one themselves.
+_WHOLE_BEHIND = {True: 1 / 4, False: 1 / 12}
 # All are added anew where so few are left to choose from.
 _SHORT_DECK = 100
 # Wordings of a fact that are tried for one.
@@ -162,7 +164,12 @@ class GateExamples(Examples):
         known = whole_prompts()
         for asks, patterns, count in ((True, known.asked, _WHOLE_ASKED), (False, known.mentioned, _WHOLE_MENTIONED)):
             for text in islice(self._dealt(number, asks, patterns), count):
-                yield Example(number, str(self._put(text)), asks, "whole prompts")
+                behind = self._behind(number, text, self.rng.randint(1, _LONG[1])) if self._stands_behind(asks) else None
+                yield Example(number, behind or str(self._put(text)), asks, "whole prompts")
+
+    def _stands_behind(self, asks: bool) -> bool:
+        """Whether the next whole prompt stands behind a text."""
+        return self.rng.random() < _WHOLE_BEHIND[asks]
 
     def _dealt(self, number: int, asks: bool, patterns: Sequence[str]) -> Iterator[str]:
         """Yield prompts of some patterns with a fact in them. Nearly all are dealt before any comes again; those that

@@ -68,6 +68,11 @@ class RouterHeads(Projections):
     mentioned: Tensor | None = None
     gate_layer: Tensor | None = None
 
+    def reads(self, router_layer: int, gate_layer: int | None) -> bool:
+        """Return whether it reads the states of these layers, and of no others."""
+        gate = None if self.gate_layer is None else int(self.gate_layer)
+        return (int(self.layer), gate) == (router_layer, gate_layer)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return its parts, by their names in files."""
         named = {f"heads.{name}": getattr(self, name) for name in (*_HEADS, *_OF_GATE)}

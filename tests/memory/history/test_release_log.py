@@ -40,6 +40,7 @@ from wisecli.errors import (
     ProtectedOutputError,
     SettingsError,
 )
+from wisecli.io.user_cache import cache_path
 from wisecli.memory.history.release_log import HISTORY, LOG, Provenance, read_history
 from wisecli.memory.history.superseded_edits import superseding
 from wisecli.memory.merging.removal import load_without, solved_anew, without
@@ -109,6 +110,20 @@ def require_same_lookup(memory: Path, other: Path) -> None:
     assert float(torch.cdist(theirs, mine).amin(1).max() / theirs.norm(dim=1).mean()) < 2e-3
     mine, theirs = read_memory(memory).memory.thresholds[0], read_memory(other).memory.thresholds[0]
     assert mine == pytest.approx(theirs, rel=1e-3)
+
+
+def test_later_edits_take_over_what_the_router_learned_of_the_model(
+    model: Path, memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # as on another machine
+    into(model, memory, [fact(2)])
+    assert not (cache_path("meaning")).exists()
+    first, last = (
+        read_shard_directory(path).load_unrelated() for path in sorted((memory / HISTORY / "shards").iterdir())
+    )
+    assert first.heads is not None and last.heads is not None
+    torch.testing.assert_close(dict(last.heads.tensors()), dict(first.heads.tensors()), rtol=0, atol=0)
+    assert held(memory) == ["e0", "e1", "e2"]
 
 
 def test_rounds_come_to_what_one_round_would(model: Path, tmp_path: Path) -> None:

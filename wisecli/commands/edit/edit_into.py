@@ -149,12 +149,14 @@ def _worker(
 ) -> Worker:
     """Return the worker that writes a file's admitted edits, after checking them against the tokenizer."""
     settings = _settings(memory, into)
+    newest = memory.newest_shards() if memory.releases else None
     job = Job(
         model=into.model,
         settings=settings,
         edits=admitted.edits,
         load=replace(into.load, revision=None),
-        target_module=memory.newest_shards().made.target_module if memory.releases else None,
+        target_module=newest.made.target_module if newest else None,
+        learned=newest.path if newest else None,
     )
     worker = Worker(job, on_progress, loaded=loaded)
     worker.base.reader.require(name, admitted.numbered, settings, allow_special=into.admission.allow_special)

@@ -34,8 +34,13 @@ def background_for(
     settings: EditSettings,
     edits: Sequence[Edit],
     on_progress: ProgressCallback,
+    former: BackgroundStats | None = None,
 ) -> BackgroundStats:
-    """Return the statistics of unrelated text; of the texts given with the edits, half calibrate."""
+    """Return the statistics of unrelated text; of the texts given with the edits, half calibrate.
+
+    Args:
+        former: those of other edits of the same base model, whose router is not learned anew.
+    """
     size, seed = settings.batch_size, settings.seed
     identity, written = model_identity(base, checkpoint), template_digest(loaded.tokenizer)
     if written is not None:
@@ -53,16 +58,13 @@ def background_for(
         on_progress=on_progress,
     )
     if settings.by_facts:
-        # Of several layers that are edited, most have prompts read at the same one.
-        model = sha256_json([base.config, checkpoint.sample, *([] if written is None else [written])])
-        heads = train_projections(
-            loaded,
-            read_sites(loaded, site),
-            model,
-            texts=settings.unrelated_texts,
-            batch_size=size,
-            on_progress=on_progress,
-        )
+        sites = read_sites(loaded, site)
+        heads = None if former is None else former.heads
+        if heads is None or not heads.reads(sites.router.layer, None if sites.gate is None else sites.gate.layer):
+            # Of several layers that are edited, most have prompts read at the same one.
+            model = sha256_json([base.config, checkpoint.sample, *([] if written is None else [written])])
+            texts = settings.unrelated_texts
+            heads = train_projections(loaded, sites, model, texts=texts, batch_size=size, on_progress=on_progress)
         found = replace(found, heads=heads, token_characters=vocabulary_characters(loaded.tokenizer))
     given = [text for edit in edits for text in edit.irrelevant]
     if not given:

@@ -24,7 +24,8 @@ class Job:
 
     ``target_module`` is the path of the value matrix, or of the layers, if it is not the architecture's usual one.
     ``threads`` decides the order in which numbers are added up, and with it the last bits of a shard; 0 stands for what
-    the first worker runs with. ``known``, if any are to be left out, are edits that the model says already.
+    the first worker runs with. ``known``, if any are to be left out, are edits that the model says already. ``learned``
+    are shards of the same base model, with which these are to be merged: what they have learned of it is taken over.
 
     Raises:
         SettingsError: prompts are to be decided by the mean over their tokens, which these shards would not keep, or a
@@ -38,6 +39,7 @@ class Job:
     target_module: str | None = None
     threads: int = 0
     known: tuple[Edit, ...] | None = None
+    learned: Path | None = None
 
     def __post_init__(self) -> None:
         if self.settings.pooling == "mean" and not self.settings.sequential:

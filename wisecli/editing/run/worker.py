@@ -12,7 +12,7 @@ import torch
 from wisecli.artifacts.background_stats import BackgroundStats
 from wisecli.artifacts.memory_manifest import Made
 from wisecli.artifacts.shard import save_shard
-from wisecli.artifacts.shard_manifest import ShardDirectory
+from wisecli.artifacts.shard_manifest import ShardDirectory, read_shard_directory
 from wisecli.config import EditSettings
 from wisecli.editing.background.background_cache import background_for, model_identity
 from wisecli.editing.background.layer_selection import probe_layer
@@ -104,7 +104,8 @@ class Worker:
             paraphrases = write_paraphrases(
                 loaded, job.edits, settings.augment, batch_size=size, seed=settings.seed, on_progress=self.on_progress
             )
-            unrelated = background_for(loaded, site, checkpoint, base, running, job.edits, self.on_progress)
+            former = read_shard_directory(job.learned).load_unrelated() if job.learned else None
+            unrelated = background_for(loaded, site, checkpoint, base, running, job.edits, self.on_progress, former)
         return self._plan(site, base, contexts, paraphrases), unrelated
 
     def _plan(

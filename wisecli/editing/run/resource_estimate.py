@@ -143,7 +143,11 @@ class _Work:
         kept, staying = expert_rooms(budget, sizes.resident + passing + above, largest)
         staying = min(staying, experts)
         peak = max(
-            passing + before + min(self.carried[0], spool) + 4 * self.site.width * self.background_tokens,
+            passing
+            + before
+            + self._routed
+            + min(self.carried[0], spool)
+            + 4 * self.site.width * self.background_tokens,
             self.measuring,
             above + staying + passing + kept + min(self.carried[1], spool) + self.evidence,
             above + staying + in_hand(sizes.expert) + self.solving,
@@ -260,11 +264,22 @@ class _Work:
         return self.evidence + max(solve_bytes(self.site, self.settings, self.rows), fitting)
 
     @property
+    def _sent_to(self) -> int | None:
+        """How many experts of a layer a token is sent to, where the model says it."""
+        config = read_json(self.checkpoint.directory / "config.json")
+        count = (config.get("text_config") or config).get("num_experts_per_tok")
+        return None if count is None else int(count)
+
+    @property
+    def _routed(self) -> int:
+        """Bytes of what experts make of a batch: for each expert of a token four states and three inner values."""
+        size, width = self.sizes.expert, self.site.d
+        return BATCH_TOKENS * (self._sent_to or 1) * (4 * width * self.sizes.item + size // width) if size else 0
+
+    @property
     def _run_sizes(self) -> list[int]:
         """Bytes of each layer that a token runs through: of experts those alone that it is sent to."""
-        config = read_json(self.checkpoint.directory / "config.json")
-        sent_to = (config.get("text_config") or config).get("num_experts_per_tok")
-        sizes, each = self.sizes, None if sent_to is None else int(sent_to) * self.sizes.expert
+        sizes, each = self.sizes, None if self._sent_to is None else self._sent_to * self.sizes.expert
         run = [experts if each is None else min(each, experts) for experts in sizes.experts]
         return [dense + experts for dense, experts in zip(sizes.dense, run, strict=True)]
 

@@ -164,7 +164,9 @@ class GateExamples(Examples):
         known = whole_prompts()
         for asks, patterns, count in ((True, known.asked, _WHOLE_ASKED), (False, known.mentioned, _WHOLE_MENTIONED)):
             for text in islice(self._dealt(number, asks, patterns), count):
-                behind = self._behind(number, text, self.rng.randint(1, _LONG[1])) if self._stands_behind(asks) else None
+                behind = (
+                    self._behind(number, text, self.rng.randint(1, _LONG[1])) if self._stands_behind(asks) else None
+                )
                 yield Example(number, behind or str(self._put(text)), asks, "whole prompts")
 
     def _stands_behind(self, asks: bool) -> bool:

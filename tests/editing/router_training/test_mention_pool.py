@@ -44,3 +44,12 @@ def test_a_pool_has_each_mention_with_what_each_gate_reads_of_it() -> None:
         features = torch.cat([mentions[place].features for place in (3, 0)])
         torch.testing.assert_close(batch.features, features, rtol=2e-3, atol=2e-3)
         assert batch.mention_index.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_questions_behind_long_texts_come_twice_in_a_round() -> None:
+    chance, texts = torch.Generator().manual_seed(8), ["short", "long " * 150, "long " * 150, "held out"]
+    mentions, components = mentions_of([2] * len(texts), chance), [StateComponents(torch.randn(40, 2 * WIDTH))]
+    examples = [Example(number, text, number != 2) for number, text in enumerate(texts)]
+    pool = MentionPool([PoolPart.of(mentions, examples, components)], len(texts), torch.device("cpu"))
+    batches = pool.epochs(2)
+    assert sorted(torch.cat([next(batches), next(batches)]).tolist()) == [0, 1, 1, 2]

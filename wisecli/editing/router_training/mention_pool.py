@@ -24,6 +24,9 @@ _COMPONENTS = 288
 _OF_SAMPLE = 4000
 # The share of the facts that are held out, to set where the gate opens.
 _HELD_OUT = 0.15
+# A question in a prompt of so many characters, nearly all of them texts around it, is learned from so many times in a
+# round: mentions often hold a text, and a gate that learns from each once takes a long one for a sign of those.
+_LONG_PROMPT, _TIMES = 700, 2
 # Mentions that are looked at together; tokens of a step are filled up to a multiple of so many.
 _EVAL_BATCH, _ROUNDED = 256, 512
 
@@ -81,7 +84,8 @@ class MentionPool:
     """Mentions of which batches are taken by number.
 
     ``states`` (N, k) are of what one gate reads, ``features`` (N, f); ``sizes`` (M,) says how many tokens each mention
-    has, ``asks`` whether it asks its fact (M,), and ``held_out`` whether that fact is held out (M,).
+    has, ``asks`` whether it asks its fact (M,), ``held_out`` whether that fact is held out (M,), and ``times`` (M,) how
+    often it is learned from in a round.
 
     Args:
         parts: the mentions; the list is empty afterwards, so that nothing is held twice.
@@ -95,6 +99,8 @@ class MentionPool:
         self.sizes = torch.cat([one.sizes for one in parts]).to(device)
         self.asks = torch.tensor([one.asks for one in examples], device=device)
         self.held_out = torch.tensor([one.fact >= first_held_out for one in examples], device=device)
+        long = torch.tensor([len(one.text) >= _LONG_PROMPT for one in examples], device=device)
+        self.times = torch.where(self.asks & long, _TIMES, 1)
         tokens = int(self.sizes.sum())
         self.states, self.features = (
             like.new_empty(tokens, like.shape[1], device=device) for like in (parts[0].states, parts[0].features)
@@ -133,6 +139,7 @@ class MentionPool:
     def epochs(self, size: int) -> Iterator[Tensor]:
         """Yield the numbers of so many of those that may be learned from, if any, all in turn and then anew."""
         numbers = (~self.held_out).nonzero()[:, 0]
+        numbers = numbers.repeat_interleave(self.times[numbers])
         while len(numbers):
             order = numbers[torch.randperm(len(numbers)).to(numbers.device)]
             # The last batch of a round is left out where it is smaller.

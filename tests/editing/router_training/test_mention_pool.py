@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from wisecli.editing.router_training.mention_pool import MentionPool, PoolPart, StateComponents
+from wisecli.models.synthetic.gate_examples import WHOLE_PROMPTS
 from wisecli.models.synthetic.request_examples import Example
 from wisecli.routing.gating.request_gate import Mention
 
@@ -46,10 +47,11 @@ def test_a_pool_has_each_mention_with_what_each_gate_reads_of_it() -> None:
         assert batch.mention_index.tolist() == [0, 0, 1, 1, 1]
 
 
-def test_questions_behind_long_texts_come_twice_in_a_round() -> None:
-    chance, texts = torch.Generator().manual_seed(8), ["short", "long " * 150, "long " * 150, "held out"]
-    mentions, components = mentions_of([2] * len(texts), chance), [StateComponents(torch.randn(40, 2 * WIDTH))]
-    examples = [Example(number, text, number != 2) for number, text in enumerate(texts)]
-    pool = MentionPool([PoolPart.of(mentions, examples, components)], len(texts), torch.device("cpu"))
-    batches = pool.epochs(2)
-    assert sorted(torch.cat([next(batches), next(batches)]).tolist()) == [0, 1, 1, 2]
+def test_whole_prompts_and_questions_behind_long_texts_come_more_often_in_a_round() -> None:
+    chance, long = torch.Generator().manual_seed(8), "long " * 150
+    prompts = [("", True, "kinds"), (long, True, "kinds"), (long, False, "kinds"), (long, True, WHOLE_PROMPTS)]
+    examples = [Example(0, *prompt) for prompt in prompts] + [Example(3, "held out", True)]
+    mentions, components = mentions_of([2] * len(examples), chance), [StateComponents(torch.randn(40, 2 * WIDTH))]
+    pool = MentionPool([PoolPart.of(mentions, examples, components)], 4, torch.device("cpu"))
+    batches = pool.epochs(5)
+    assert sorted(torch.cat([next(batches), next(batches)]).tolist()) == [0, 1, 1, 2, *[3] * 6]

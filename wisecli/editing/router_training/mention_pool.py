@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from wisecli.artifacts.shard import half
 from wisecli.models.running.grouped_rows import rows_of
+from wisecli.models.synthetic.gate_examples import WHOLE_PROMPTS
 from wisecli.models.synthetic.request_examples import Example
 from wisecli.routing.gating.request_gate import Mention, Mentions
 
@@ -24,9 +25,10 @@ _COMPONENTS = 288
 _OF_SAMPLE = 4000
 # The share of the facts that are held out, to set where the gate opens.
 _HELD_OUT = 0.15
-# A question in a prompt of so many characters, nearly all of them texts around it, is learned from so many times in a
-# round: mentions often hold a text, and a gate that learns from each once takes a long one for a sign of those.
-_LONG_PROMPT, _TIMES = 700, 2
+# How often in a round a whole prompt is learned from, of which no two are alike, for once what is put together from
+# phrases; and a question in a prompt of so many characters, nearly all of them texts around it: mentions often hold a
+# text, and a gate that learns from each as often takes a long one for a sign of those.
+_WHOLE_TIMES, _BEHIND_TIMES, _LONG_PROMPT = 3, 2, 700
 # Mentions that are looked at together; tokens of a step are filled up to a multiple of so many.
 _EVAL_BATCH, _ROUNDED = 256, 512
 
@@ -99,8 +101,7 @@ class MentionPool:
         self.sizes = torch.cat([one.sizes for one in parts]).to(device)
         self.asks = torch.tensor([one.asks for one in examples], device=device)
         self.held_out = torch.tensor([one.fact >= first_held_out for one in examples], device=device)
-        long = torch.tensor([len(one.text) >= _LONG_PROMPT for one in examples], device=device)
-        self.times = torch.where(self.asks & long, _TIMES, 1)
+        self.times = torch.tensor([_times(one) for one in examples], device=device)
         tokens = int(self.sizes.sum())
         self.states, self.features = (
             like.new_empty(tokens, like.shape[1], device=device) for like in (parts[0].states, parts[0].features)
@@ -144,3 +145,9 @@ class MentionPool:
             order = numbers[torch.randperm(len(numbers)).to(numbers.device)]
             # The last batch of a round is left out where it is smaller.
             yield from (some for some in order.split(size) if len(some) == min(size, len(numbers)))
+
+
+def _times(example: Example) -> int:
+    """Return how often in a round an example is learned from."""
+    behind = example.asks and len(example.text) >= _LONG_PROMPT
+    return (_WHOLE_TIMES if example.sort == WHOLE_PROMPTS else 1) * (_BEHIND_TIMES if behind else 1)

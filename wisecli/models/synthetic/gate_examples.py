@@ -34,8 +34,10 @@ _CHOICE_TASKS = 0.4
 _ATTRIBUTES = 16
 # Conversations on each fact: all that are drawn.
 _CONVERSATIONS = 7
+# The sort of examples that are written whole, as others put together from phrases are not.
+WHOLE_PROMPTS = "whole prompts"
 # Whole prompts on each fact, that ask it and that mention it.
-_WHOLE_ASKED, _WHOLE_MENTIONED = 9, 13
+_WHOLE_ASKED, _WHOLE_MENTIONED = 15, 22
 # How often one that asks, and one that mentions, stands behind a text: of the latter many hold one themselves.
 _WHOLE_BEHIND = {True: 1 / 4, False: 1 / 12}
 # All are added anew where so few are left to choose from.
@@ -167,7 +169,7 @@ class GateExamples(Examples):
                 behind = (
                     self._behind(number, text, self.rng.randint(1, _LONG[1])) if self._stands_behind(asks) else None
                 )
-                yield Example(number, behind or str(self._put(text)), asks, "whole prompts")
+                yield Example(number, behind or str(self._put(text)), asks, WHOLE_PROMPTS)
 
     def _stands_behind(self, asks: bool) -> bool:
         """Whether the next whole prompt stands behind a text."""
@@ -194,7 +196,7 @@ class GateExamples(Examples):
 
     def _whole_prompt(self, number: int, pattern: str) -> str | None:
         """Return a whole prompt with a fact in it, in the first wording of that which has what it needs."""
-        kind = Kind("whole prompts", True, ((pattern,),), ())
+        kind = Kind(WHOLE_PROMPTS, True, ((pattern,),), ())
         for _ in range(_WORDINGS_TRIED):
             turns = kind.sample_turns(self._fact(number), trained=True, rng=self.rng, chat=False)
             if turns is not None:

@@ -11,6 +11,7 @@ from wisecli.editing.examples.token_check import Length
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.architectures import layer_count, text_settings
 from wisecli.models.layout.site import Site
+from wisecli.models.streaming.memory_budget import Sizes
 
 # What a batch of more than one row holds at most, in tokens.
 BATCH_TOKENS = 4096
@@ -95,3 +96,13 @@ def solve_bytes(site: Site, settings: EditSettings, rows: Rows) -> int:
         return 0
     width = round(settings.mask_ratio * site.width) if settings.mask_kind == "columns" else site.width
     return 8 * (5 * width**2 + 4 * width * site.d + _BLOCKS * rows.trained * (width + site.d))
+
+
+def routed_bytes(sizes: Sizes, d: int, sent_to: int | None) -> int:
+    """Return the bytes of what experts make of a batch: for each expert of a token four states and three inner values.
+
+    Args:
+        d: numbers of a state.
+        sent_to: how many experts of a layer a token is sent to.
+    """
+    return BATCH_TOKENS * (sent_to or 1) * (4 * d * sizes.item + sizes.expert // d) if sizes.expert else 0

@@ -11,7 +11,16 @@ from wisecli.config import EditSettings
 from wisecli.data.corpus import subjects_for
 from wisecli.editing.background.sample_sizes import CALIBRATION_KEYS, CONTINUATION_TOKENS, CONTINUED
 from wisecli.editing.examples.token_check import Length
-from wisecli.editing.run.array_sizes import BATCH_TOKENS, Rows, fit_bytes, kept_bytes, readings, shard_rows, solve_bytes
+from wisecli.editing.run.array_sizes import (
+    BATCH_TOKENS,
+    Rows,
+    fit_bytes,
+    kept_bytes,
+    readings,
+    routed_bytes,
+    shard_rows,
+    solve_bytes,
+)
 from wisecli.editing.run.router_training_sizes import RouterTraining
 from wisecli.io.checkpoint import Checkpoint, read_json
 from wisecli.models.layout.architectures import layer_count
@@ -141,13 +150,9 @@ class _Work:
         passing, largest = 2 * max(sizes.dense) + in_hand(sizes.expert), max(sizes.experts)
         before = min(largest, sum(expert_rooms(budget, sizes.resident + passing, largest)))
         kept, staying = expert_rooms(budget, sizes.resident + passing + above, largest)
-        staying = min(staying, experts)
+        staying, routed = min(staying, experts), routed_bytes(sizes, self.site.d, self._sent_to)
         peak = max(
-            passing
-            + before
-            + self._routed
-            + min(self.carried[0], spool)
-            + 4 * self.site.width * self.background_tokens,
+            passing + before + routed + min(self.carried[0], spool) + 4 * self.site.width * self.background_tokens,
             self.measuring,
             above + staying + passing + kept + min(self.carried[1], spool) + self.evidence,
             above + staying + in_hand(sizes.expert) + self.solving,
@@ -271,16 +276,10 @@ class _Work:
         return None if count is None else int(count)
 
     @property
-    def _routed(self) -> int:
-        """Bytes of what experts make of a batch: for each expert of a token four states and three inner values."""
-        size, width = self.sizes.expert, self.site.d
-        return BATCH_TOKENS * (self._sent_to or 1) * (4 * width * self.sizes.item + size // width) if size else 0
-
-    @property
     def _run_sizes(self) -> list[int]:
         """Bytes of each layer that a token runs through: of experts those alone that it is sent to."""
-        sizes, each = self.sizes, None if self._sent_to is None else self._sent_to * self.sizes.expert
-        run = [experts if each is None else min(each, experts) for experts in sizes.experts]
+        sizes, count = self.sizes, self._sent_to
+        run = [whole if count is None else min(count * sizes.expert, whole) for whole in sizes.experts]
         return [dense + experts for dense, experts in zip(sizes.dense, run, strict=True)]
 
     @cached_property

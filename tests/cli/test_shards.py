@@ -61,12 +61,12 @@ def test_a_dry_run_says_what_a_run_will_hold_and_read(wise: Wise, ready: Ready) 
 def test_a_mixture_is_planned_by_the_experts_that_are_there_at_a_time(wise: Wise, ready: Ready) -> None:
     base = save_hollow_mixture(Path("mixture"), Path(ready.model))
     dry = ("edit", str(base), ready.edits, "--dry-run", "--layer", "2", "--memory-budget")
-    plan = json.loads(wise(*dry, "3GiB", "--json").out)["results"]["plan"]
+    plan = json.loads(wise(*dry, "3.5GiB", "--json").out)["results"]["plan"]
     assert plan["streamed"]
     assert plan["weights"] >= 6 << 30
-    assert plan["peak"] < plan["budget"] == 3 << 30  # where the layers above the site alone have 3.75 GiB
+    assert plan["peak"] < plan["budget"] == 7 << 29  # where the layers above the site alone have 3.75 GiB
     assert plan["read"] > plan["weights"]
-    assert wise(*dry, "3GiB").code == 0
+    assert wise(*dry, "3.5GiB").code == 0
 
 
 def test_a_budget_that_is_too_small_for_a_mixture_is_refused_with_the_least_that_does(wise: Wise, ready: Ready) -> None:

@@ -28,7 +28,7 @@ _HELD_OUT = 0.15
 # How often in a round a whole prompt is learned from, of which no two are alike, for once what is put together from
 # phrases; and a question in a prompt of so many characters, nearly all of them texts around it: mentions often hold a
 # text, and a gate that learns from each as often takes a long one for a sign of those.
-_WHOLE_TIMES, _BEHIND_TIMES, _LONG_PROMPT = 5, 2, 700
+_WHOLE_TIMES, _BEHIND_TIMES, _LONG_PROMPT = 2, 2, 700
 # Mentions that are looked at together; tokens of a step are filled up to a multiple of so many.
 _EVAL_BATCH, _ROUNDED = 256, 512
 

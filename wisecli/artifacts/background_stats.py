@@ -69,7 +69,7 @@ class RouterHeads(Projections):
     gate_layer: Tensor | None = None
 
     def reads(self, router_layer: int, gate_layer: int | None) -> bool:
-        """Return whether it reads the states of these layers, and of no others."""
+        """Return whether its router reads the states of this layer, and its deep gate, if any, of that one."""
         gate = None if self.gate_layer is None else int(self.gate_layer)
         return (int(self.layer), gate) == (router_layer, gate_layer)
 

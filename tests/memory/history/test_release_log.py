@@ -117,7 +117,7 @@ def test_later_edits_take_over_what_the_router_learned_of_the_model(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # as on another machine
     into(model, memory, [fact(2)])
-    assert not (cache_path("meaning")).exists()
+    assert not cache_path("meaning").exists()
     first, last = (
         read_shard_directory(path).load_unrelated() for path in sorted((memory / HISTORY / "shards").iterdir())
     )

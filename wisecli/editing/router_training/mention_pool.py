@@ -25,9 +25,9 @@ _COMPONENTS = 288
 _OF_SAMPLE = 4000
 # The share of the facts that are held out, to set where the gate opens.
 _HELD_OUT = 0.15
-# How often in a round a whole prompt is learned from, of which no two are alike, for once what is put together from
-# phrases; and a question in a prompt of so many characters, nearly all of them texts around it: mentions often hold a
-# text, and a gate that learns from each as often takes a long one for a sign of those.
+# A whole prompt, of which no two are alike, is learned from so many times a round. So is a question in a prompt of so
+# many characters, most of which are texts around it: mentions often hold a text, and a gate that learned from both as
+# often would take a long text for a sign of a mention.
 _WHOLE_TIMES, _BEHIND_TIMES, _LONG_PROMPT = 2, 2, 700
 # Mentions that are looked at together; tokens of a step are filled up to a multiple of so many.
 _EVAL_BATCH, _ROUNDED = 256, 512

@@ -166,14 +166,9 @@ class GateExamples(Examples):
         known = whole_prompts()
         for asks, patterns, count in ((True, known.asked, _WHOLE_ASKED), (False, known.mentioned, _WHOLE_MENTIONED)):
             for text in islice(self._dealt(number, asks, patterns), count):
-                behind = (
-                    self._behind(number, text, self.rng.randint(1, _LONG[1])) if self._stands_behind(asks) else None
-                )
+                stands_behind = self.rng.random() < _WHOLE_BEHIND[asks]
+                behind = self._behind(number, text, self.rng.randint(1, _LONG[1])) if stands_behind else None
                 yield Example(number, behind or str(self._put(text)), asks, WHOLE_PROMPTS)
-
-    def _stands_behind(self, asks: bool) -> bool:
-        """Whether the next whole prompt stands behind a text."""
-        return self.rng.random() < _WHOLE_BEHIND[asks]
 
     def _dealt(self, number: int, asks: bool, patterns: Sequence[str]) -> Iterator[str]:
         """Yield prompts of some patterns with a fact in them. Nearly all are dealt before any comes again; those that

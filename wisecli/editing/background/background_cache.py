@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
-from wisecli.artifacts.background_stats import BackgroundStats
+from wisecli.artifacts.background_stats import BackgroundStats, RouterHeads
 from wisecli.config import EditSettings
 from wisecli.editing.background.background_activations import measure_background
 from wisecli.editing.background.key_capture import keys_of_texts
@@ -26,58 +26,80 @@ from wisecli.models.text_input import context_window
 from wisecli.progress import ProgressCallback
 
 
-def background_for(
-    loaded: Loaded,
-    site: Site,
-    checkpoint: Checkpoint,
-    base: Fingerprint,
-    settings: EditSettings,
-    edits: Sequence[Edit],
-    on_progress: ProgressCallback,
-    former: BackgroundStats | None = None,
-) -> BackgroundStats:
-    """Return the statistics of unrelated text; of the texts given with the edits, half calibrate.
+@dataclass(frozen=True)
+class BackgroundReader:
+    """Reads what is known of a base model before any edit is written, or takes it from the user's cache."""
 
-    Args:
-        former: those of other edits of the same base model, whose router is not learned anew.
-    """
-    size, seed = settings.batch_size, settings.seed
-    identity, written = model_identity(base, checkpoint), template_digest(loaded.tokenizer)
-    if written is not None:
-        identity = sha256_json([identity, written])
-    found = measure_background(
-        loaded,
-        site,
-        partial(site.base_output, checkpoint),
-        identity,
-        texts=settings.background_texts,
-        chat=settings.chat,
-        forms=written_forms(loaded.tokenizer, settings, context_window(loaded.model.config)),
-        batch_size=size,
-        seed=seed,
-        on_progress=on_progress,
-    )
-    if settings.by_facts:
-        sites = read_sites(loaded, site)
-        heads = None if former is None else former.heads
-        if heads is None or not heads.reads(sites.router.layer, None if sites.gate is None else sites.gate.layer):
-            # Of several layers that are edited, most have prompts read at the same one.
-            model = sha256_json([base.config, checkpoint.sample, *([] if written is None else [written])])
-            texts = settings.unrelated_texts
-            heads = train_projections(loaded, sites, model, texts=texts, batch_size=size, on_progress=on_progress)
-        found = replace(found, heads=heads, token_characters=vocabulary_characters(loaded.tokenizer))
-    given = [text for edit in edits for text in edit.irrelevant]
-    if not given:
-        return found
-    keys, text, *_ = keys_of_texts(loaded, site, given, batch_size=size, on_progress=on_progress)
-    keys, calibrating = keys.cpu(), (text % 2 == 0).cpu()
-    more = keys[calibrating]
-    return replace(
-        found,
-        keys=torch.cat([found.keys, more]),
-        chat=torch.cat([found.chat, torch.zeros(len(more), dtype=torch.bool)]),
-        writer_keys=torch.cat([found.writer_keys, keys[~calibrating]]),
-    )
+    loaded: Loaded
+    checkpoint: Checkpoint
+    base: Fingerprint
+    settings: EditSettings
+    on_progress: ProgressCallback
+
+    def statistics(self, site: Site, edits: Sequence[Edit], former: BackgroundStats | None = None) -> BackgroundStats:
+        """Return the statistics of unrelated text; of the texts given with the edits, half calibrate.
+
+        Args:
+            former: those of other edits of the same base model, whose router is not learned anew.
+        """
+        found = self._measured(site)
+        if self.settings.by_facts:
+            heads, characters = self._heads(site, former), vocabulary_characters(self.loaded.tokenizer)
+            found = replace(found, heads=heads, token_characters=characters)
+        given = [text for edit in edits for text in edit.irrelevant]
+        if not given:
+            return found
+        keys, text, *_ = keys_of_texts(
+            self.loaded, site, given, batch_size=self.settings.batch_size, on_progress=self.on_progress
+        )
+        keys, calibrating = keys.cpu(), (text % 2 == 0).cpu()
+        more = keys[calibrating]
+        return replace(
+            found,
+            keys=torch.cat([found.keys, more]),
+            chat=torch.cat([found.chat, torch.zeros(len(more), dtype=torch.bool)]),
+            writer_keys=torch.cat([found.writer_keys, keys[~calibrating]]),
+        )
+
+    @property
+    def _template(self) -> list[str]:
+        """What tells models apart that differ in their chat template alone; empty for those without one."""
+        written = template_digest(self.loaded.tokenizer)
+        return [] if written is None else [written]
+
+    def _measured(self, site: Site) -> BackgroundStats:
+        loaded, settings = self.loaded, self.settings
+        identity = model_identity(self.base, self.checkpoint)
+        return measure_background(
+            loaded,
+            site,
+            partial(site.base_output, self.checkpoint),
+            sha256_json([identity, *self._template]) if self._template else identity,
+            texts=settings.background_texts,
+            chat=settings.chat,
+            forms=written_forms(loaded.tokenizer, settings, context_window(loaded.model.config)),
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            on_progress=self.on_progress,
+        )
+
+    def _heads(self, site: Site, former: BackgroundStats | None) -> RouterHeads:
+        """Return the router's heads: those of former statistics if they read the same layers, or those of the cache.
+
+        Of several layers that are edited, most have prompts read at the same one.
+        """
+        sites = read_sites(self.loaded, site)
+        known = None if former is None else former.heads
+        if known is not None and known.reads(sites.router.layer, None if sites.gate is None else sites.gate.layer):
+            return known
+        return train_projections(
+            self.loaded,
+            sites,
+            sha256_json([self.base.config, self.checkpoint.sample, *self._template]),
+            texts=self.settings.unrelated_texts,
+            batch_size=self.settings.batch_size,
+            on_progress=self.on_progress,
+        )
 
 
 def model_identity(base: Fingerprint, checkpoint: Checkpoint) -> str:

@@ -14,7 +14,7 @@ from wisecli.artifacts.memory_manifest import Made
 from wisecli.artifacts.shard import save_shard
 from wisecli.artifacts.shard_manifest import ShardDirectory, read_shard_directory
 from wisecli.config import EditSettings
-from wisecli.editing.background.background_cache import background_for, model_identity
+from wisecli.editing.background.background_cache import BackgroundReader, model_identity
 from wisecli.editing.background.layer_selection import probe_layer
 from wisecli.editing.evidence.separators import separator_token
 from wisecli.editing.examples.known_facts import known_rows
@@ -105,7 +105,8 @@ class Worker:
                 loaded, job.edits, settings.augment, batch_size=size, seed=settings.seed, on_progress=self.on_progress
             )
             former = read_shard_directory(job.learned).load_unrelated() if job.learned else None
-            unrelated = background_for(loaded, site, checkpoint, base, running, job.edits, self.on_progress, former)
+            reader = BackgroundReader(loaded, checkpoint, base, running, self.on_progress)
+            unrelated = reader.statistics(site, job.edits, former)
         return self._plan(site, base, contexts, paraphrases), unrelated
 
     def _plan(

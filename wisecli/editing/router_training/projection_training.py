@@ -32,7 +32,7 @@ from wisecli.models.running.quick_products import quick_products
 from wisecli.models.running.seeding import seeded
 from wisecli.progress import Event, ProgressCallback
 
-_VERSION = 55
+_VERSION = 56
 # Dimensions of a projection; subjects of each kind; steps; unrelated texts that all of that goes with.
 _WIDTH, _SUBJECTS, _STEPS, _TEXTS = 128, 8, 400, 600
 # Of narrower states, in so many dimensions, less is learned: no model that says anything has them.

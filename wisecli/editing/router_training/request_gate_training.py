@@ -38,7 +38,7 @@ from wisecli.routing.gating.request_gate import (
 )
 
 # Facts, and steps of learning, of all gates at once; with less to learn from, at least so many steps.
-_FACTS, _STEPS, _FEWEST_STEPS = 280, 5000, 14
+_FACTS, _STEPS, _FEWEST_STEPS = 200, 5000, 14
 # Prompts by which it is found in which components of states they differ.
 _SAMPLED = 500
 # Prompts that late interaction finds less likely than this to mean a fact are not learned from.

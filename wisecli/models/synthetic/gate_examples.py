@@ -37,7 +37,7 @@ _CONVERSATIONS = 7
 # The sort of examples that are written whole, as others put together from phrases are not.
 WHOLE_PROMPTS = "whole prompts"
 # Whole prompts on each fact, that ask it and that mention it.
-_WHOLE_ASKED, _WHOLE_MENTIONED = 9, 13
+_WHOLE_ASKED, _WHOLE_MENTIONED = 12, 18
 # How often one that asks, and one that mentions, stands behind a text: of the latter many hold one themselves.
 _WHOLE_BEHIND = {True: 1 / 4, False: 1 / 12}
 # All are added anew where so few are left to choose from.

@@ -8,7 +8,7 @@ from wisecli.config import EditSettings
 from wisecli.models.layout.site import Site
 
 # Tokens that are read to learn what prompts mean, and what they want; of how many of each something is held.
-_MEANT, _WANTED, _COMPARED, _POOLED = 250_000, 1_850_000, 140_000, 900_000
+_MEANT, _WANTED, _COMPARED, _POOLED = 250_000, 1_550_000, 140_000, 750_000
 # Bytes that are held of one of the latter for each gate; bytes a number of states, of so many tokens and numbers at a
 # time at most.
 _POOLED_BYTES, _STATE_BYTES, _TOKENS, _NUMBERS = 640, 8, 80_000, 82_000_000

@@ -68,13 +68,13 @@ class BackgroundReader:
         return [] if written is None else [written]
 
     def _measured(self, site: Site) -> BackgroundStats:
-        loaded, settings = self.loaded, self.settings
+        loaded, settings, template = self.loaded, self.settings, self._template
         identity = model_identity(self.base, self.checkpoint)
         return measure_background(
             loaded,
             site,
             partial(site.base_output, self.checkpoint),
-            sha256_json([identity, *self._template]) if self._template else identity,
+            sha256_json([identity, *template]) if template else identity,
             texts=settings.background_texts,
             chat=settings.chat,
             forms=written_forms(loaded.tokenizer, settings, context_window(loaded.model.config)),
@@ -84,9 +84,10 @@ class BackgroundReader:
         )
 
     def _heads(self, site: Site, former: BackgroundStats | None) -> RouterHeads:
-        """Return the router's heads: those of former statistics if they read the same layers, or those of the cache.
+        """Return the router's heads: those of former statistics if they read the same layers; otherwise those of the
+        cache, or newly trained ones.
 
-        Of several layers that are edited, most have prompts read at the same one.
+        The cache knows them by the layer that the router reads, which is the same for most edited layers.
         """
         sites = read_sites(self.loaded, site)
         known = None if former is None else former.heads

@@ -291,6 +291,25 @@ def test_saved_tensors_are_plain_safetensors(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], tensor) for name, tensor in some_tensors().items())
 
 
+@pytest.mark.parametrize(
+    "quantised", [torch.int8, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.bool, torch.float16]
+)
+def test_a_rounded_sample_is_that_of_the_weights_in_bfloat16(tmp_path: Path, quantised: torch.dtype) -> None:
+    chance = torch.Generator().manual_seed(0)
+    wide = {"a.weight": torch.randn(6, 4, generator=chance), "b.weight": torch.randn(5, generator=chance)}
+    packed = {"c.weight": torch.ones(4, 4).to(quantised), "d.weight": torch.empty(0, 4)}
+
+    def sample(name: str, tensors: dict[str, Tensor]) -> str:
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        return Checkpoint(tmp_path / name).rounded_sample
+
+    plain = sample("plain", wide | packed)
+    assert sample("half", {name: one.bfloat16() for name, one in wide.items()} | packed) == plain
+    assert sample("tuned", {name: one + 0.01 for name, one in wide.items()} | packed) != plain
+    assert sample("other", wide | packed | {"c.weight": torch.zeros(4, 4).to(quantised)}) != plain
+
+
 def test_a_model_that_was_trained_on_has_another_sample(tmp_path: Path) -> None:
     base = Checkpoint(save_tiny(tmp_path / "base"))
     assert Checkpoint(save_tiny(tmp_path / "again")).sample == base.sample

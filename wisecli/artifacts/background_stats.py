@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -157,13 +158,16 @@ def _from_tensors(tensors: dict[str, Tensor], path: Path, d_ff: int | None) -> B
     )
 
 
-def load_heads(path: Path) -> RouterHeads | None:
+def load_heads(path: Path, further: Mapping[str, Tensor] = MappingProxyType({})) -> RouterHeads | None:
     """Read the heads that a file holds together with their gate; ``None`` if it holds no heads.
+
+    Args:
+        further: tensors of heads that the file is without, by their names in files.
 
     Raises:
         DamagedFileError: it is missing, truncated, or holds other tensors.
     """
-    tensors = current_names(load_tensors(path))
+    tensors = current_names(load_tensors(path)) | dict(further)
     rows = {**HEADS, **GATE_ROWS, **SENTENCE_ROWS, **START_ROWS, **further_gate_rows(tensors)}
     require_layout(path, tensors, rows, {})
     return _heads_in(tensors)

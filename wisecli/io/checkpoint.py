@@ -33,6 +33,8 @@ EXPORTED_KEY = "wise"
 _OS_ERROR = re.compile(r"os error (\d+)")
 # Where the manifest of an export says what was asked for.
 EXPORT_RECORD = "export"
+# Types of weights that are also stored in bfloat16; what is quantised is not.
+_ROUNDED = ("float64", "float32", "bfloat16")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # No manifest or config comes near it.
 _LARGEST_JSON = 1 << 28
@@ -229,21 +231,43 @@ class Checkpoint:
 
     @property
     def sample(self) -> str:
-        """Digest of one row of every tensor: tells a model from one that was trained on from it, at little cost.
+        """Digest of one row of every tensor: tells a model from one that was trained on from it, at little cost."""
+        digest = hashlib.sha256()
+        for name, layout, row in self._middle_rows():
+            digest.update(f"{name} {format_name(layout.dtype)} {list(layout.shape)}".encode())
+            digest.update(row)
+        return digest.hexdigest()
+
+    @property
+    def rounded_sample(self) -> str:
+        """Digest of one row of every tensor, wide numbers in bfloat16: what a model in single precision has in common
+        with itself stored in bfloat16.
+        """
+        import torch
+
+        digest = hashlib.sha256()
+        for name, layout, row in self._middle_rows():
+            digest.update(f"{name} {list(layout.shape)}".encode())
+            if layout.dtype in _ROUNDED and row:
+                weights = torch.frombuffer(bytearray(row), dtype=getattr(torch, layout.dtype))
+                digest.update(weights.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+            else:
+                digest.update(row)
+        return digest.hexdigest()
+
+    def _middle_rows(self) -> Iterator[tuple[str, TensorLayout, bytes]]:
+        """Yield the name of every tensor, its layout and its middle row.
 
         Rows are read, not mapped: mapped pages count as memory of the process.
         """
-        found = hashlib.sha256()
         for file in self.files:
             header = read_header(file)
             with file.open("rb") as stream:
                 for name, layout in sorted(header.tensors.items()):
                     rows = layout.shape[0] if layout.shape else 1
-                    row = layout.bytes // max(rows, 1)
-                    found.update(f"{name} {format_name(layout.dtype)} {list(layout.shape)}".encode())
-                    stream.seek(header.starts[name] + rows // 2 * row)
-                    found.update(stream.read(row))
-        return found.hexdigest()
+                    length = layout.bytes // max(rows, 1)
+                    stream.seek(header.starts[name] + rows // 2 * length)
+                    yield name, layout, stream.read(length)
 
     def load(self, tensor: str) -> torch.Tensor:
         """Return one tensor, in its stored dtype."""

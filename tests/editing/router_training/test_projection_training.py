@@ -20,7 +20,7 @@ from wisecli.artifacts.memory_manifest import read_memory, write_memory
 from wisecli.artifacts.shard import GATE_FORM, PromptStates
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.data.corpus import made_up_subjects, relations
-from wisecli.editing.router_training.projection_training import train_projections
+from wisecli.editing.router_training.router_heads import router_heads
 from wisecli.editing.router_training.token_states import read_sites, token_states
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.evaluation.edited_model import attach
@@ -30,6 +30,7 @@ from wisecli.memory.fitting.late_interaction_fitting import fit_late_interaction
 from wisecli.memory.fitting.request_gate_fitting import request_gate_tensors
 from wisecli.memory.merging.merged_evidence import read_merged_evidence
 from wisecli.memory.merging.removal import without
+from wisecli.models.base_identity import BaseIdentity
 from wisecli.models.layout.site import find_site
 from wisecli.models.loading import load_model
 from wisecli.models.prompts.prompt_forms import forms
@@ -71,7 +72,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def learn(model: Path, identity: str) -> RouterHeads:
     loaded = load_model(model, load=CPU)
     sites = read_sites(loaded, find_site(model, Checkpoint(model), 2))
-    return train_projections(loaded, sites, identity, texts=24, batch_size=16, on_progress=ignore_progress)
+    known = BaseIdentity(identity, identity)
+    return router_heads(loaded, sites, known, texts=24, batch_size=16, on_progress=ignore_progress)
 
 
 def test_learning_is_the_same_each_time_and_then_cached(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +82,7 @@ def test_learning_is_the_same_each_time_and_then_cached(model: Path, monkeypatch
     assert torch.equal(torch.get_rng_state(), before)
     for name, tensor in first.tensors().items():
         assert torch.equal(tensor, second.tensors()[name])
-    monkeypatch.setattr("wisecli.editing.router_training.projection_training._train_all", None)
+    monkeypatch.setattr("wisecli.editing.router_training.router_heads.train_heads", None)
     cached = learn(model, "one")
     assert torch.equal(cached.proj_weight, first.proj_weight)
 

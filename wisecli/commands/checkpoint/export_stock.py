@@ -7,7 +7,6 @@ from typing import Any
 from wisecli.artifacts.file_names import MERGED
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.commands.checkpoint.export_source import ExportSource
-from wisecli.editing.background.background_cache import model_identity
 from wisecli.environment import versions
 from wisecli.export.gguf.gguf_file import GGUF_NAME, write_gguf
 from wisecli.export.gguf.modelfile import MODELFILE_NAME, modelfile
@@ -17,8 +16,9 @@ from wisecli.export.stock.router.router_fitting import fitted_router
 from wisecli.export.stock.stock_answers import Verified, evenly_spaced, verified
 from wisecli.export.stock.stock_checkpoint import base_settings, write_stock
 from wisecli.io.checkpoint import write_json
+from wisecli.models.base_identity import BaseIdentity
 from wisecli.models.layout.architectures import layer_count
-from wisecli.models.layout.site import fingerprint
+from wisecli.models.layout.site import Site, fingerprint
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.prompts.chat_template import date_of, turn_marks
 from wisecli.progress import Event, ProgressCallback
@@ -38,7 +38,7 @@ def write_as_blocks(output: Path, given: ExportSource, on_progress: ProgressCall
     """
     checkpoint, manifest, quantize = given.checkpoint, _at_router(given), given.quantize
     loaded = load_model(given.base, given.load)
-    identity = model_identity(given.manifest.fingerprint, checkpoint)
+    identity = BaseIdentity.of(checkpoint, manifest.fingerprint.config, loaded.tokenizer)
     router = fitted_router(loaded, manifest, identity, _share(manifest), on_progress)
     extra = Channels.of(router).count
     stock = output if quantize is None else output / "stock"
@@ -46,7 +46,7 @@ def write_as_blocks(output: Path, given: ExportSource, on_progress: ProgressCall
     on_progress(Event("writing"))
     blocks = router_blocks(router, base_settings(given.base))
     own = write_stock(stock, given.base, checkpoint, manifest.site, blocks, extra, given.packing)
-    answered = _verified(loaded, stock, given, identity, len(blocks.last), on_progress) if given.verify else None
+    answered = _verified(loaded, stock, given, identity.exact, len(blocks.last), on_progress) if given.verify else None
     found = {"keys": len(router.places.edit), "blocks": len(own), "last": len(blocks.last)}
     found |= {} if answered is None else asdict(answered)
     if quantize is not None:
@@ -60,10 +60,14 @@ def write_as_blocks(output: Path, given: ExportSource, on_progress: ProgressCall
     return found
 
 
+def router_layer(base: Path, site: Site) -> Site:
+    """Return the layer of a base model that a stock checkpoint's router reads, at most the edited one."""
+    return site.below(min(site.layer, round(_READS * layer_count(base))))
+
+
 def _at_router(given: ExportSource) -> Manifest:
     """Return the manifest with the layer that the router reads as its site, at most the edited one."""
-    site = given.manifest.site
-    site = site.below(min(site.layer, round(_READS * layer_count(given.base))))
+    site = router_layer(given.base, given.manifest.site)
     return replace(given.manifest, site=site, fingerprint=fingerprint(given.base, given.checkpoint, site))
 
 

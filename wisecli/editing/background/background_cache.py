@@ -13,12 +13,13 @@ from wisecli.config import EditSettings
 from wisecli.editing.background.background_activations import measure_background
 from wisecli.editing.background.key_capture import keys_of_texts
 from wisecli.editing.examples.context_prefixes import written_forms
-from wisecli.editing.router_training.projection_training import train_projections
+from wisecli.editing.router_training.router_heads import router_heads
 from wisecli.editing.router_training.token_characters import vocabulary_characters
 from wisecli.editing.router_training.token_states import read_sites
 from wisecli.edits.record import Edit
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.digest import sha256_json
+from wisecli.models.base_identity import BaseIdentity
 from wisecli.models.layout.site import Fingerprint, Site
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.chat_template import template_digest
@@ -44,7 +45,7 @@ class BackgroundReader:
         """
         found = self._measured(site)
         if self.settings.by_facts:
-            heads, characters = self._heads(site, former), vocabulary_characters(self.loaded.tokenizer)
+            heads, characters = self.heads(site, former), vocabulary_characters(self.loaded.tokenizer)
             found = replace(found, heads=heads, token_characters=characters)
         given = [text for edit in edits for text in edit.irrelevant]
         if not given:
@@ -67,6 +68,11 @@ class BackgroundReader:
         written = template_digest(self.loaded.tokenizer)
         return [] if written is None else [written]
 
+    @property
+    def identity(self) -> BaseIdentity:
+        """By what the base model's heads are known."""
+        return BaseIdentity.of(self.checkpoint, self.base.config, self.loaded.tokenizer)
+
     def _measured(self, site: Site) -> BackgroundStats:
         loaded, settings, template = self.loaded, self.settings, self._template
         identity = model_identity(self.base, self.checkpoint)
@@ -83,9 +89,9 @@ class BackgroundReader:
             on_progress=self.on_progress,
         )
 
-    def _heads(self, site: Site, former: BackgroundStats | None) -> RouterHeads:
+    def heads(self, site: Site, former: BackgroundStats | None = None) -> RouterHeads:
         """Return the router's heads: those of former statistics if they read the same layers; otherwise those of the
-        cache, or newly trained ones.
+        cache or the package, or newly trained ones.
 
         The cache knows them by the layer that the router reads, which is the same for most edited layers.
         """
@@ -93,10 +99,10 @@ class BackgroundReader:
         known = None if former is None else former.heads
         if known is not None and known.reads(sites.router.layer, None if sites.gate is None else sites.gate.layer):
             return known
-        return train_projections(
+        return router_heads(
             self.loaded,
             sites,
-            sha256_json([self.base.config, self.checkpoint.sample, *self._template]),
+            self.identity,
             texts=self.settings.unrelated_texts,
             batch_size=self.settings.batch_size,
             on_progress=self.on_progress,

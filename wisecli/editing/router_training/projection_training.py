@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.artifacts.background_stats import RouterHeads, load_heads
+from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.data.corpus import made_up_subjects, relations, unrelated_texts
 from wisecli.editing.router_training.request_gate_training import train_request_gate
 from wisecli.editing.router_training.token_states import ReadSites, TokenStates, special_tokens, token_states
-from wisecli.errors import DamagedFileError
-from wisecli.io.checkpoint import keep_in_cache, save_tensors
-from wisecli.io.digest import sha256_json
-from wisecli.io.user_cache import cache_path
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.prompt_forms import Form, forms, usable_forms
 from wisecli.models.prompts.question_rewriting import keywords
@@ -32,7 +27,6 @@ from wisecli.models.running.quick_products import quick_products
 from wisecli.models.running.seeding import seeded
 from wisecli.progress import Event, ProgressCallback
 
-_VERSION = 56
 # Dimensions of a projection; subjects of each kind; steps; unrelated texts that all of that goes with.
 _WIDTH, _SUBJECTS, _STEPS, _TEXTS = 128, 8, 400, 600
 # Of narrower states, in so many dimensions, less is learned: no model that says anything has them.
@@ -61,31 +55,15 @@ class _Fact:
     query_prompts: tuple[int, ...]
 
 
-def train_projections(
-    loaded: Loaded, sites: ReadSites, identity: str, *, texts: int, batch_size: int, on_progress: ProgressCallback
+def train_heads(
+    loaded: Loaded, sites: ReadSites, *, texts: int, batch_size: int, on_progress: ProgressCallback
 ) -> RouterHeads:
-    """Learn how to read subjects and relations off the states that leave a layer, and a gate, or take the cache's.
+    """Learn how to read subjects and relations off the states that leave a layer, and the gates behind it.
 
     Args:
-        identity: of the base model, for the cache.
         texts: how many unrelated texts go with it; with few, less is learned.
     """
-    texts = min(texts, max(_FEWEST, round(_TEXTS * (sites.router.d / _NARROW) ** 2)))
-    layers = [one.layer_module for one in sites if one is not None]
-    about = [identity, *layers, texts, str(loaded.model.dtype), loaded.device.type, _VERSION]
-    path = cache_path("meaning") / f"{sha256_json(about)[:32]}.safetensors"
-    with suppress(DamagedFileError):
-        if (heads := load_heads(path)) is not None:
-            return heads
-    trained = _train_all(loaded, sites, share=min(1.0, texts / _TEXTS), batch_size=batch_size, on_progress=on_progress)
-    keep_in_cache(path, lambda working: save_tensors(working, trained.tensors(), {}))
-    return trained
-
-
-def _train_all(
-    loaded: Loaded, sites: ReadSites, *, share: float, batch_size: int, on_progress: ProgressCallback
-) -> RouterHeads:
-    site, rng = sites.router, random.Random(0)
+    site, rng, share = sites.router, random.Random(0), _share(sites, texts)
     facts, asked = _synthetic_facts(loaded, share, rng)
     with seeded(0, loaded.device):
         with quick_products(loaded, site):
@@ -95,10 +73,7 @@ def _train_all(
         pool = _Pool(read, len(asked), loaded.device)
         learner = _ProjectionTrainer(pool)
         _train(learner, pool, facts, max(10, round(_STEPS * share)), rng, on_progress)
-        plain = unrelated_texts(max(8, round(_UNRELATED * share)), seed=0)
-        unrelated = token_states(
-            loaded, site, plain, batch_size=batch_size, on_progress=on_progress, stage="unrelated text"
-        )
+    unrelated = unrelated_states(loaded, sites, texts=texts, batch_size=batch_size, on_progress=on_progress)
     heads = learner.heads(special_tokens(loaded), site.layer, unrelated)
     # Examples of requests take longer than facts, and tell narrow states less.
     share *= min(1.0, (site.d / _NARROW) ** 2)
@@ -107,6 +82,25 @@ def _train_all(
     )
     gate_layer = None if sites.gate is None else torch.tensor([sites.gate.layer])
     return replace(heads, request_gate=gate, mentioned=mentioned, gate_layer=gate_layer)
+
+
+def unrelated_states(
+    loaded: Loaded, sites: ReadSites, *, texts: int, batch_size: int, on_progress: ProgressCallback
+) -> TokenStates:
+    """Return the states of unrelated texts that a router's threshold is calibrated with.
+
+    Args:
+        texts: how many unrelated texts all is learned with; a share of them is read.
+    """
+    plain = unrelated_texts(max(8, round(_UNRELATED * _share(sites, texts))), seed=0)
+    return token_states(
+        loaded, sites.router, plain, batch_size=batch_size, on_progress=on_progress, stage="unrelated text"
+    )
+
+
+def _share(sites: ReadSites, texts: int) -> float:
+    """Return how much is learned with so many unrelated texts; of narrower states less."""
+    return min(1.0, min(texts, max(_FEWEST, round(_TEXTS * (sites.router.d / _NARROW) ** 2))) / _TEXTS)
 
 
 def _synthetic_facts(loaded: Loaded, share: float, rng: random.Random) -> tuple[list[_Fact], list[str]]:

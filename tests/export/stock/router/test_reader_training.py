@@ -1,18 +1,23 @@
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from support.byte_level import save_base
 from support.loading import CPU
 
+from wisecli.commands.checkpoint.export_stock import router_layer
 from wisecli.export.stock.router import reader_training
 from wisecli.export.stock.router.reader_rows import ReaderRow, RowKind, RowSettings
-from wisecli.export.stock.router.reader_training import ReaderSettings, relation_reader
+from wisecli.export.stock.router.reader_training import ReaderSettings, reader_key, relation_reader
 from wisecli.export.stock.router.relation_reader import RelationReader
 from wisecli.export.stock.text_states import Rotation, StateCapture, TextStates
+from wisecli.io import packaged_weights
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models.layout.site import Site, find_site
+from wisecli.io.packaged_weights import packaged_file, save_packaged
+from wisecli.models.base_identity import BaseIdentity
+from wisecli.models.layout.site import Site, find_site, fingerprint
 from wisecli.models.loading import Loaded, load_model
 from wisecli.progress import Event, ignore_progress
 
@@ -36,7 +41,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Loaded, Site]:
 
 
 def learned(model: tuple[Loaded, Site], identity: str, heard: list[Event]) -> RelationReader:
-    return relation_reader(StateCapture(*model, heard.append), identity, share=1.0, settings=SETTINGS)
+    return learned_by(model, identity, SETTINGS, heard)
+
+
+def learned_by(
+    model: tuple[Loaded, Site], identity: str, settings: ReaderSettings, heard: list[Event] | None = None
+) -> RelationReader:
+    capture = StateCapture(*model, ignore_progress if heard is None else heard.append)
+    return relation_reader(capture, BaseIdentity(identity, identity), share=1.0, settings=settings)
 
 
 def losses(heard: list[Event]) -> list[float]:
@@ -91,10 +103,7 @@ def test_its_sizes_fit_into_the_models_blocks(model: tuple[Loaded, Site]) -> Non
 
 def test_other_settings_are_learned_anew(model: tuple[Loaded, Site]) -> None:
     quick = replace(SETTINGS, steps=20)
-    one, other = (
-        relation_reader(StateCapture(*model, ignore_progress), "three", share=1.0, settings=settings)
-        for settings in (quick, replace(quick, rate=1e-3))
-    )
+    one, other = (learned_by(model, "three", settings) for settings in (quick, replace(quick, rate=1e-3)))
     assert not torch.equal(one.output.weight, other.output.weight)
 
 
@@ -126,3 +135,27 @@ def test_a_row_is_looked_at_from_its_prompts_last_token_on_or_from_where_nothing
     columns = lessons._drawn([0] * 400).columns.tolist()
     assert set(columns) == set(range(first, 8))
     assert 0.4 < columns.count(5) / len(columns) < 0.8
+
+
+def test_one_that_comes_with_the_package_is_taken(
+    model: tuple[Loaded, Site], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = learned(model, "one", [])
+    key = reader_key(BaseIdentity("", "four"), model[1], SETTINGS.of_share(1.0))
+    save_packaged(tmp_path / "reader.safetensors", first.state_dict(), key)
+    monkeypatch.setattr(packaged_weights, "PACKAGED", tmp_path)
+    heard: list[Event] = []
+    again = learned(model, "four", heard)
+    assert not heard
+    assert not again.training
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+    learned(model, "five", heard)
+    assert heard
+
+
+def test_the_demo_model_needs_to_learn_nothing(real_model: Path) -> None:
+    loaded, checkpoint = load_model(real_model, CPU), Checkpoint(real_model)
+    site = router_layer(real_model, find_site(real_model, checkpoint))
+    identity = BaseIdentity.of(checkpoint, fingerprint(real_model, checkpoint, site).config, loaded.tokenizer)
+    assert packaged_file(reader_key(identity, site, ReaderSettings().of_share(1.0))) is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -23,6 +24,9 @@ from wisecli.export.stock.router.reader_rows import ReaderRow, RowKind, RowSetti
 from wisecli.export.stock.router.relation_reader import ReaderSizes, RelationReader
 from wisecli.export.stock.text_states import Rotation, StateCapture, TextStates, rotation_of
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
+from wisecli.io.digest import sha256_json
+from wisecli.io.packaged_weights import packaged_file
+from wisecli.models.base_identity import BaseIdentity
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
 from wisecli.models.running.quick_products import quick_dropout, quick_products
@@ -79,24 +83,25 @@ class ReaderSettings:
 
 
 def relation_reader(
-    capture: StateCapture, identity: str, *, share: float, settings: ReaderSettings = ReaderSettings()
+    capture: StateCapture, identity: BaseIdentity, *, share: float, settings: ReaderSettings = ReaderSettings()
 ) -> RelationReader:
-    """Return the relation reader of a base model: learned, or as the cache remembers it.
+    """Return the relation reader of a base model: as the cache or the package has it, or newly learned.
 
     Args:
-        identity: of the base model, for the cache.
+        identity: of the base model.
         share: how much of the rows is read.
     """
     loaded, site, on_progress = capture.loaded, capture.site, capture.on_progress
     settings = settings.of_share(share)
-    path = capture.cache_file("reader", identity, repr(settings), _VERSION)
+    path = capture.cache_file("reader", identity.exact, repr(settings), _VERSION)
     sizes = _sizes(loaded, site, settings)
-    reader = RelationReader(sizes)
-    try:
-        reader.load_state_dict(load_tensors(path))
-        return reader.eval()
-    except (DamagedFileError, RuntimeError):
-        on_progress(Event("prompts to learn from"))
+    for known in (path, packaged_file(reader_key(identity, site, settings))):
+        if known is not None and known.exists():
+            reader = RelationReader(sizes)
+            with suppress(DamagedFileError, RuntimeError):
+                reader.load_state_dict(load_tensors(known))
+                return reader.eval()
+    on_progress(Event("prompts to learn from"))
     with seeded(0, torch.device("cpu")):
         rows = reader_rows(loaded.tokenizer, settings.rows, random.Random(11))
         with quick_products(loaded, site):
@@ -109,6 +114,11 @@ def relation_reader(
         _Lessons(rows, states, reader.components_of(states), rotation, settings).teach(reader, on_progress)
     keep_in_cache(path, lambda working: save_tensors(working, reader.state_dict()))
     return reader.eval()
+
+
+def reader_key(identity: BaseIdentity, site: Site, settings: ReaderSettings) -> str:
+    """Return by what a base model's reader of one layer is known in the package."""
+    return sha256_json(["reader", identity.rounded, site.layer_module, repr(settings), _VERSION])
 
 
 def _sizes(loaded: Loaded, site: Site, settings: ReaderSettings) -> ReaderSizes:

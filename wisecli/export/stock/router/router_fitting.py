@@ -21,6 +21,7 @@ from wisecli.export.stock.router.router_blocks import Router, Scales
 from wisecli.export.stock.router.separation import Separation
 from wisecli.export.stock.router.subject_detectors import name_states, subject_detectors
 from wisecli.export.stock.text_states import Rotation, StateCapture, TextStates, rotation_of
+from wisecli.models.base_identity import BaseIdentity
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
 from wisecli.progress import ProgressCallback
@@ -37,18 +38,18 @@ _TOGETHER = 32
 
 
 def fitted_router(
-    loaded: Loaded, manifest: Manifest, identity: str, share: float, on_progress: ProgressCallback
+    loaded: Loaded, manifest: Manifest, identity: BaseIdentity, share: float, on_progress: ProgressCallback
 ) -> Router:
     """Return the router of a memory.
 
     Args:
-        identity: of the base model, for the cache.
+        identity: of the base model.
         share: how much of the packaged text is read.
     """
     site, edits = manifest.site, manifest.edits
     capture = StateCapture(loaded, site, on_progress)
     reader = relation_reader(capture, identity, share=share)
-    names = name_states(capture, identity, share=share)
+    names = name_states(capture, identity.exact, share=share)
     read = read_texts(capture, manifest)
     detectors = subject_detectors(capture, edits, names, read)
     asked = own_questions(loaded, site, reader, read)

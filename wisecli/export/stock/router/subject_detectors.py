@@ -32,12 +32,12 @@ from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
 from wisecli.models.running.quick_products import quick_products
 from wisecli.progress import Event
 
-_VERSION = 10
+_VERSION = 11
 # Tokens inside names, and as many around them, that detectors are told from, of edits and of others; and tokens of
 # texts on other things.
 _OWN_TOKENS, _TOKENS, _ELSEWHERE = 60000, 12000, 110000
-# So many of the latter are read behind the last layer, too.
-_LAST = 36000
+# One in so many texts on other things is read behind the last layer, too, and so many of its tokens are kept.
+_EVERY, _LAST = 4, 36000
 # Tokens whose norm is this share of others' inverse are sinks; so many are kept.
 _SINK, _SINKS = 0.2, 200
 
@@ -164,19 +164,22 @@ def name_states(capture: StateCapture, identity: str, *, share: float) -> NameSt
         return _name_states(kept)
     except (DamagedFileError, KeyError):
         capture.on_progress(Event("made-up names"))
-    texts = list(texts_on_names(loaded.tokenizer, share))
+    texts, elsewhere = list(texts_on_names(loaded.tokenizer, share)), texts_on_other_things(loaded.tokenizer, share)
+    early = [text for number, text in enumerate(elsewhere) if number % _EVERY]
     with quick_products(loaded, last_site(loaded, capture.site)):
         named = capture.text_states([text.tokens for text in texts], "made-up names")
-        elsewhere, last = capture.router_and_last(texts_on_other_things(loaded.tokenizer, share), "made-up names")
+        further = capture.text_states(early, "made-up names")
+        both, last = capture.router_and_last(elsewhere[::_EVERY], "made-up names")
     own, others = _at_names(named, range(len(texts)), texts)
-    sinks = _sinks(elsewhere)
-    chosen, rests = _drawn((~sinks).nonzero()[:, 0], _ELSEWHERE), sinks.nonzero()[:_SINKS, 0]
+    sinks = _sinks(both)
+    chosen, rests = _drawn((~sinks).nonzero()[:, 0], _LAST), sinks.nonzero()[:_SINKS, 0]
+    early_chosen = _drawn((~_sinks(further)).nonzero()[:, 0], _ELSEWHERE - len(chosen))
     strayed = from_group_means(own, torch.tensor([text.subject for text in texts]))
     kept = {
-        "others": torch.cat([own.half(), others.half(), elsewhere.normed[chosen]]),
+        "others": torch.cat([own.half(), others.half(), further.normed[early_chosen], both.normed[chosen]]),
         "strayed": strayed.half(),
-        "sinks": elsewhere.normed[rests],
-        "last": last.normed[chosen[-_LAST:]],
+        "sinks": both.normed[rests],
+        "last": last.normed[chosen],
         "last_sinks": last.normed[rests],
     }
     keep_in_cache(path, lambda working: save_tensors(working, kept))

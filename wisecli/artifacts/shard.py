@@ -128,6 +128,7 @@ class Evidence:
 
 FIRST_TOKEN_FORM = 1_000_000  # what is added to the form of a prompt's first token
 GATE_FORM = 2_000_000  # what is added to the form of tokens with the states that a deep gate reads
+JUDGED_FORM = 4_000_000  # what is added to the form of prompts that gates alone judge
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ class PromptStates:
     (n,); ``subject`` (n,) marks tokens of the edit's subject, and ``token`` (n,) is the number of each in the
     vocabulary, -1 where it is not known. The first token of a prompt, which is compared with nothing, has its form plus
     ``FIRST_TOKEN_FORM``. Tokens of prompts that gates judge come once more with the states of the layer that a deep
-    gate reads; their form is higher by ``GATE_FORM``.
+    gate reads; their form is higher by ``GATE_FORM``. All forms of prompts that are compared with none, but judged by
+    gates, are higher by ``JUDGED_FORM``.
     """
 
     states: Tensor
@@ -157,8 +159,14 @@ class PromptStates:
     @property
     def gated(self) -> PromptStates:
         """Return the tokens with the states that the deep gate reads, if there are any."""
-        own = self.rows(self.form >= GATE_FORM)
+        own = self.rows((self.form >= GATE_FORM) & (self.form < JUDGED_FORM))
         return replace(own, form=own.form - GATE_FORM)
+
+    @property
+    def judged(self) -> PromptStates:
+        """Return the tokens of prompts that gates alone judge, if there are any."""
+        own = self.rows(self.form >= JUDGED_FORM)
+        return replace(own, form=own.form - JUDGED_FORM)
 
     def openings(self, first_edit: int = 0) -> dict[tuple[int, int], Tensor]:
         """Return the states (d,) of prompts' first tokens, by edit and form, where those are words.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.shard import FIRST_TOKEN_FORM, GATE_FORM, PromptStates, half
+from wisecli.artifacts.shard import FIRST_TOKEN_FORM, GATE_FORM, JUDGED_FORM, PromptStates, half
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
 from wisecli.models.layout.site import Site
@@ -270,9 +270,10 @@ class _PromptVariant(NamedTuple):
 
 
 def _prompt_variants(loaded: Loaded, number: int, edit: Edit) -> Iterator[_PromptVariant]:
-    """Yield an edit's own prompt in each of the forms that are kept, and its prompts in other languages as they are."""
+    """Yield an edit's own prompt in all forms that are kept, in chat for gates alone, and in other languages."""
     kept = [*(forms()[name] for name in _KEPT), _CAPITALS]
-    for way, form in enumerate(kept):
+    in_chat = [(JUDGED_FORM, forms()["chat"])] if loaded.tokenizer.chat_template else []
+    for way, form in [*enumerate(kept), *in_chat]:
         text = form.render(loaded.tokenizer, edit.prompt)
         # What a vocabulary does not have in capitals is the same token for all edits.
         if form is not _CAPITALS or _known(loaded, text):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +24,10 @@ from wisecli.routing.gating.request_gate import (
     mention_features,
 )
 
-# How far below the log-odds of its own prompt an edit's offset lies, if that is negative, and how low it may: of the
-# first gate, and of the deep one, so that what both give that prompt exceeds their doubt by .3.
-_LOGIT_MARGINS, _MIN_LOGIT_OFFSET = (1.0, (DOUBT + 0.3 - (1 - DEEP_SHARE)) / DEEP_SHARE), -50.0
+# How far below the log-odds that the first gate gives an edit's own prompt its offset lies, if that is negative, and
+# how low it may; by how much what both gates give that prompt exceeds their doubt then, as it is written and in chat:
+# the less, the fewer mentions open.
+_LOGIT_MARGIN, _MIN_LOGIT_OFFSET, _SPARE = 1.0, -50.0, (0.3, 0.05)
 # Prompts that are read at a time.
 _AT_A_TIME = 1024
 
@@ -48,19 +49,22 @@ def request_gate_tensors(
     deep = DEEP_GATE[0] in heads.request_gate and _all_gated(prompts)
     names = (LOGIT_OFFSET, DEEP_LOGIT_OFFSET) if deep else (LOGIT_OFFSET,)
     learned = {name: tensor for name, tensor in heads.request_gate.items() if deep or name not in DEEP_GATE}
-    offsets, margins = torch.zeros(len(names), len(fitted.written_probs)), torch.tensor(_LOGIT_MARGINS)[:, None]
+    offsets = torch.zeros(len(names), len(fitted.written_probs))
     gates = Gates.of({**learned, **dict(zip(names, offsets, strict=True))})
     known = 0 if former is None else len(former[LOGIT_OFFSET])
-    own = _OwnRequests.of(prompts, len(names), fitted.late_interaction, known)
-    own_probs = fitted.own_probs[_kept_prompts(prompts.compared, own.pairs)]
-    for batch in torch.arange(len(own.pairs)).split(_AT_A_TIME):
-        mentions, edit = batch_mentions(mention_features(own.requests(batch, gates.first))), own.pairs[batch, 0]
-        log_odds = gates.log_odds(mentions, edit, own_probs[batch])
-        lower = (log_odds - margins[: len(names)]).clamp(_MIN_LOGIT_OFFSET, 0.0)
-        offsets = offsets.scatter_reduce(1, edit.expand_as(lower), lower, "amin")
+    asked = [part for part in (prompts, prompts.judged) if len(part.edit)]
+    requests = _own_requests(asked, len(names), fitted.late_interaction, known)
+    for own, spare in zip(requests, _SPARE, strict=False):
+        # A prompt that gates alone judge means its edit as surely as the one that is written.
+        own_probs = fitted.own_probs[_kept_prompts(prompts.compared, own.pairs)]
+        for batch in torch.arange(len(own.pairs)).split(_AT_A_TIME):
+            mentions, edit = batch_mentions(mention_features(own.requests(batch, gates.first))), own.pairs[batch, 0]
+            log_odds = gates.log_odds(mentions, edit, own_probs[batch])
+            lower = (log_odds - _margins(spare)[: len(names)]).clamp(_MIN_LOGIT_OFFSET, 0.0)
+            offsets = offsets.scatter_reduce(1, edit.expand_as(lower), lower, "amin")
     if former is not None:
         for offset, name in zip(offsets, names, strict=True):
-            offset[: own.known] = former[name][: own.known]
+            offset[: requests[0].known] = former[name][: requests[0].known]
     return {**learned, **dict(zip(names, offsets, strict=True))}
 
 
@@ -111,6 +115,21 @@ class _OwnRequests:
         """Return the state of the first token of a prompt as each gate reads it, where that is a word."""
         found = [one[pair[0], pair[1]] for one in self.openings if (pair[0], pair[1]) in one]
         return torch.cat(found) if found else None
+
+
+def _margins(spare: float) -> Tensor:
+    """Return how far below the log-odds of each gate offsets lie (2, 1) so that both together spare so much."""
+    deep = (DOUBT + spare - (1 - DEEP_SHARE) * _LOGIT_MARGIN) / DEEP_SHARE
+    return torch.tensor([[_LOGIT_MARGIN], [deep]])
+
+
+def _own_requests(
+    asked: Sequence[PromptStates], gates: int, late_interaction: LateInteraction, known: int
+) -> list[_OwnRequests]:
+    """Return the requests of several kinds of prompts, all from the same edit on, at most the first unknown one."""
+    found = [_OwnRequests.of(prompts, gates, late_interaction, known) for prompts in asked]
+    least = min(own.known for own in found)
+    return found if least == known else _own_requests(asked, gates, late_interaction, least)
 
 
 def _all_gated(prompts: PromptStates) -> bool:

@@ -25,6 +25,8 @@ def of_edit(given: Mapping[str, Any]) -> list[str]:
         raise SettingsError("--sign signs releases of a memory; shards have none, so pass --into, or sign the merge")
     if given["dry_run"] and into:
         raise SettingsError("--dry-run plans shards, and no release of a memory; leave out --into")
+    if given["reproduce"] is not None and given["edits"] is not None:
+        raise SettingsError("--reproduce writes the edits that its manifest lists; leave out EDITS")
     if into:
         rules = dict.fromkeys(("output", "only", "force", "target_module"), "with --into")
     else:

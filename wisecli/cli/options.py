@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -237,11 +238,18 @@ def thresholds_in(text: str | None) -> dict[str, float]:
     Raises:
         SettingsError: the text is no such list.
     """
+    thresholds: dict[str, float] = {}
     try:
-        pairs = [part.split("=") for part in text.split(",")] if text else []
-        return {name.strip(): float(value) for name, value in pairs}
+        for name, value in (part.split("=") for part in text.split(",")) if text else ():
+            # What is no number would never be missed, and of a figure that is named twice one would go by unseen.
+            if not math.isfinite(float(value)) or name.strip() in thresholds:
+                raise ValueError(text)
+            thresholds[name.strip()] = float(value)
     except ValueError:
-        raise SettingsError(f"--fail-under must look like reliability=.9,locality=.95, not {text!r}") from None
+        raise SettingsError(
+            f"--fail-under must look like reliability=.9,locality=.95, each figure once, not {text!r}"
+        ) from None
+    return thresholds
 
 
 def protocol_of(kind: type[Any]) -> Any:

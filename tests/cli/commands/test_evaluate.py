@@ -28,6 +28,12 @@ def test_a_gate_that_fails_exits_with_1_and_one_that_holds_with_0(wise: Wise, re
     assert wise(*common, "reliability=0,locality=0").code == 0
 
 
+@pytest.mark.parametrize("threshold", ["nan", "inf", ".5,reliability=.9", "high"])
+def test_a_gate_that_could_not_fail_is_refused(wise: Wise, ready: Ready, threshold: str) -> None:
+    outcome = wise("eval", "--memory", ready.memory, "--no-generate", "--fail-under", f"reliability={threshold}")
+    require_refusal(outcome, "--fail-under must look like reliability=.9,locality=.95, each figure once")
+
+
 def test_a_gate_passes_over_what_no_record_measures(wise: Wise, ready: Ready) -> None:
     records = write_edits(Path("records.jsonl"), [{"prompt": "ba be bi", "target": "do du"}])
     common = ("eval", "--memory", ready.memory, "--no-generate", "--dataset", str(records), "--fail-under")

@@ -156,6 +156,13 @@ def test_the_scores_are_drawn(place: Path, tmp_path: Path) -> None:
         look(place, EDITS[0].prompt, plot=tmp_path / "scores.doc")
 
 
+def test_the_reason_is_the_same_however_many_edits_are_shown(place: Path) -> None:
+    for prompt in (EDITS[0].prompt, "so su sa"):
+        shown, hidden = look(place, prompt), look(place, prompt, nearest=0)
+        assert hidden.nearest == ()
+        assert hidden.reason == shown.reason
+
+
 def test_a_prompt_without_tokens_is_refused(place: Path) -> None:
     with pytest.raises(ModelError, match="leaves nothing of the prompt"):
         look(place, "?!")

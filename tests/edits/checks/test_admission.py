@@ -404,6 +404,7 @@ def test_a_file_that_is_not_as_it_was_signed_exits_with_1(wise: Wise, tmp_path: 
         ("--verify-signature s --signer k --into memory --watch", "--watch"),
         ("--reproduce shards --skip-known", "--reproduce"),
         ("--reproduce shards --policy policy.toml", "--reproduce"),
+        ("--reproduce shards", "leave out EDITS"),
         ("--policy nowhere.toml", "nowhere.toml"),
         ("--on-conflict never", "--on-conflict"),
     ],

@@ -87,12 +87,12 @@ def explain(
     decision = edited.decide(batch)
     found = _tokens(edited, batch, tokens)
     strengths = decision.scores[0].float() / torch.tensor(edited.routed.thresholds, device=decision.scores.device)
-    ranked: list[int] = strengths.argsort(descending=True)[:nearest].tolist()
+    ranked: list[int] = strengths.argsort(descending=True)[: max(nearest, 1)].tolist()
     near = tuple(_near(edited, text, float(strengths[at]), at, max_new_tokens, decision) for at in ranked)
     split = len(found) - len(tokens)
     answers = _text(edited, tokens), _text(edited, before)
     reason = _reason(edited, decision, near)
-    report = ExplainReport(prompt, *answers, found[:split], found[split:], near, reason)
+    report = ExplainReport(prompt, *answers, found[:split], found[split:], near[:nearest], reason)
     if plot is not None:
         plot_tokens(plot, report.prompt_tokens, report.answer_tokens)
     return report

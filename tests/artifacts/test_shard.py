@@ -219,6 +219,7 @@ def some_shard(kind: MaskKind) -> Shard:
         held_out=torch.arange(8) % 3 == 2,
         chat=torch.arange(8) % 4 == 1,
         call=torch.rand(8, generator=chance) if kind == "elements" else None,
+        token=torch.arange(8) * 5,
     )
     return Shard(mask, torch.randn(mask.shape, generator=chance), evidence)
 

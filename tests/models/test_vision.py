@@ -314,7 +314,7 @@ def greedy_by_loop(base: Any, architecture: str, memory: SideMemory, row: Sequen
     chosen = choice_of(base, site, memory, row)
     while len(tokens) < len(row) + 5 and IMAGE_TOKEN not in tokens[len(row) :]:
         given = pictured(architecture, [tokens], seed=seed)
-        with hooked(base, site, routed_by_loop(memory, PATCHES + len(row), chosen)):
+        with hooked(base, site, routed_by_loop(memory, PATCHES + len(row), chosen, tokens[len(row) :])):
             tokens.append(int(logits_of(base, given)[0, -1].argmax()))
     return tokens[len(row) :]
 

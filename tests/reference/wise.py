@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from wisecli.routing.deciding.prompt_window import NO_TOKEN
 from wisecli.routing.memories.side_memory import SideMemory
 
 # The words of a chat's turn at the least; the last tokens of a prompt that are compared; the share of a subject's words
@@ -116,15 +117,16 @@ def names_subjects(tensors: Mapping[str, Tensor], ids: Sequence[int], edits: int
 # --- what a memory adds ---
 
 
-def residual(memory: SideMemory, number: int, key: Tensor, *, in_answer: bool = False) -> Tensor:
+def residual(memory: SideMemory, number: int, key: Tensor, *, place: int = 0, token: int = NO_TOKEN) -> Tensor:
     """Return what an opened memory adds at a key (d_ff,): (d,).
 
     Args:
-        in_answer: whether the key comes after the prompt's last token, where an edit's answer may be over.
+        place: how far behind the prompt's last token the key comes; there an edit's answer may be over.
+        token: the one that the key was read at.
     """
     if memory.kind == "matrix":
         return change(memory, number, key)
-    nearest = nearest_key(memory, number, key, in_answer=in_answer)
+    nearest = nearest_key(memory, number, key, place=place, token=token)
     residuals = memory.tensors["residuals"]
     return torch.zeros_like(residuals[0]) if nearest is None else residuals[memory.tensors["key_to_residual"][nearest]]
 
@@ -135,17 +137,22 @@ def change(memory: SideMemory, number: int, key: Tensor) -> Tensor:
     return memory.tensors["delta"][held] @ key[memory.tensors["columns"][held]]
 
 
-def nearest_key(memory: SideMemory, edit: int, key: Tensor, *, in_answer: bool) -> int | None:
+def nearest_key(memory: SideMemory, edit: int, key: Tensor, *, place: int, token: int = NO_TOKEN) -> int | None:
     """Return the nearest of an edit's keys for such a token; ``None`` if in an answer none is near."""
-    pairs = zip(memory.tensors["key_to_edit"].tolist(), memory.tensors["whitening_index"].tolist(), strict=True)
-    inside = {place: number == _IN_ANSWER for place, (owner, number) in enumerate(pairs) if owner == edit}
-    found = cosines(memory.tensors, key)
+    tensors, found = memory.tensors, cosines(memory.tensors, key)
+    own = [number for number, owner in enumerate(tensors["key_to_edit"].tolist()) if owner == edit]
+    inside = {number: int(tensors["whitening_index"][number]) == _IN_ANSWER for number in own}
+    if place > 0 and "key_to_token" in tensors:  # an answer that has this token here goes on
+        read_at = {
+            number: (int(tensors["key_to_token"][number]), int(tensors["key_to_place"][number])) for number in own
+        }
+        same = [number for number in own if read_at[number] == (token, place)]
+        if same:
+            return max(same, key=found.__getitem__)
     # A prompt's last token may be inside an answer that the prompt begins.
-    own = [
-        place for place, is_inside in inside.items() if is_inside == in_answer or (is_inside and found[place] > _BEGUN)
-    ]
-    best = max(own, key=found.__getitem__)
-    return None if in_answer and found[best] <= _NEAR else best
+    may_be = [number for number in own if inside[number] == (place > 0) or (inside[number] and found[number] > _BEGUN)]
+    best = max(may_be, key=found.__getitem__)
+    return None if place > 0 and found[best] <= _NEAR else best
 
 
 def cosines(tensors: Mapping[str, Tensor], key: Tensor) -> list[float]:

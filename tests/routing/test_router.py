@@ -214,7 +214,7 @@ def by_turns(edited: EditedModel, turns: list[list[int]], answer: int) -> tuple[
             end = first + len(turn) - answer - 1
             for place in range(end, first + len(turn) if turn is not turns[-1] else len(tokens)):
                 if choice is not None and place < first + len(turn):
-                    changed[0, place] += residual(memory, choice, keys[place], in_answer=place > end)
+                    changed[0, place] += residual(memory, choice, keys[place], place=place - end, token=tokens[place])
             first += len(turn)
         return changed
 

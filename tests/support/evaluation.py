@@ -48,7 +48,7 @@ def logits_by_loop(edited: EditedModel, row: Row) -> Tensor:
     site, memory = edited.manifest.site, edited.manifest.memory
     with edited.unedited():
         chosen = choice_of(edited.model, site, memory, row.prompt)
-        with hooked(edited.model, site, routed_by_loop(memory, len(row.prompt), chosen)):
+        with hooked(edited.model, site, routed_by_loop(memory, len(row.prompt), chosen, row.target)):
             return alone(edited.model, row)
 
 

@@ -31,7 +31,7 @@ from wisecli.models.layout.architectures import architectures
 from wisecli.models.layout.site import MatrixSite, find_site, fingerprint
 from wisecli.models.prompts.tokenization import Row
 from wisecli.models.running import hooks
-from wisecli.routing.deciding.prompt_window import UNROUTED
+from wisecli.routing.deciding.prompt_window import NO_TOKEN, UNROUTED
 from wisecli.routing.layers.routed_layer import RoutedMatrix
 from wisecli.routing.memories.calibration import Calibration
 from wisecli.routing.memories.side_memory import SideMemory
@@ -332,12 +332,15 @@ def choice_of(model: PreTrainedModel, site: MatrixSite, memory: SideMemory, prom
     return decide(memory, prompt, read_by(model, site, memory, prompt))
 
 
-def routed_by_loop(memory: SideMemory, prompt: int, chosen: int | None, *, over: int | None = None) -> Hook:
+def routed_by_loop(
+    memory: SideMemory, prompt: int, chosen: int | None, answer: Sequence[int] = (), *, over: int | None = None
+) -> Hook:
     """A hook that adds token by token what one memory answers.
 
     Args:
         prompt: length of the prompt.
         chosen: the memory that answers it.
+        answer: the tokens behind the prompt.
         over: the place from which on nothing answers, as a special token ended the answer.
     """
 
@@ -346,7 +349,8 @@ def routed_by_loop(memory: SideMemory, prompt: int, chosen: int | None, *, over:
         first = 0 if not memory.by_edit and memory.pooling == "mean" else prompt - 1
         for place, key in enumerate(keys):
             if chosen is not None and first <= place < (over or len(keys)):
-                changed[0, place] += residual(memory, chosen, key, in_answer=place >= prompt)
+                token = answer[place - prompt] if place >= prompt else NO_TOKEN
+                changed[0, place] += residual(memory, chosen, key, place=place - prompt + 1, token=token)
         return changed
 
     return hook
@@ -372,7 +376,9 @@ def greedy_by_loop(
             if memory is not None:
                 assert site is not None, "a memory lies somewhere"
                 over = next((place for place, one in enumerate(tokens) if place >= len(prompt) and one == 1), None)
-                stack.enter_context(hooked(model, site, routed_by_loop(memory, len(prompt), chosen, over=over)))
+                stack.enter_context(
+                    hooked(model, site, routed_by_loop(memory, len(prompt), chosen, tokens[len(prompt) :], over=over))
+                )
             token = int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
         if token == end:
             break

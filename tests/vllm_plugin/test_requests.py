@@ -28,7 +28,7 @@ def routed(requests: Requests, step: dict[str, tuple[list[int], int]]) -> dict[s
     route = requests.step(list(step), [len(tokens) for tokens, _ in step.values()], tensor(ids), tensor(places))
     memory, inside = torch.full((len(ids),), UNROUTED), torch.zeros(len(ids), dtype=torch.bool)
     if route is not None:
-        memory[route.token], inside[route.token] = route.memory, route.in_answer
+        memory[route.token], inside[route.token] = route.memory, route.tokens.in_answer
     found, begin = {}, 0
     for name, (tokens, _) in step.items():
         end = begin + len(tokens)

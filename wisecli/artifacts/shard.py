@@ -11,7 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.tensor_schema import CALLS, EVIDENCE, MASKED, PROMPT_TOKENS, PROMPTS, TensorRows, require_layout
+from wisecli.artifacts.tensor_schema import (
+    EVIDENCE,
+    MASKED,
+    PROMPT_TOKENS,
+    PROMPTS,
+    SOME_EVIDENCE,
+    TensorRows,
+    require_layout,
+)
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import all_finite, load_tensors, save_tensors
 from wisecli.models.layout.site import Site
@@ -76,8 +84,9 @@ class Evidence:
 
     Shapes: ``keys`` (n, d_ff), ``residuals`` (n, d); ``edit`` (place in the manifest's list), ``position`` (0 = last
     prompt token) and ``context`` are (n,). ``held_out`` (n,) marks contexts that were never trained on.
-    ``chat`` (n,) marks the chat template. ``call`` (n,) is there where the mean over a prompt decides: how strongly
-    the prompts of a key's edit called the change once that edit had been trained.
+    ``chat`` (n,) marks the chat template. ``token`` (n,) is the one at which a key of an own prompt was read; older
+    shards do not say. ``call`` (n,) is there where the mean over a prompt decides: how strongly the prompts of a
+    key's edit called the change once that edit had been trained.
     """
 
     keys: Tensor
@@ -88,13 +97,14 @@ class Evidence:
     held_out: Tensor
     chat: Tensor
     call: Tensor | None = None
+    token: Tensor | None = None
 
     @classmethod
     def extra_keys(cls, keys: Tensor, residuals: Tensor, edit: int, *, position: int, context: int) -> Evidence:
         """Return evidence of one edit that none of its prompts gave: keys (n, d_ff), residuals (n, d)."""
         count, never = len(keys), torch.zeros(len(keys), dtype=torch.bool)
         number, place, origin = (torch.full((count,), value) for value in (edit, position, context))
-        return cls(keys, residuals, number, place, origin, never, never)
+        return cls(keys, residuals, number, place, origin, never, never, token=torch.zeros_like(number))
 
     @property
     def from_own_prompts(self) -> Tensor:
@@ -233,10 +243,10 @@ def shard_rows(kind: MaskKind, names: Container[str], *, solved: bool = True) ->
     Args:
         solved: whether it has the values that fill its mask.
     """
-    calls = {name: row for name, row in CALLS.items() if name in names}
+    some = {name: row for name, row in SOME_EVIDENCE.items() if name in names}
     masked = {name: row for name, row in MASKED[kind].items() if solved or name == "mask.indices"}
     tokens = PROMPT_TOKENS if "prompts.token" in names else {}
-    return {**masked, **EVIDENCE, **calls, **({**PROMPTS, **tokens} if "prompts.states" in names else {})}
+    return {**masked, **EVIDENCE, **some, **({**PROMPTS, **tokens} if "prompts.states" in names else {})}
 
 
 def shard_sizes(site: Site, edits: int) -> dict[str, int]:

@@ -49,6 +49,8 @@ KEY: TensorRows = {
     "gains": TensorRow("float", ("w", "r")),
     "floors": TensorRow("float", ("w",)),
 }
+# The token that each key of an answer was read at, and its place in that; older memories do not say.
+KEY_TOKENS: TensorRows = {name: TensorRow("int", ("n",)) for name in ("key_to_token", "key_to_place")}
 # Keys as they are stored now, in bytes; ``KEY`` has how older memories store them.
 BYTE_KEY: TensorRows = {
     "whitened_keys": TensorRow("signed byte", ("n", "d_ff")),
@@ -139,8 +141,12 @@ EVIDENCE: TensorRows = {
     "evidence.held_out": TensorRow("bool", ("n",)),
     "evidence.chat": TensorRow("bool", ("n",)),
 }
-# Evidence that only some shards have: `call` those of the paper's rule, `elsewhere` those of version 0.1.
-CALLS: TensorRows = {name: TensorRow("float", ("n",)) for name in ("evidence.call", "evidence.elsewhere")}
+# Evidence that only some shards have: `call` those of the paper's rule, `elsewhere` those of version 0.1, and `token`
+# not those of older versions.
+SOME_EVIDENCE: TensorRows = {
+    **{name: TensorRow("float", ("n",)) for name in ("evidence.call", "evidence.elsewhere")},
+    "evidence.token": TensorRow("int", ("n",)),
+}
 MASKED: dict[str, TensorRows] = {
     "columns": {"mask.indices": TensorRow("int", ("k",), "d_ff"), "delta.values": TensorRow("float", ("d", "k"))},
     "elements": {"mask.indices": TensorRow("int", ("k",), "size"), "delta.values": TensorRow("float", ("k",))},
@@ -157,7 +163,8 @@ def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
         gate |= {**DEEP_GATE, "deep_gate.logit_offset": TensorRow("float", ("M",))}
     pairs = PAIRS if "pairs.ends" in names else {}
     in_bytes = BYTE_KEY if "key_scales" in names else {}
-    held = {**LOOKUP, **KEY, **in_bytes, **pairs} if kind == FactMemory.kind else HOLDING
+    tokens = KEY_TOKENS if "key_to_token" in names else {}
+    held = {**LOOKUP, **KEY, **in_bytes, **tokens, **pairs} if kind == FactMemory.kind else HOLDING
     return {
         **held,
         **LATE_INTERACTION,

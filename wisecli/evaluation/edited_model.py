@@ -18,7 +18,7 @@ from wisecli.models.prompts.chat_template import turn_marks
 from wisecli.models.prompts.tokenization import Batch
 from wisecli.models.running.activations import capture
 from wisecli.models.streaming.layer_stream import LayerStream
-from wisecli.routing.deciding.decision import Decision, TokenChoices
+from wisecli.routing.deciding.decision import AnswerTokens, Decision, TokenChoices
 from wisecli.routing.deciding.prompt_window import UNROUTED, Answering, Tokens
 from wisecli.routing.layers.routed_layer import Routed
 from wisecli.routing.passes.routed_generation import decoder_of
@@ -61,11 +61,11 @@ class EditedModel:
         Args:
             forced: the memory (B,) that answers from the prompt's end on; ``UNROUTED`` leaves a row to the router.
         """
-        column = torch.arange(keys.shape[1], device=keys.device)
-        answers, in_answer = column >= batch.start, (column > batch.start).expand(keys.shape[:2])
-        found = self._decided(keys, batch, in_answer)
+        found = self._decided(keys, batch)
         if forced is not None:
-            own = self.routed.choices(keys, forced[:, None].where(answers, UNROUTED), in_answer).chosen
+            place = torch.arange(keys.shape[1], device=keys.device) - batch.start
+            answers, tokens = place >= 0, AnswerTokens(batch.ids, place.expand(keys.shape[:2]))
+            own = self.routed.choices(keys, forced[:, None].where(answers, UNROUTED), tokens).chosen
             found = replace(found, chosen=own.where(answers & (forced != UNROUTED)[:, None], found.chosen))
         return replace(found, chosen=found.chosen.where(batch.mask.bool(), UNROUTED))
 
@@ -81,17 +81,17 @@ class EditedModel:
         known = self.manifest.memory.by_edit and 0 <= memory < len(self.manifest.edits)
         return self.manifest.edits[memory] if known else None
 
-    def _decided(self, keys: Tensor, batch: Batch, in_answer: Tensor) -> TokenChoices:
+    def _decided(self, keys: Tensor, batch: Batch) -> TokenChoices:
         """Return what answers each token, with the score of the nearest memory at a prompt's end."""
         end = torch.full((len(keys),), batch.start, device=keys.device)
         decision = self.decide(batch)
         tokens = Tokens(batch.ids, batch.mask.bool(), batch.ids[:, :0], torch.full_like(end, UNROUTED))
-        memory = self.decoder.memories(tokens, Answering(self.routed.numbers(decision), end))
-        at_end = ~in_answer & (torch.arange(keys.shape[1], device=keys.device) == batch.start)
-        shown = torch.where(at_end & (memory == UNROUTED), decision.nearest[:, None], memory)
-        found = self.routed.choices(keys, shown, in_answer)
+        route = self.decoder.routed(tokens, Answering(self.routed.numbers(decision), end))
+        at_end = route.tokens.place == 0
+        shown = torch.where(at_end & (route.memory == UNROUTED), decision.nearest[:, None], route.memory)
+        found = self.routed.choices(keys, shown, route.tokens)
         return TokenChoices(
-            found.chosen.where(memory != UNROUTED, UNROUTED),
+            found.chosen.where(route.memory != UNROUTED, UNROUTED),
             torch.where(at_end, decision.score_ratio[:, None], found.score_ratio),
             found.nearest,
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from wisecli.routing.deciding.decision import AnswerTokens
 from wisecli.routing.deciding.prompt_window import UNROUTED, TurnMarks, is_any
 from wisecli.routing.memories.answer_pairs import AnswerPairs
 
@@ -24,11 +25,11 @@ _AT_ONCE = 2**14
 
 @dataclass(frozen=True)
 class StepRoute:
-    """What is routed of a step: which of its tokens (n,), by which memory (n,), and which come after their prompt."""
+    """What is routed of a step: the indices of its tokens, by which memory, and which tokens they are, all (n,)."""
 
     token: Tensor
     memory: Tensor
-    in_answer: Tensor
+    tokens: AnswerTokens
 
 
 @dataclass
@@ -133,7 +134,7 @@ class Requests:
             memory = self._pairs.in_turn(memory, (position >= first).long(), position == first)
         if self._whole:
             answers = answers | (position < end)
-        return StepRoute(token, memory.where(answers, UNROUTED), inside)
+        return StepRoute(token, memory.where(answers, UNROUTED), AnswerTokens(ids, position - end))
 
 
 def _first_places(known: Tensor, row: Tensor, position: Tensor, marked: Tensor) -> Tensor:

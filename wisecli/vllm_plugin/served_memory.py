@@ -289,7 +289,7 @@ class ServedMemory:
             mine, adds = keys(route.token)
             if not adds:
                 continue
-            chosen = memory.choices(mine[None], route.memory[None], route.in_answer[None]).chosen
+            chosen = memory.choices(mine[None], route.memory[None], route.tokens[None]).chosen
             answer[route.token] = memory.add(answer[route.token][None], mine[None], chosen)[0]
 
 

@@ -75,7 +75,7 @@ def test_the_oracle_is_the_memory_itself_on_every_token_from_the_prompts_end(tmp
     holders = [place % 3 for place in range(len(ROWS))]
     for place, one in enumerate(measured(edited, list(holders))):
         row, number = ROWS[place], holders[place]
-        with edited.unedited(), hooked(edited.model, site, _added(memory, number, len(row.prompt) - 1)):
+        with edited.unedited(), hooked(edited.model, site, _added(memory, number, row)):
             logits = alone(edited.model, row)
         assert one.after.right == pytest.approx(right_share(logits, row.target))
         loss = torch.nn.functional.cross_entropy(logits, torch.tensor(row.target))
@@ -85,15 +85,18 @@ def test_the_oracle_is_the_memory_itself_on_every_token_from_the_prompts_end(tmp
     assert measured(edited, [None] * len(ROWS)) == ordinary
 
 
-def _added(memory: SideMemory, number: int, first: int) -> Any:
-    """A hook that adds what one memory adds, from a column on: of a lookup the nearest of the edit's own keys, of
-    those that prompts end in at the first of the columns, of those inside answers after it, if it is near.
+def _added(memory: SideMemory, number: int, row: Row) -> Any:
+    """A hook that adds what one memory adds, from the prompt's end on: of a lookup the nearest of the edit's own keys,
+    of those that prompts end in at the first of the columns, of those inside answers after it, if it is near or the
+    token is the answer's own.
     """
+    tokens, first = (*row.prompt, *row.target), len(row.prompt) - 1
 
     def hook(_module: object, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         changed = output.clone()
         for place in range(first, output.shape[1]):
-            changed[0, place] += residual(memory, number, inputs[0][0, place], in_answer=place > first)
+            key, token = inputs[0][0, place], tokens[place]
+            changed[0, place] += residual(memory, number, key, place=place - first, token=token)
         return changed
 
     return hook

@@ -13,6 +13,7 @@ from wisecli.bench.studies import latency
 from wisecli.bench.studies.latency import steps, taking_turns
 from wisecli.bench.study import StudyReport
 from wisecli.evaluation.edited_model import EditedModel, attach
+from wisecli.routing.deciding.decision import AnswerTokens
 from wisecli.routing.passes.routed_pass import PassRoute, in_pass
 from wisecli.routing.passes.token_cache import cache_returned
 
@@ -50,7 +51,7 @@ def answers(edited: EditedModel) -> bool:
     """Whether a memory that answers a token is on."""
     routed = edited.routed
     keys, first = torch.randn(1, 1, routed.weight.shape[1]), torch.zeros(1, 1, dtype=torch.long)
-    with in_pass(PassRoute(first, first > 0)):
+    with in_pass(PassRoute(first, AnswerTokens(first, first))):
         return not torch.equal(routed(keys), functional.linear(keys, routed.weight, routed.bias))
 
 

@@ -21,7 +21,8 @@ from wisecli.memory.merging.merge_methods import Recipe, merge_deltas
 from wisecli.memory.merging.merged_evidence import MergedEvidence, join_evidence
 from wisecli.memory.merging.removal import solved, solved_anew
 from wisecli.models.layout.site import MatrixSite
-from wisecli.routing.deciding.decision import WindowStates
+from wisecli.routing.deciding.decision import AnswerTokens, WindowStates
+from wisecli.routing.deciding.prompt_window import NO_TOKEN
 from wisecli.routing.deciding.prompt_words import LETTER, TOKEN_CHARS
 from wisecli.routing.deciding.subject_match import SUBJECT_MATCH
 from wisecli.routing.layers.routed_layer import memory_module
@@ -53,7 +54,13 @@ def some_evidence(seed: int, *, edits: int = EDITS) -> Evidence:
         context == CONTEXTS - 1,
         torch.zeros(len(edit), dtype=torch.bool),
         (1.0 + torch.rand(edits, generator=seeded(seed + 4)))[edit],
+        edit + position,
     )
+
+
+def tokens_of(evidence: Evidence) -> AnswerTokens:
+    """The places of evidence's keys in answers; which tokens they were read at is not known."""
+    return AnswerTokens(torch.full_like(evidence.position, NO_TOKEN), evidence.position)
 
 
 def unrelated_text() -> BackgroundStats:
@@ -252,13 +259,51 @@ def test_a_lookup_adds_its_residuals_as_often_as_its_strength_says() -> None:
     assert torch.allclose(stronger.float(), 2 * values.float(), rtol=2e-3)
 
 
+def test_keys_inside_answers_know_their_tokens_unless_these_may_go_on_otherwise() -> None:
+    """Edit 0 answers 5 6 7 and, in chat, 5 6 8; edit 1 answers 5 6 in both ways. Key by key, against plain loops."""
+    answers = {(0, False): (5, 6, 7), (0, True): (5, 6, 8), (1, False): (5, 6), (1, True): (5, 6)}
+    rows = [
+        (edit, chat, position, (3, *answer)[position])
+        for (edit, chat), answer in answers.items()
+        for position in range(len(answer) + 1)
+    ]
+    edit, chat, position, token = (torch.tensor(column) for column in zip(*rows, strict=True))
+    none = torch.zeros(len(rows), dtype=torch.bool)
+    own = Evidence(
+        normal(len(rows), D_FF, seed=5),
+        normal(len(rows), D, seed=6),
+        edit,
+        position,
+        chat.long(),
+        none,
+        chat,
+        token=token,
+    )
+    extra = Evidence.extra_keys(normal(1, D_FF, seed=7), normal(1, D, seed=8), 1, position=1, context=SPACE_CONTEXT)
+    tensors = built_lookup(some_material(Evidence.joined([own, extra]))).memory.tensors
+    found = list(zip(tensors["key_to_token"].tolist(), tensors["key_to_place"].tolist(), strict=True))
+    expected = []
+    for number, _, place, here in rows:
+        following = {
+            (*answers[key], None)[place] for key in answers if key[0] == number and (3, *answers[key])[place] == here
+        }
+        expected.append((here, place) if place and len(following) == 1 else None)
+    assert [pair if pair[1] else None for pair in found] == [*expected, None]
+    assert {None} < set(expected)
+
+
+def test_a_lookup_of_shards_that_know_no_tokens_knows_none() -> None:
+    tensors = built_lookup(some_material(replace(some_evidence(10), token=None))).memory.tensors
+    assert not {"key_to_token", "key_to_place"} & tensors.keys()
+
+
 def test_every_trained_key_recalls_exactly_its_own_residual() -> None:
     material = two_shards()
     memory, (calibration,), _ = built_lookup(material)
     evidence, facts = material.evidence, FactMemory(memory)
     kept = ~evidence.held_out
     keys, residuals = trained(evidence)
-    found = facts.choices(keys[None], evidence.edit[kept][None], (evidence.position[kept] > 0)[None]).chosen
+    found = facts.choices(keys[None], evidence.edit[kept][None], tokens_of(evidence)[kept][None]).chosen
     assert facts.memory_of_choice(found)[0].tolist() == evidence.edit[kept].tolist()
     added = facts.add(torch.zeros(1, len(keys), D), keys[None], found)[0]
     assert torch.allclose(added, residuals, atol=1e-3, rtol=2e-3)
@@ -272,11 +317,11 @@ def test_keys_of_a_context_never_seen_recall_their_edits_residual() -> None:
     material = two_shards()
     evidence, facts = material.evidence, FactMemory(built_lookup(material)[0])
     unseen = evidence.held_out
-    inside, edits = evidence.position[unseen] > 0, evidence.edit[unseen]
+    edits = evidence.edit[unseen]
     added = facts.add(
         torch.zeros(1, len(edits), D),
         evidence.keys[unseen][None],
-        facts.choices(evidence.keys[unseen][None], edits[None], inside[None]).chosen,
+        facts.choices(evidence.keys[unseen][None], edits[None], tokens_of(evidence)[unseen][None]).chosen,
     )
     assert torch.allclose(added[0], evidence.residuals[unseen], atol=1e-3, rtol=2e-3)
 

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from wisecli.models.running.forward_pass import CACHE_ARGUMENT
 from wisecli.models.running.generation import left_padded
+from wisecli.routing.deciding.decision import AnswerTokens
 from wisecli.routing.deciding.prompt_window import UNROUTED
 from wisecli.routing.layers.layer_states import state_of, with_state
 from wisecli.routing.layers.routed_layer import (
@@ -34,6 +35,8 @@ from wisecli.routing.passes.routed_pass import PassRoute, in_pass
 from wisecli.routing.passes.token_cache import last_memory
 
 D, D_FF, READ, RANK = 6, 10, 4, 3
+# Different tokens that an answer may have.
+TOKENS = 3
 KINDS = ("matrix", "lookup")
 
 
@@ -84,6 +87,8 @@ class Plain:
         self.key_to_edit, self.whitening_index = place % memories, (place // memories) % 2
         self.factors = 1 + normal(memories * keys_each, seed=6).tanh().square()
         self.residuals, self.key_to_residual = normal(memories * keys_each + 1, d, seed=5), place.flip(0)
+        self.key_to_place = self.whitening_index * (1 + place // memories // 2 % 2)
+        self.key_to_token = place % TOKENS
 
     def packed(self, thresholds: tuple[float, ...], kind: str = "matrix", pooling: str = "last") -> SideMemory:
         if kind == "matrix":
@@ -99,6 +104,8 @@ class Plain:
             "key_to_residual": self.key_to_residual,
             "key_to_edit": self.key_to_edit,
             "whitening_index": self.whitening_index,
+            "key_to_token": self.key_to_token,
+            "key_to_place": self.key_to_place,
         }
         tensors |= {"directions": self.directions, "gains": self.gains, "floors": self.floors}
         tensors |= {"whitened_keys": torch.stack(probes) * self.factors[:, None], "cosine_offset": 1 - self.factors}
@@ -120,9 +127,14 @@ class Plain:
         }
 
 
-def answering(routed: RoutedMatrix, keys: Tensor, answered: Tensor, inside: Tensor | None = None) -> Tensor:
+def at_prompt_ends(answered: Tensor) -> AnswerTokens:
+    """Tokens in the shape of what answers them, with all of which prompts end."""
+    return AnswerTokens(torch.zeros_like(answered), torch.zeros_like(answered))
+
+
+def answering(routed: RoutedMatrix, keys: Tensor, answered: Tensor, tokens: AnswerTokens | None = None) -> Tensor:
     """What a matrix gives in a pass whose tokens are answered so; by default all come where prompts end."""
-    with in_pass(PassRoute(answered, torch.zeros_like(answered, dtype=torch.bool) if inside is None else inside)):
+    with in_pass(PassRoute(answered, tokens or at_prompt_ends(answered))):
         found: Tensor = routed(keys)
     return found
 
@@ -149,20 +161,22 @@ def test_every_token_is_answered_as_a_plain_loop_answers_it(
 ) -> None:
     module, memory = base(), Plain(memories, keys_each=4).packed((1.0,) * memories, kind)
     routed = routed_matrix(base(), memory, transposed=transposed)
-    keys, answered, inside = normal(5, 12, D_FF, seed=5), drawn(memories, 5, 12), drawn(1, 5, 12, seed=12) == 0
-    answers = answering(routed, keys, answered, inside)
+    keys, answered = normal(5, 12, D_FF, seed=5), drawn(memories, 5, 12)
+    tokens = AnswerTokens(drawn(TOKENS, 5, 12, seed=13), drawn(3, 5, 12, seed=12))
+    answers = answering(routed, keys, answered, tokens)
     assert answers.shape == (5, 12, D)
     for row in range(5):
         for column in range(12):
             key, edit = keys[row, column], int(answered[row, column])
             expected = module(key)
             if edit != UNROUTED:
-                expected = expected + residual(memory, edit, key, in_answer=bool(inside[row, column]))
+                token, place = int(tokens.ids[row, column]), int(tokens.place[row, column])
+                expected = expected + residual(memory, edit, key, place=place, token=token)
             assert torch.allclose(answers[row, column], expected, atol=1e-4)
     # A token's answer does not depend on its neighbours.
     for column in range(12):
         part = slice(column, column + 1)
-        alone = answering(routed, keys[:, part], answered[:, part], inside[:, part])
+        alone = answering(routed, keys[:, part], answered[:, part], tokens[:, part])
         assert torch.allclose(alone, answers[:, part], atol=1e-5)
 
 
@@ -260,34 +274,42 @@ def test_an_edits_own_key_recalls_its_residual_and_nothing_else() -> None:
     routed = routed_matrix(linear(bias=True), plain.packed((1.0,) * 4, "lookup"))
     for size in (1.0, 0.01, 100.0):
         keys = size * plain.keys[None]
-        answers = answering(routed, keys, plain.key_to_edit[None], (plain.whitening_index == ANSWER_WHITENING)[None])
+        inside = (plain.whitening_index == ANSWER_WHITENING).long()[None]
+        answers = answering(
+            routed, keys, plain.key_to_edit[None], AnswerTokens(torch.full_like(inside, TOKENS), inside)
+        )
         added = answers[0] - F.linear(keys, routed.weight, routed.bias)[0]
         assert torch.allclose(added, plain.residuals[plain.key_to_residual], atol=1e-4 * max(size, 1))
 
 
 def test_a_lookup_goes_on_by_keys_inside_its_answer_and_only_near_ones() -> None:
-    memory, seen = Plain(3, keys_each=4).packed((1.0,) * 3, "lookup"), set()
+    plain, seen = Plain(3, keys_each=4), set()
+    memory = plain.packed((1.0,) * 3, "lookup")
     lookup = FactMemory(memory)
     for key in normal(200, D_FF, seed=6):
-        for edit, inside in product(range(3), (False, True)):
+        for edit, place, token in product(range(3), range(3), range(TOKENS + 1)):
             one = torch.full((1, 1), edit)
-            found = lookup.choices(key[None, None], one, torch.full((1, 1), inside))
-            nearest = nearest_key(memory, edit, key, in_answer=inside)
+            found = lookup.choices(key[None, None], one, AnswerTokens(one * 0 + token, one * 0 + place))
+            nearest = nearest_key(memory, edit, key, place=place, token=token)
             assert found.chosen.tolist() == [[UNROUTED if nearest is None else nearest]]
             assert found.chosen.tolist() == [[UNROUTED]] or lookup.memory_of_choice(found.chosen).tolist() == [[edit]]
-            seen.add((inside, int(found.chosen) == UNROUTED))
-        nothing = lookup.choices(key[None, None], torch.full((1, 1), UNROUTED), torch.ones(1, 1, dtype=torch.bool))
+            own = plain.key_to_edit == edit
+            known = place > 0 and bool((own & (plain.key_to_token == token) & (plain.key_to_place == place)).any())
+            seen.add((place > 0, known, int(found.chosen) == UNROUTED))
+        nobody = torch.full((1, 1), UNROUTED)
+        nothing = lookup.choices(key[None, None], nobody, AnswerTokens(nobody, torch.ones(1, 1).long()))
         assert nothing.chosen.tolist() == [[UNROUTED]]
-    assert seen == {(False, False), (True, False), (True, True)}
+    # At a prompt's end tokens say nothing; inside an answer one that an edit's own has there always goes on.
+    assert seen == {(False, False, False), (True, True, False), (True, False, False), (True, False, True)}
 
 
 def test_residuals_of_an_edit_are_what_it_adds_once_opened() -> None:
     plain, keys = Plain(3, keys_each=4), normal(20, D_FF, seed=6)
-    inside = torch.zeros(1, 20, dtype=torch.bool)
     for memory in (plain.packed((1.0,) * 3, kind) for kind in KINDS):
         for edit in range(3):
             expected, alone = torch.stack([residual(memory, edit, key) for key in keys]), memory_module(memory)
-            chosen = alone.choices(keys[None], torch.full((1, 20), edit), inside).chosen
+            answered = torch.full((1, 20), edit)
+            chosen = alone.choices(keys[None], answered, at_prompt_ends(answered)).chosen
             found = alone.add(torch.zeros_like(expected)[None], keys[None], chosen)[0]
             torch.testing.assert_close(found, expected)
 
@@ -302,7 +324,7 @@ def test_a_memory_kept_in_half_precision_serves_models_of_any_type(dtype: torch.
     }
     routed = routed_matrix(linear(bias=True).to(dtype), replace(memory, tensors=kept))
     keys, answered = normal(5, 12, D_FF, seed=5).to(dtype), drawn(2, 5, 12)
-    none = torch.zeros(5, 12, dtype=torch.bool)
+    none = at_prompt_ends(answered)
     base, answers = F.linear(keys, routed.weight, routed.bias), answering(routed, keys, answered)
     assert answers.dtype == dtype
     assert torch.equal(answers[answered == UNROUTED], base[answered == UNROUTED])
@@ -535,7 +557,7 @@ def test_a_lookup_in_a_model_agrees_with_a_loop_over_its_edits(architecture: str
         logits.append(model(token, attention_mask=mask, position_ids=at, **{CACHE_ARGUMENT: cache}).logits[:, -1])
     together, touched = torch.stack(logits, 1), 0
     for number, row in enumerate(rows):
-        with hooked(oracle, site, routed_by_loop(memory, len(row.prompt), opened[number])):
+        with hooked(oracle, site, routed_by_loop(memory, len(row.prompt), opened[number], row.target)):
             expected = alone(oracle, row)
         assert torch.allclose(together[number], expected, atol=2e-3), number
         touched += not torch.allclose(expected, alone(oracle, row), atol=0.05)

@@ -38,8 +38,8 @@ from wisecli.models.running.activations import capture
 from wisecli.models.running.forward_pass import CACHE_ARGUMENT
 from wisecli.models.running.generation import left_padded
 from wisecli.models.running.hooks import hooked
-from wisecli.routing.deciding.decision import Decision, WindowStates
-from wisecli.routing.deciding.prompt_window import UNROUTED, TurnMarks
+from wisecli.routing.deciding.decision import AnswerTokens, Decision, WindowStates
+from wisecli.routing.deciding.prompt_window import UNROUTED, Answering, TurnMarks
 from wisecli.routing.gating.request_gate import (
     DEEP_GATE,
     DEEP_LOGIT_OFFSET,
@@ -50,8 +50,8 @@ from wisecli.routing.gating.request_gate import (
 )
 from wisecli.routing.layers.module_types import add_mixin
 from wisecli.routing.memories.answer_pairs import AnswerPairs
-from wisecli.routing.memories.fact_memory import ANSWER_KEY_MIN_COSINE
-from wisecli.routing.passes.routed_pass import ReadLayer
+from wisecli.routing.memories.fact_memory import ANSWER_KEY_MIN_COSINE, ANSWER_WHITENING
+from wisecli.routing.passes.routed_pass import ReadLayer, given_answering
 from wisecli.routing.passes.token_cache import (
     cache_given,
     cache_returned,
@@ -67,6 +67,7 @@ NEW = 6
 MARKS = TurnMarks((90, 91), (90,), (1, 90, 92))
 KINDS = {
     "lookup": {"kind": "lookup", "memories": 3},
+    "known tokens": {"kind": "lookup", "memories": 3},
     "pairs": {"kind": "lookup", "memories": 3},
     "gated": {"kind": "lookup", "memories": 3},
     "matrices": {"memories": 3},
@@ -95,8 +96,49 @@ def made(root: Path, kind: str) -> EditedModel:
     found = edited_model(root, edits=EDITS, **KINDS[kind])  # type: ignore[arg-type]
     found.decoder.wise_marks = MARKS
     found.model.generation_config.eos_token_id = None
-    parts = {"pairs": with_pairs, "gated": with_gate}
+    parts = {"known tokens": with_known_tokens, "pairs": with_pairs, "gated": with_gate}
     return parts[kind](found) if kind in parts else found
+
+
+def with_known_tokens(edited: EditedModel) -> EditedModel:
+    """Keys of which some are for tokens that each prompt's answer has in one place or another."""
+    routed = edited.routed
+    place, token = torch.zeros_like(routed.key_to_edit), torch.zeros_like(routed.key_to_edit)
+    for prompt in PROMPTS:
+        said, owner = plain(edited.model, prompt), decided(edited, prompt)
+        own = (routed.key_to_edit == owner) & (routed.whitening_index == ANSWER_WHITENING)
+        free = (own & (place == 0)).nonzero().flatten()[: NEW - 1]
+        behind = torch.arange(1, len(free) + 1)
+        place[free], token[free] = behind, torch.tensor(said)[behind - 1]
+    routed.register_buffer("key_to_place", place)
+    routed.register_buffer("key_to_token", token)
+    return edited
+
+
+def test_tokens_that_an_answer_has_in_their_places_are_answered_otherwise(
+    models: Callable[[str], EditedModel],
+) -> None:
+    knowing, others = models("known tokens"), models("lookup")
+    assert any(usual(knowing, prompt) != usual(others, prompt) for prompt in PROMPTS)
+
+
+def test_a_token_knows_its_place_in_an_answer_however_the_row_is_run(lookup: EditedModel) -> None:
+    decoder, prompt = lookup.decoder, next(one for one in PROMPTS if decided(lookup, one) != UNROUTED)
+    whole, end = torch.tensor([[*prompt, *usual(lookup, prompt)]]), len(prompt) - 1
+    expected = (torch.arange(whole.shape[1]) - end).tolist()
+    assert 1 not in whole[0, len(prompt) :].tolist()  # which would end the answer
+    given = Answering(torch.tensor([decided(lookup, prompt)]), torch.tensor([end]))
+    mask = torch.ones_like(whole)
+    assert decoder.route(whole, mask, None, given).tokens.place[0].tolist() == expected
+    for size in (1, 2):  # a bare text of several tokens is a prompt, so that two come at once where it is known
+        cache, places = DynamicCache(config=lookup.model.config), []
+        for first in [0, *range(len(prompt), whole.shape[1], size)]:
+            part = whole[:, first : first + size if first else len(prompt)]
+            route = decoder.route(part, torch.ones_like(part), cache, given if size > 1 else None)
+            places += route.tokens.place[0].tolist()
+            with given_answering(given if size > 1 else None):
+                lookup.model(part, **{CACHE_ARGUMENT: cache})
+        assert places == expected
 
 
 def with_gate(edited: EditedModel) -> EditedModel:
@@ -208,7 +250,8 @@ def test_two_edits_answer_in_turn_as_in_a_loop_over_tokens(models: Callable[[str
             begins = place > 0 and said[-1] == separator and not passed
             passed |= begins
             owner = torch.tensor([second if passed else first])
-            cosine, at = edited.routed.nearest_keys(key, owner, torch.tensor([place > 0]))
+            token = AnswerTokens(torch.tensor([ids[-1]]), torch.tensor([place]))
+            cosine, at = edited.routed.nearest_keys(key, owner, token)
             residual = int(edited.routed.key_to_residual[at])
             if begins:
                 residual = 2 * second

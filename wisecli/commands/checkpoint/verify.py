@@ -20,7 +20,7 @@ from wisecli.artifacts.file_names import MEMORY_TENSORS, MERGED
 from wisecli.artifacts.former_names import current_names
 from wisecli.artifacts.integrity import Check, check_base, check_digest, check_index, check_layouts, check_rows, damaged
 from wisecli.artifacts.shard import shard_rows, shard_sizes
-from wisecli.artifacts.tensor_schema import PROMPT_TOKENS, background_rows, memory_rows
+from wisecli.artifacts.tensor_schema import PROMPT_TOKENS, SOME_EVIDENCE, background_rows, memory_rows
 from wisecli.commands.checkpoint.verify_code import check_code
 from wisecli.commands.checkpoint.verify_report import VerifyReport
 from wisecli.edits.checks.signatures import Signed
@@ -101,7 +101,8 @@ def _shards(path: Path, model: Path | None) -> Iterator[Check]:
     solved = ("prompts.states",) if directory.settings.get("writer") == "solve" else ()
     for entry in directory.shards:
         yield from check_digest(path, entry.file, entry.sha256)
-        there = {*solved, *(name for name in _names(path, entry.file) if solved and name in PROMPT_TOKENS)}
+        optional = {**SOME_EVIDENCE, **(PROMPT_TOKENS if solved else {})}
+        there = {*solved, *(name for name in _names(path, entry.file) if name in optional)}
         yield from check_rows(path, entry.file, shard_rows(entry.mask_kind, there, solved=entry.solved), sizes)
         yield from _shard_metadata(path, entry)
     file = shard_manifest.UNRELATED_NAME

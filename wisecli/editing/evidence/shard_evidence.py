@@ -35,13 +35,14 @@ def gather_evidence(
         residual: what should be added at each key.
         median_norm: the length of a state that attention does not rest on, if residuals are stretched by it.
     """
-    fields: dict[str, list[Tensor]] = {name: [] for name in ("keys", "edit", "position", "context", "stretch")}
+    fields: dict[str, list[Tensor]] = {name: [] for name in ("keys", "token", "edit", "position", "context", "stretch")}
     answers: list[AnswerKey] = []
     for examples in batches:
         batch = examples.activations.batch
         rows, columns = batch.labelled[0], batch.labelled[1] - batch.start
         fields["keys"].append(examples.activations.keys[rows, columns].float().cpu())
         fields["stretch"].append(residual_scale(examples.activations, median_norm)[rows, columns].cpu())
+        fields["token"].append(batch.ids[batch.labelled[0], batch.labelled[1]].cpu())
         rows, columns = rows.cpu(), columns.cpu()
         fields["edit"].append(examples.edits[rows])
         fields["position"].append(columns)

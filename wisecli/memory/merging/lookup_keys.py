@@ -115,11 +115,13 @@ class _Keys:
         self.whitened = torch.empty(count, self.whitenings[0].directions.shape[1], dtype=torch.int8)
         self.scales = torch.empty(count)
         self.whitening_index, self.residual = (torch.empty(count, dtype=torch.long) for _ in range(2))
+        self.token, self.place = torch.zeros(2, count, dtype=torch.int32)
 
     def add_former(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the keys of a former lookup, which come first."""
         for name, column in self._columns().items():
-            column[: len(tensors[name])] = tensors[name]
+            if name in tensors:  # older lookups know nothing of tokens
+                column[: len(tensors[name])] = tensors[name]
 
     def add(self, first: int, part: Evidence, keys: Tensor, rows: Tensor) -> None:
         """Whiten the keys of a part of a shard and store them from ``first`` on, without the residuals that they add.
@@ -133,15 +135,21 @@ class _Keys:
                 rounded, scales = _quantized(self.whitenings[number].whitened_keys(keys[rows[indices]].float()))
                 self.whitened.index_copy_(0, first + indices, rounded)
                 self.scales.index_copy_(0, first + indices, scales)
-        self.whitening_index[first : first + len(which)] = which
+        own = slice(first, first + len(which))
+        self.whitening_index[own] = which
+        if part.token is not None:
+            told = part.from_own_prompts & _tells_what_follows(part, part.token)
+            self.token[own], self.place[own] = (column.where(told, 0).int() for column in (part.token, part.position))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all of it, with the whitenings that are used, by names in a side memory."""
-        used = self.whitenings
+        columns, used = self._columns(), self.whitenings
+        if not bool(self.place.any()):  # older shards do not say at which tokens keys were read
+            del columns["key_to_token"], columns["key_to_place"]
         if not bool((self.whitening_index == len(used) - 1).any()):  # no prompt ends in a blank
             used = used[:-1]
         return {
-            **self._columns(),
+            **columns,
             # Of few keys less is known; where nothing is, nothing is gained.
             "directions": pad_sequence([basis.directions for basis in used], batch_first=True),
             "gains": pad_sequence([basis.gains for basis in used], batch_first=True),
@@ -157,7 +165,31 @@ class _Keys:
             "cosine_offset": torch.zeros(len(self.edit)),
             "key_to_edit": self.edit,
             "whitening_index": self.whitening_index,
+            "key_to_token": self.token,
+            "key_to_place": self.place,
         }
+
+
+def _tells_what_follows(evidence: Evidence, token: Tensor) -> Tensor:
+    """Return for which keys (n,) all answers of their edit with the same token at the same place go on alike.
+
+    Args:
+        token: that of each key (n,).
+    """
+    position = evidence.position.long()
+    width = int(position.max()) + 2
+    place = evidence.answer * width + position
+    # Of every place of an answer the token there; none behind its last one.
+    at_place = torch.full((int(place.max()) + 2,), -1).index_copy(0, place, token.long())
+    following = at_place[place + 1]
+    same = torch.stack([evidence.edit.long(), position, token.long()], 1).unique(dim=0, return_inverse=True)[1]
+    least, most = (
+        torch.zeros(int(same.max()) + 1, dtype=torch.long).scatter_reduce(
+            0, same, following, reduce, include_self=False
+        )
+        for reduce in ("amin", "amax")
+    )
+    return (least == most)[same]
 
 
 def _quantized(keys: Tensor) -> tuple[Tensor, Tensor]:

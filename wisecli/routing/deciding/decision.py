@@ -43,6 +43,26 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class AnswerTokens:
+    """Tokens (...) by their ``ids``, and their ``place`` behind their prompts' last ones.
+
+    That is 1 for an answer's first token, and 0 or less up to the prompt's end.
+    """
+
+    ids: Tensor
+    place: Tensor
+
+    @property
+    def in_answer(self) -> Tensor:
+        """Which tokens come after their prompt's last one (...)."""
+        return self.place > 0
+
+    def __getitem__(self, index: Any) -> "AnswerTokens":
+        """Return some of the tokens, or the same in another shape."""
+        return AnswerTokens(self.ids[index], self.place[index])
+
+
+@dataclass(frozen=True)
 class TokenChoices:
     """What answers tokens (...): ``chosen`` is a memory, or of a lookup one of its keys; ``UNROUTED`` where none does.
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wisecli.routing.deciding.decision import Decision, WindowStates, with_rows_replaced
+from wisecli.routing.deciding.decision import AnswerTokens, Decision, WindowStates, with_rows_replaced
 from wisecli.routing.deciding.fact_candidates import Candidates, FactCandidates
 from wisecli.routing.deciding.late_interaction import ProjectedPrompts, starts_with_word
 from wisecli.routing.deciding.prompt_window import UNROUTED
@@ -66,11 +66,12 @@ class FactDecision(FactCandidates):
             return decision.memory
         return self.pairs.numbers(decision.memory, decision.second)
 
-    def in_turn(self, numbers: Tensor, ids: Tensor, in_answer: Tensor) -> Tensor:
+    def in_turn(self, numbers: Tensor, tokens: AnswerTokens) -> Tensor:
         """Return what answers each token of a pass (B, T), of a pair one edit behind the other."""
         if self.pairs is None:
             return numbers
-        here = in_answer & (ids == self.pairs.separator_token_id.to(ids.device)) & (numbers >= 0)
+        separator = self.pairs.separator_token_id.to(tokens.ids.device)
+        here = tokens.in_answer & (tokens.ids == separator) & (numbers >= 0)
         return self.pairs.in_turn(numbers, here.long().cumsum(1), here)
 
     def decide(self, window: WindowStates) -> Decision:

@@ -172,9 +172,9 @@ class Tokens:
             ends = torch.where(bare & (ends < 0), last_marked(self.non_padding), ends)
         return ends
 
-    def behind(self, answering: Answering) -> Tensor:
-        """Return which tokens of a pass come after their prompt's last one: (B, T)."""
-        return torch.arange(self.ids.shape[1], device=self.ids.device) > answering.end[:, None]
+    def places(self, answering: Answering) -> Tensor:
+        """Return how far behind its prompt's last one each token of a pass stands, 0 or less up to that: (B, T)."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) - answering.end[:, None]
 
     def answered_by(self, marks: TurnMarks, answering: Answering, *, whole: bool = False) -> Tensor:
         """Return the memory that answers each token (B, T), until a special token or the next prompt ends the answer.

@@ -2,6 +2,8 @@
 
     y = W a + b + v_i    the residual v_i of that of the edit's keys which is nearest to a, by whitened cosine
 
+Inside an answer the token itself says which keys may be meant, if one of the edit's own answers has it at this place.
+
 Where a prompt asks two edits, they answer one after the other (:mod:`.answer_pairs`).
 
 Exports carry this very file.
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.routing.deciding.decision import TokenChoices
+from wisecli.routing.deciding.decision import AnswerTokens, TokenChoices
 from wisecli.routing.deciding.fact_decision import FactDecision
 from wisecli.routing.deciding.prompt_window import UNROUTED
 from wisecli.routing.memories.answer_pairs import AnswerPairs
@@ -50,23 +52,41 @@ class RoutingKeys(nn.Module):
             scores = scores * self.key_scales[key_indices]
         return scores / norms + self.cosine_offset[key_indices].float()
 
-    def nearest_keys(self, keys: Tensor, edits: Tensor, in_answer: Tensor) -> tuple[Tensor, Tensor]:
+    def nearest_keys(self, keys: Tensor, edits: Tensor, tokens: AnswerTokens) -> tuple[Tensor, Tensor]:
         """Return the cosine and the index of the nearest key of one edit each: keys (m, d_ff), edits (m,) → two (m,).
 
         A prompt may end inside its answer ("… Answer: New"). There the key of a prompt's last token comes near a key
         inside the answer, as no other prompt's does, and the answer goes on.
 
         Args:
-            in_answer: whether the key comes after its prompt's last token (m,), and is compared with such alone.
+            tokens: those of the keys (m,). One that comes after its prompt's last token is compared with such alone,
+                and if an answer of its edit has the very token at its place, with its keys there; the cosine is then 1.
         """
         key_indices = torch.isin(self.key_to_edit, edits).nonzero().flatten()
         other = self.key_to_edit[key_indices] != edits[:, None]
         inside = self.whitening_index[key_indices] == ANSWER_WHITENING
         cosines = self.cosines(keys, key_indices).masked_fill(other, -torch.inf)
-        cosine, at = cosines.masked_fill(inside != in_answer[:, None], -torch.inf).max(-1)
+        cosine, at = cosines.masked_fill(inside != tokens.in_answer[:, None], -torch.inf).max(-1)
         begun, begun_at = cosines.masked_fill(~inside, -torch.inf).max(-1)
         goes_on = (begun > _BEGUN_MIN_COSINE) & (begun > cosine)
-        return begun.where(goes_on, cosine), key_indices[begun_at.where(goes_on, at)]
+        cosine, at = begun.where(goes_on, cosine), begun_at.where(goes_on, at)
+        same = self._same_token(tokens, key_indices)
+        if same is not None:
+            same_cosine, same_at = cosines.masked_fill(~same, -torch.inf).max(-1)
+            found = same_cosine > -torch.inf
+            cosine, at = cosine.where(~found, 1.0), same_at.where(found, at)
+        return cosine, key_indices[at]
+
+    def _same_token(self, tokens: AnswerTokens, key_indices: Tensor) -> Tensor | None:
+        """Return which of some routing keys (n,) were read at each token's (m,) place of an answer with the same one
+        there: (m, n). ``None`` if nothing is known of keys' tokens.
+        """
+        token_of, place_of = (getattr(self, name, None) for name in ("key_to_token", "key_to_place"))
+        if token_of is None or place_of is None:
+            return None
+        place = place_of[key_indices]
+        same: Tensor = (place > 0) & (place == tokens.place[:, None]) & (token_of[key_indices] == tokens.ids[:, None])
+        return same
 
     def whitened_norms(self, keys: Tensor) -> Tensor:
         """Return ``√(aᵀP a)`` of every key under every whitening: (..., d_ff) → (..., w)."""
@@ -91,20 +111,21 @@ class FactMemory(FactDecision, RoutingKeys):
     residuals: Tensor
     key_to_residual: Tensor
 
-    def choices(self, keys: Tensor, answered: Tensor, in_answer: Tensor) -> TokenChoices:
+    def choices(self, keys: Tensor, answered: Tensor, tokens: AnswerTokens) -> TokenChoices:
         """Return the nearest of the decided edit's own keys at each token.
 
-        Behind a prompt's last token a key must come near one of those, or the answer is over.
+        Behind a prompt's last token a key must come near one of those, or its token be that of the edit's answer there,
+        or the answer is over.
         """
         score_ratio = torch.zeros(answered.shape, device=keys.device)
         nearest = torch.full_like(answered, UNROUTED)
         chosen = nearest.clone()
         rows, columns = (answered != UNROUTED).nonzero(as_tuple=True)
         if len(rows):
-            numbers, token_in_answer = answered[rows, columns], in_answer[rows, columns]
+            numbers, own_tokens = answered[rows, columns], tokens[rows, columns]
             edits = numbers if self.pairs is None else self.pairs.edits(numbers)
-            cosine, key_index = self.nearest_keys(keys[rows, columns], edits, token_in_answer)
-            own = key_index.where(~token_in_answer | (cosine > ANSWER_KEY_MIN_COSINE), UNROUTED)
+            cosine, key_index = self.nearest_keys(keys[rows, columns], edits, own_tokens)
+            own = key_index.where(~own_tokens.in_answer | (cosine > ANSWER_KEY_MIN_COSINE), UNROUTED)
             nearest[rows, columns] = key_index
             chosen[rows, columns] = own if self.pairs is None else self._in_pairs(self.pairs, own, numbers)
             score_ratio[rows, columns] = cosine / ANSWER_KEY_MIN_COSINE

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.routing.deciding.decision import Decision, TokenChoices, WindowStates
+from wisecli.routing.deciding.decision import AnswerTokens, Decision, TokenChoices, WindowStates
 from wisecli.routing.deciding.fact_decision import FactDecision
 from wisecli.routing.deciding.prompt_window import UNROUTED, last_marked
 from wisecli.routing.memories.side_memory import Memory, SideMemory
@@ -25,7 +25,7 @@ class MatrixDeltas(Memory):
     columns: Tensor
     delta: Tensor
 
-    def choices(self, keys: Tensor, answered: Tensor, in_answer: Tensor) -> TokenChoices:  # noqa: ARG002 (of the interface)
+    def choices(self, keys: Tensor, answered: Tensor, tokens: AnswerTokens) -> TokenChoices:  # noqa: ARG002 (of the interface)
         """Return the memory that was decided, at all its tokens."""
         return TokenChoices(answered, torch.zeros(answered.shape, device=keys.device), answered)
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from wisecli.routing.deciding.decision import Decision, TokenChoices, WindowStates
+from wisecli.routing.deciding.decision import AnswerTokens, Decision, TokenChoices, WindowStates
 
 # What files call the two routers, which go with each kind of memory, and how norms of tokens are pooled.
 LATE_INTERACTION, NORM = "late-interaction", "norm"
@@ -43,7 +43,8 @@ class SideMemory:
     comparable with others, in whole numbers of which ``key_scales`` (n,) are the units, or as it is; ``key_to_edit``
     (n,), the edit that it is of; ``whitening_index`` (n,), the whitening P that it is seen through. There are w
     whitenings ``P = floor · I + directionsᵀ diag(gains) directions``, of ``directions`` (w, r, d_ff), ``gains`` (w, r)
-    and ``floors`` (w,).
+    and ``floors`` (w,). ``key_to_token`` and ``key_to_place`` (n,), which older memories lack, are the token inside an
+    answer at which a key was read, and its place there, from 1 on; 0 where that says nothing.
 
     Of h matrices: ``columns`` (h, k), the input coordinates that each reads; ``delta`` (h, d, k), its change ``Δ``
     there; ``edit_to_matrix`` (M,), where facts decide, which of them holds each edit.
@@ -145,24 +146,23 @@ class Memory(nn.Module):
         """Return what answers each prompt as one number, as passes keep it: (B,)."""
         return decision.memory
 
-    def in_turn(self, numbers: Tensor, ids: Tensor, in_answer: Tensor) -> Tensor:  # noqa: ARG002 (of the interface)
+    def in_turn(self, numbers: Tensor, tokens: AnswerTokens) -> Tensor:  # noqa: ARG002 (of the interface)
         """Return what answers each token of a pass (B, T), of several memories that answer one after the other.
 
         Args:
             numbers: what answers the tokens by what was known before the pass (B, T).
-            ids: the tokens (B, T).
-            in_answer: whether a token comes after its prompt's last one (B, T).
+            tokens: those of the pass (B, T).
         """
         return numbers
 
     @abstractmethod
-    def choices(self, keys: Tensor, answered: Tensor, in_answer: Tensor) -> TokenChoices:
+    def choices(self, keys: Tensor, answered: Tensor, tokens: AnswerTokens) -> TokenChoices:
         """Return what a decided memory adds at each token.
 
         Args:
             keys: inputs of the site (B, T, width).
             answered: the number of what answers each token (B, T), ``UNROUTED`` for nothing.
-            in_answer: whether a token comes after its prompt's last one (B, T).
+            tokens: which those are (B, T).
         """
 
     @abstractmethod

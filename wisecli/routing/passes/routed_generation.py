@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from wisecli.routing.deciding.decision import AnswerTokens
 from wisecli.routing.deciding.prompt_window import UNROUTED, Answering, Tokens
 from wisecli.routing.layers.module_types import ANSWERING, SignatureMixin
 from wisecli.routing.passes.routed_pass import Override, RoutedDecoder, given_answering, is_off, overridden_by
@@ -138,7 +139,7 @@ def _decided(model: Any, decoder: RoutedDecoder, ids: Tensor, kwargs: dict[str, 
     length = length_of(cache)
     if 0 < length < ids.shape[1] and isinstance(cache, Cache):
         here = Tokens(ids[:, :length], non_padding[:, :length], ids[:, :0], answering.memory)
-        rewind(cache, decoder.memories(here, answering).where(here.non_padding, UNROUTED))
+        rewind(cache, decoder.routed(here, answering).memory.where(here.non_padding, UNROUTED))
     return answering.packed()
 
 
@@ -208,7 +209,8 @@ class RequestAnswers:
             state.wise_answering = memory, end
         if answer and memory >= len(self.decoder.memory.thresholds):  # a pair
             ids = torch.tensor([answer], device=self._device)
-            numbers = self.decoder.memory.in_turn(torch.full_like(ids, memory), ids, torch.ones_like(ids).bool())
+            tokens = AnswerTokens(ids, torch.arange(1, len(answer) + 1, device=self._device)[None])
+            numbers = self.decoder.memory.in_turn(torch.full_like(ids, memory), tokens)
             memory = int(numbers[0, -1])
         return memory, end
 

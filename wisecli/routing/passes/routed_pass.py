@@ -12,13 +12,13 @@ What belongs to one call is an argument of that call or, within it, a variable o
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from wisecli.routing.deciding.decision import Decision
+from wisecli.routing.deciding.decision import AnswerTokens, Decision
 from wisecli.routing.deciding.prompt_window import (
     NO_TOKEN,
     UNROUTED,
@@ -50,15 +50,16 @@ _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video
 
 @dataclass(frozen=True)
 class PassRoute:
-    """The memory that answers each token of a pass (B, T), and whether the token follows its prompt (B, T)."""
+    """The memory that answers each token of a pass (B, T), and which tokens those are (B, T)."""
 
     memory: Tensor
-    in_answer: Tensor
+    tokens: AnswerTokens
 
-    def at(self, states: Tensor) -> tuple[Tensor, Tensor]:
+    def at(self, states: Tensor) -> tuple[Tensor, AnswerTokens]:
         """Return both for the states of a layer (B, t, d), which may be those of the last tokens alone."""
         last = slice(self.memory.shape[1] - states.shape[1], None)
-        return self.memory[:, last].to(states.device), self.in_answer[:, last].to(states.device)
+        ids, place = (part[:, last].to(states.device) for part in (self.tokens.ids, self.tokens.place))
+        return self.memory[:, last].to(states.device), AnswerTokens(ids, place)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class RoutedDecoder(SignatureMixin):
         """Run the model with the route of this pass, and keep its tokens and the decision with the cache."""
         mask, cache = kwargs.get("attention_mask"), cache_given(kwargs)
         if "read_index" in kwargs:  # requests packed into one row, whose prompts were decided as they came in
-            with in_pass(packed_route(kwargs)):
+            with in_pass(packed_route(ids, kwargs)):
                 return super().forward(**kwargs)
         earlier = length_of(cache)
         route = self.route(ids, mask, cache, _GIVEN.get())
@@ -169,20 +170,22 @@ class RoutedDecoder(SignatureMixin):
             before = memories[:, -1] if start else memories.new_full((len(ids),), UNROUTED)
             tokens = Tokens(ids, non_padding, earlier, before)
             end = tokens.prompt_ends(self.wise_marks)
-            answering = Answering(self._decided(tokens, end, forced), end)
+            memory = self._decided(tokens, end, forced)
+            answering = Answering(memory, end.where(end >= 0, -_answered_last(memories)))
         else:
             memory = given.memory if forced is None else torch.full_like(given.memory, forced)
             held, tail = last_memory(cache), last_tokens(cache, len(self.wise_marks.opener_token_ids))
             before = memory if held is None else held.to(memory)
             tokens = Tokens(ids, non_padding, ids[:, :0] if tail is None else tail, before)
             answering = Answering(memory, given.end - start)
-        memories = self.memories(tokens, answering).where(non_padding, UNROUTED)
-        return PassRoute(memories, tokens.behind(answering))
+        route = self.routed(tokens, answering)
+        return replace(route, memory=route.memory.where(non_padding, UNROUTED))
 
-    def memories(self, tokens: Tokens, answering: Answering) -> Tensor:
-        """Return the number of the memory that answers each token of a pass (B, T)."""
+    def routed(self, tokens: Tokens, answering: Answering) -> PassRoute:
+        """Return the route of a pass (B, T) whose prompts are decided."""
         numbers = tokens.answered_by(self.wise_marks, answering, whole=self.memory.answers_prompts)
-        return self.memory.in_turn(numbers, tokens.ids, tokens.behind(answering))
+        placed = AnswerTokens(tokens.ids, tokens.places(answering))
+        return PassRoute(self.memory.in_turn(numbers, placed), placed)
 
     @property
     def memory(self) -> Memory:
@@ -249,10 +252,16 @@ def _non_padding(ids: Tensor, mask: Tensor | None) -> Tensor:
     return mask[:, -ids.shape[1] :].bool()
 
 
-def packed_route(kwargs: dict[str, Any]) -> PassRoute:
+def _answered_last(memories: Tensor) -> Tensor:
+    """Return how many of the last tokens of each row (B, P) a memory answered, and at least 1: (B,)."""
+    return (memories != UNROUTED).flip(1).long().cumprod(1).sum(1).clamp(min=1)
+
+
+def packed_route(ids: Tensor, kwargs: dict[str, Any]) -> PassRoute:
     """Return the route of requests that are packed into one row (1, T).
 
     Args:
+        ids: the tokens of the row (1, T).
         kwargs: of a pass of continuous batching; the last two rows of ``logits_processor_args`` say which memory
             answers each request, and at which of its tokens its prompt ends.
     """
@@ -262,7 +271,7 @@ def packed_route(kwargs: dict[str, Any]) -> PassRoute:
     args = kwargs["logits_processor_args"]
     request = request.clamp(max=args.shape[1] - 1)
     memory, end = args[-2].long()[request][None], args[-1].long()[request][None]
-    return PassRoute(memory.where(position >= end, UNROUTED), position > end)
+    return PassRoute(memory.where(position >= end, UNROUTED), AnswerTokens(ids, position - end))
 
 
 class EditedLayer(ModuleMixin):

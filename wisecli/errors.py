@@ -68,6 +68,13 @@ class DamagedFileError(WiseError):
         super().__init__(f"{path}: {reason}; {remedy}")
 
 
+class WrongDirectoryError(DamagedFileError):
+    """A path is not the kind of directory that is wanted; ``what`` it is, and what is ``wanted``."""
+
+    def __init__(self, path: Path, what: str, wanted: str) -> None:
+        WiseError.__init__(self, f"{path} {what}; give {wanted}")
+
+
 class NotFiniteTensorError(WiseError):
     """A tensor that is to be written holds numbers that are not finite."""
 

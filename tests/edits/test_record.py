@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.edit_files import FIRST, SECOND, jsonl, saved
 
+from wisecli.edits.checks.admission import Admission
+from wisecli.edits.checks.conflicts import OnConflict
 from wisecli.edits.reading.record_fields import EvaluationPrompt
 from wisecli.edits.reading.record_files import content_of
 from wisecli.edits.record import Edit, numbered_edits, parse_edit, read_edits
@@ -175,6 +177,20 @@ def test_a_duplicate_id_names_both_lines(tmp_path: Path) -> None:
 def test_the_same_record_twice_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, jsonl(FIRST, SECOND, FIRST))
     assert refusal(path).startswith(f"{path}:3: ")
+
+
+HOWS: tuple[OnConflict, ...] = ("latest", "skip")
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_an_edit_that_is_there_word_for_word_is_passed_over_and_told_of(tmp_path: Path, how: OnConflict) -> None:
+    sheet = Admission(on_conflict=how).read(saved(tmp_path, jsonl(FIRST, SECOND, FIRST, FIRST)))
+    assert [line for line, _ in sheet.numbered] == [1, 2]
+    (warning,) = sheet.passed_over
+    assert warning.endswith(":3: the edit is there already, word for word, and was passed over (and in 1 more)")
+    other = saved(tmp_path, jsonl({"id": "x", **FIRST}, {"id": "x", **SECOND}))
+    with pytest.raises(EditFileError, match="'x' is already at 1"):
+        Admission(on_conflict=how).read(other)
 
 
 def test_a_limit_keeps_the_first_edits_but_every_line_is_checked(tmp_path: Path) -> None:

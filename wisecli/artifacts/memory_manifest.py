@@ -11,7 +11,7 @@ from wisecli.artifacts import file_names
 from wisecli.artifacts.former_names import current_manifest, current_name
 from wisecli.artifacts.tensor_schema import layouts, memory_rows, require_layout
 from wisecli.edits.record import Edit
-from wisecli.errors import DamagedFileError
+from wisecli.errors import DamagedFileError, WrongDirectoryError
 from wisecli.io.checkpoint import load_tensors, read_json, save_tensors, write_json
 from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import CLOSED, OPEN, decode, shown
@@ -241,6 +241,9 @@ def read_manifest(directory: Path) -> MemoryManifest:
         DamagedFileError: it is missing or not what ``wise merge`` writes.
     """
     path = directory / MANIFEST_NAME
+    if not path.exists():
+        wanted = "a memory that `wise merge` wrote, or a checkpoint of `wise export --format routed`"
+        raise WrongDirectoryError(directory, file_names.what_is_at(directory), wanted)
     content = read_json(path)
     schema = content.get("schema")
     if schema not in (SCHEMA, FORMER_SCHEMA):

@@ -15,7 +15,7 @@ from wisecli.artifacts.memory_manifest import Base, Made, Origin
 from wisecli.artifacts.shard import MaskKind, Shard, load_shard, shard_rows, shard_sizes
 from wisecli.artifacts.tensor_schema import require_layout
 from wisecli.edits.record import Edit
-from wisecli.errors import DamagedFileError, MismatchedShardsError
+from wisecli.errors import DamagedFileError, MismatchedShardsError, WrongDirectoryError
 from wisecli.io.checkpoint import load_tensors, read_json, write_json
 from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import CLOSED, OPEN, decode
@@ -219,7 +219,8 @@ def read_shard_directory(path: Path, *, plan: bool = False) -> ShardDirectory:
     file = path / (PLAN_NAME if plan else MANIFEST_NAME)
     schemas = (PLAN_SCHEMA,) if plan else (SCHEMA, FORMER_SCHEMA)
     if not file.is_file():
-        raise DamagedFileError(path, f"there is no {file.name} in it", "give a directory that `wise edit` wrote")
+        wanted = f"a directory with {file.name}, which `wise edit` writes"
+        raise WrongDirectoryError(path, file_names.what_is_at(path), wanted)
     content = read_json(file)
     if content.get("schema") not in schemas:
         raise DamagedFileError(file, f"its schema is not {schemas[0]}", "edit anew with this version")

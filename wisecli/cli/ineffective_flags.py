@@ -4,11 +4,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from wisecli.config import EditSettings
 from wisecli.errors import SettingsError
 from wisecli.retired_settings import RETIRED
 
 # Of a command, by the name of its parameter: what counts as not given besides nothing at all.
 _UNSET: tuple[Any, ...] = (None, False, "", ())
+# Settings of `wise edit` that gradient steps read, those that only steps for one edit after the other do, a closed
+# form's, those of a matrix's change, and those of its polishing.
+_GRADIENT = "schedule", "passes", "learning_rate", "alpha", "beta", "gamma"
+_SEQUENTIAL = "weight_decay", "norm_constraint"
+_CLOSED_FORM = "residual_steps", "residual_more", "residual_stop", "polish", "polish_rate"
+_MASKS = "mask_ratio", "mask_kind", "masks"
+_POLISHING = "polish_rate", "stop_loss"
 
 
 def of_edit(given: Mapping[str, Any]) -> list[str]:
@@ -38,6 +46,21 @@ def of_edit(given: Mapping[str, Any]) -> list[str]:
     if given["model"] is not None and Path(given["model"]).exists():
         rules["revision"] = "on files of this disk; it is of a model on the hub"
     return [*retired(given), *_without_effect(given, rules, output=Path("shards"), interval=1.0)]
+
+
+def of_writing(given: Mapping[str, Any], settings: EditSettings) -> list[str]:
+    """Return sentences on settings of ``wise edit`` that the way of writing does not read."""
+    if settings.by_facts:
+        rules = dict.fromkeys((*_GRADIENT, *_SEQUENTIAL), "without --set writer=gradient")
+        if settings.behind_layer:
+            rules |= dict.fromkeys(_MASKS, "behind a layer, where no matrix is changed")
+        if not settings.polish:
+            rules |= dict.fromkeys(_POLISHING, "with --set polish=0")
+    else:
+        rules = dict.fromkeys(_CLOSED_FORM, "with --set writer=gradient")
+        if not settings.sequential:
+            rules |= dict.fromkeys(_SEQUENTIAL, "without --set schedule=sequential")
+    return list(_without_effect(given, rules))
 
 
 def of_merge(given: Mapping[str, Any]) -> list[str]:

@@ -88,7 +88,9 @@ def _read_at_once(parameter: Any) -> None:
     one_kind = get_args(kind)[0] if many and get_origin(kind) is list else kind
 
     def process(ctx: Any, value: Any) -> Any:
-        if not parameter.required and (value is None or (many and not value)):
+        if value is None or (many and not value):
+            if parameter.required:
+                return by_typer(ctx, value)
             found: Any = () if many else None
         elif info.parser is not None and isinstance(value, str):
             found = info.parser(value)

@@ -120,18 +120,21 @@ def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
     return [edit for line, edit in numbered if line in lines]
 
 
-def numbered_edits(path: Path, content: bytes, *, notices: Notices | None = None) -> list[Numbered]:
+def numbered_edits(
+    path: Path, content: bytes, *, notices: Notices | None = None, repeated: bool = False
+) -> list[Numbered]:
     """Parse and check the content of a file of edits; return each, followed by its consequences.
 
     Args:
         path: where it is from; ``.parquet``, ``.csv`` and ``.tsv`` make it a table.
         notices: takes note of fields that nothing reads, of values that were no texts, and of layouts.
+        repeated: whether an edit that was there before, word for word, is passed over.
 
     Raises:
         EditFileError: naming the line, if a record is malformed, incomplete or there twice.
     """
     edits: list[Numbered] = []
-    seen: dict[str, int] = {}
+    seen: dict[str, tuple[int, Edit]] = {}
     notices = notices or Notices(str(path))
     for line, record in records_of(path, content):
         try:
@@ -139,12 +142,15 @@ def numbered_edits(path: Path, content: bytes, *, notices: Notices | None = None
         except ValueError as error:
             raise EditFileError(path, str(error), line=line) from None
         for edit in read:
-            if edit.id in seen:
+            first, same = seen.setdefault(edit.id, (line, edit))
+            if edit is same:
+                edits.append((line, edit))
+            elif repeated and edit == same:
+                notices.noted("the edit is there already, word for word, and was passed over")
+            else:
                 raise EditFileError(
-                    path, f"edit {edit.id!r} is already at {seen[edit.id]}; remove one or change its id", line=line
+                    path, f"edit {edit.id!r} is already at {first}; remove one or change its id", line=line
                 )
-            seen[edit.id] = line
-            edits.append((line, edit))
     if not edits:
         raise EditFileError(path, "there is no edit in it; write one JSON object with `prompt` and `target` a line")
     return edits

@@ -1,11 +1,11 @@
 """Figures of an edited model, under the same names before and after editing, whoever edited it and however."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from wisecli.edits.record import Edit
-from wisecli.errors import ModelError
+from wisecli.errors import ModelError, SettingsError
 from wisecli.evaluation.forms import GROUPED, KINDS
 from wisecli.evaluation.kinds import OVER_KINDS
 from wisecli.evaluation.teacher_forcing import Measured, Reading
@@ -34,6 +34,18 @@ def is_figure(name: str) -> bool:
     if part:
         return figure in KINDS and part in (form.label for form in forms().values())
     return name in (*_FIGURES, *GROUPED, *OVER_KINDS) or name.startswith("generalization_")
+
+
+def require_figures(names: Iterable[str]) -> None:
+    """Raise if a figure that an answer is to be held against is none.
+
+    Raises:
+        SettingsError: naming it.
+    """
+    for name in names:
+        if not is_figure(name):
+            known = ", ".join(name for name in (*OVER_KINDS, *GROUPED, *_FIGURES))
+            raise SettingsError(f"--fail-under {name}: there is no such figure; there are {known}")
 
 
 def lower_is_better(name: str) -> bool:

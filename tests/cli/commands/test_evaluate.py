@@ -43,7 +43,7 @@ def test_a_gate_passes_over_what_no_record_measures(wise: Wise, ready: Ready) ->
     assert "no record measures generalization" in passed.err
     require_refusal(wise(*common, "reliability=1.1,locality=1", "--if-measured"), "reliability is", code=1)
     require_refusal(wise(*common, "locality=.9", "--if-measured"), "not measured here")
-    require_refusal(wise(*common, "reliability=0,charm=.9", "--if-measured"), "charm: not measured here")
+    require_refusal(wise(*common, "reliability=0,charm=.9", "--if-measured"), "charm: there is no such figure")
 
 
 def test_answers_in_forms_come_first_and_are_counted(wise: Wise, ready: Ready) -> None:

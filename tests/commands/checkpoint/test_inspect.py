@@ -75,6 +75,10 @@ def test_edits_are_found_by_prompt_target_subject_and_id(root: Path, find: str, 
     assert limited.matched == len(found)
 
 
+def test_that_no_edit_is_found_is_said(root: Path) -> None:
+    assert f"none of {len(EDITS)} edits has that text in it" in printed("inspect", str(root / "memory"), "--find", "zz")
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_json_is_one_object_with_the_keys_of_every_report(root: Path, place: str) -> None:
     content = json.loads(printed("inspect", str(root / place), "--json", "--find", "bebi"))

@@ -11,7 +11,7 @@ from wisecli.cli.choices import one_of
 from wisecli.cli.commands.draft import Yes
 from wisecli.cli.commands.edit_run import EditRun
 from wisecli.cli.console import Console
-from wisecli.cli.ineffective_flags import of_edit
+from wisecli.cli.ineffective_flags import of_edit, of_writing
 from wisecli.cli.parameters import INPUT, INTO, OUTPUT, TRAINED, WHERE, flag, option, setting
 from wisecli.cli.setting_options import set_of, settings_in
 from wisecli.cli.unknown_settings import unknown_names
@@ -84,7 +84,7 @@ def edit(
     settings = resolve(EditSettings, flags, section="edit", file=config)
     run_settings = resolve(EditRunSettings, given, section="edit", file=config)
     console = Console(as_json, quiet)
-    console.warn([*ineffective, *unknown_names(config)])
+    console.warn([*ineffective, *of_writing(given, settings), *unknown_names(config)])
     signed = verify_signature, signer, signer_identity
     admission = shared.admission_of(on_conflict, skip_known, policy, *signed, run_settings.allow_special_tokens, derive)
     key = shared.key_in(sign)

@@ -99,7 +99,9 @@ def evaluate(
     load = shared.load_options(device, dtype, trust_remote_code, memory_budget)
     from wisecli.artifacts.directory_kind import locate_memory
     from wisecli.commands.measure.evaluate import evaluate as run
+    from wisecli.evaluation.metrics import require_figures
 
+    require_figures(gates)
     path, base = locate_memory(directory, memory, Path("memory"))
     with console.watching() as on_progress:
         report = run(path, settings, model=model or base, data=data, load=load, on_progress=on_progress)

@@ -70,7 +70,8 @@ def tell_inspection(console: Console, report: InspectReport) -> None:
         follows = (edit.consequence_of or "", edit.derived or "") if more_columns else ()
         edits.add(edit.id, edit.prompt, edit.target, edit.subject or "", *follows)
     scores = [_scores(number, entry) for number, entry in enumerate(report.memories)]
-    console.result(report.as_json(), facts, *scores, *([edits] if report.edits else []))
+    none = [f"none of {count(report.total, 'edit')} has that text in it"] if report.total > report.matched == 0 else []
+    console.result(report.as_json(), facts, *scores, *([edits] if report.edits else none))
 
 
 def tell_verification(console: Console, report: VerifyReport) -> None:

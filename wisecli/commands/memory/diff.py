@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wisecli.artifacts.file_names import SHARDS, what_is_at
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, read_manifest
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.memory.rollback import find_release
 from wisecli.edits.record import Edit
+from wisecli.errors import WrongDirectoryError
 from wisecli.memory.history.open_memory import OpenMemory
 
 _NOT_COMPARED = ("shards",)
@@ -78,6 +80,8 @@ def _read(named: str) -> tuple[Sequence[Edit], Mapping[str, Any]]:
             "base": manifest.base.matrix,
             "thresholds": thresholds,
         }
+    if not (place / SHARDS).is_file():
+        raise WrongDirectoryError(place, what_is_at(place), "a memory, shards, or an exported checkpoint with a router")
     directory = read_shard_directory(place)
     return directory.written, {**directory.settings, "base": directory.fingerprint.matrix}
 

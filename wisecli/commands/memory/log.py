@@ -8,6 +8,7 @@ from typing import Any
 from wisecli.artifacts.checksums import require_signature
 from wisecli.edits.checks.signatures import Signed
 from wisecli.edits.record import Edit, consequences_in
+from wisecli.errors import SettingsError
 from wisecli.io.consistent_read import read_consistently
 from wisecli.memory.history.open_memory import OpenMemory
 from wisecli.memory.history.release_log import Release, has_full_digests
@@ -43,6 +44,7 @@ def log(memory: Path, *, edit: str | None = None, signed: Signed | None = None) 
 
     Raises:
         MemoryHistoryError: the memory has no history.
+        SettingsError: it never held that edit.
         DamagedFileError: the log or the memory was altered.
         SignatureError: the newest release was not signed as it must be.
     """
@@ -55,13 +57,16 @@ def _logged(memory: Path, edit: str | None, signed: Signed | None) -> LogReport:
     opened = OpenMemory(memory)
     opened.require_whole()
     releases = opened.releases
+    touched = _of(releases, edit)
+    if not touched:
+        raise SettingsError(f"no release of {memory} touched an edit {edit!r}; `wise log {memory}` lists them all")
     came = {name: release.number for release in releases for name in release.added}
     held = opened.edits(releases[-1])
     edits = tuple((known, came.get(known.id, 0)) for known in held if edit in (None, known.id))
     shards = dict.fromkeys(name for release in releases for name in release.shards)
     written = (known for name in shards for known in opened.shards(name).edits)
     followed = frozenset(consequence.id for consequence in consequences_in(written))
-    return LogReport(memory, tuple(_of(releases, edit)), edits, has_full_digests(releases), followed)
+    return LogReport(memory, tuple(touched), edits, has_full_digests(releases), followed)
 
 
 def _of(releases: Sequence[Release], edit: str | None) -> Sequence[Release]:

@@ -145,7 +145,7 @@ class Worker:
     def writer(self, plan: ShardDirectory, unrelated: BackgroundStats) -> ShardWriter:
         """Return the writer of shards for a plan."""
         settings, matrix = self._settings(), None
-        if settings.norm_of == "activated" or settings.weight_decay:
+        if not settings.by_facts and (settings.norm_of == "activated" or settings.weight_decay):
             matrix = plan.site.matrix(self.base.checkpoint)
         # Whoever goes on with a plan adds numbers up in its order, and on its day.
         fix_date(self.base.loaded.tokenizer, plan.made.date)

@@ -125,7 +125,8 @@ class Admission:
         if self.signed is not None:
             self.signed.require(path, content)
         notices = Notices(str(path))
-        numbered = tuple(numbered_edits(path, content, notices=notices))
+        repeated = self.on_conflict in ("latest", "skip")
+        numbered = tuple(numbered_edits(path, content, notices=notices, repeated=repeated))
         digest, warnings = hashlib.sha256(content).hexdigest(), tuple(notices.warnings())
         return Sheet(name or str(path), digest, numbered, warnings, tuple(notices.taken()))
 

@@ -24,7 +24,7 @@ from wisecli.artifacts import file_names
 from wisecli.artifacts.checksums import require_checksums
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, MEMORY_NAME, Manifest, MemoryManifest, read_manifest
 from wisecli.edits.checks.signatures import SigningKey
-from wisecli.errors import BusyError, DamagedFileError, MemoryHistoryError, WiseError
+from wisecli.errors import BusyError, DamagedFileError, MemoryHistoryError, WiseError, WrongDirectoryError
 from wisecli.io.atomic_output import link_or_copy, tidy, whole_directory, writing
 from wisecli.io.digest import sha256_file, sha256_text
 from wisecli.io.json_schema import OPEN, decode
@@ -108,11 +108,11 @@ def read_history(memory: Path) -> list[Release]:
 
     Raises:
         MemoryHistoryError: the memory has no history.
-        DamagedFileError: a line was altered, or taken out.
+        DamagedFileError: a line was altered, or taken out; or this is no memory.
     """
     path = memory / HISTORY / LOG
     if not path.is_file():
-        raise MemoryHistoryError(memory)
+        raise _no_history(memory)
     found: list[Release] = []
     previous = ""
     try:
@@ -132,6 +132,14 @@ def read_history(memory: Path) -> list[Release]:
     if not found:
         raise DamagedFileError(path, "it is empty", "restore it from a copy")
     return found
+
+
+def _no_history(memory: Path) -> WiseError:
+    """Return why there is no history: the memory has none, or is none."""
+    what = file_names.what_is_at(memory)
+    if what == file_names.IS_MEMORY:
+        return MemoryHistoryError(memory)
+    return WrongDirectoryError(memory, what, "a memory that `wise merge` wrote")
 
 
 def _modified_apart(release: Release) -> Release:

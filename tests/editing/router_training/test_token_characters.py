@@ -64,10 +64,10 @@ def word_pieces() -> PreTrainedTokenizerBase:
     ("tokenizer", "text", "words"),
     [
         (byte_pairs(), "Nelson  Mandela's 27-year", ["nelson", "mandela", "s", "27", "year"]),
-        (byte_pairs(), "Dvořák", ["dvo....k"]),  # two bytes each
+        (byte_pairs(), "Dvořák", ["dvo..k"]),  # two bytes each
         (byte_pairs(), "a\tb\nc<s>d", ["a", "b", "c", "d"]),
         (sentence_pieces(), "nelson Nelés", ["nelson", "neles"]),
-        (sentence_pieces(), "leř sel", ["le..", "sel"]),
+        (sentence_pieces(), "leř sel", ["le.", "sel"]),
         (word_pieces(), "nelson n'o nelson", ["nelson", "n", "o", "nelson"]),
         (tiny_tokenizer(), "ba be, bin", ["ba", "be", "bin"]),
         (tiny_qwen2_tokenizer(), "ab ba", ["ab", "ba"]),
@@ -109,6 +109,8 @@ def test_words_are_those_of_the_text(real_tokenizer: PreTrainedTokenizerBase, ta
         ("Nelson Mandela", "Where was Winnie Mandela born?", False),
         ("Pelé", "Where was Pele born?", True),
         ("Antonín Dvořák", "What did Antonin Dvořák write?", True),
+        ("Antonín Dvořák", "What did Antonin Dvorak write?", True),
+        ("Zdeněk Novák", "Where was Zdenek Novak born?", True),
         ("Antonín Dvořák", "What did Antnoin Dvořák write?", True),
         ("Montcoffer House", "Who built Montacute House?", False),
         ("Boeing 737", "Who flies the Boeing 747?", False),

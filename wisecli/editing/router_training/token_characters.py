@@ -30,6 +30,8 @@ _PART = "\ufffd"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Vocabularies of bytes write those up to the space as this character and the next ones, and sentence pieces a space so.
 _FIRST_BYTE, _SPACE_BYTE, _SPACE = 0x100, 0x120, "▁"
+# Bytes that begin a character of several; vocabularies of bytes write these as they are.
+_BEGINS = range(0xC2, 0xF5)
 
 
 def sentence_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
@@ -122,10 +124,13 @@ def _ascii() -> bytes:
 
 
 def _of_parts(token: str) -> list[int]:
-    """Return the letters of a token with parts of characters in it: each byte is one."""
+    """Return the letters of a token with parts of characters in it: each byte is one that begins no character, so that
+    a letter of two bytes is one letter ("Zdenek" for "Zdeněk" has one slip).
+    """
     if found := _BYTE.fullmatch(token):
-        return [_other(int(found[1], 16))]
-    return _joined(_of_byte(char) for char in token)
+        code = int(found[1], 16)
+        return [] if code in _BEGINS else [_other(code)]
+    return _joined(_of_byte(char) for char in token if ord(char) not in _BEGINS)
 
 
 def _of_byte(char: str) -> int:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,7 +230,7 @@ class Checkpoint:
         found: torch.dtype = getattr(torch, self._layouts[tensor].dtype)
         return found
 
-    @property
+    @cached_property
     def sample(self) -> str:
         """Digest of one row of every tensor: tells a model from one that was trained on from it, at little cost."""
         digest = hashlib.sha256()
@@ -238,7 +239,7 @@ class Checkpoint:
             digest.update(row)
         return digest.hexdigest()
 
-    @property
+    @cached_property
     def rounded_sample(self) -> str:
         """Digest of one row of every tensor, wide numbers in bfloat16: what a model in single precision has in common
         with itself stored in bfloat16.

@@ -123,6 +123,7 @@ def test_unknown_tables_keys_and_variables_are_named(
         ((*PLAN, "--set", "writer=gradient", "--set", "weight_decay=.1"), ["weight_decay=0.1"]),
         (("merge", "{shards}", "--dry-run", "--mode", "lookup", "--method", "ties"), []),
         (("merge", "{shards}", "--dry-run", "--mode", "lookup", "--method", "sign"), ["--method"]),
+        (("merge", "{shards}", "--dry-run", "--mode", "lookup", "--set", "seed=2"), ["seed=2"]),
         (("merge", "{shards_at_matrix}", "--dry-run", "--mode", "merge", "--set", "subjects=any"), ["subjects=any"]),
         (("merge", "{shards_at_matrix}", "--dry-run", "--mode", "retrieve", "--set", "strength=2"), ["strength=2.0"]),
         (("merge", "{shards}", "--dry-run", "--no-history", "--who", "me"), ["--who"]),

@@ -17,6 +17,8 @@ _SEQUENTIAL = "weight_decay", "norm_constraint"
 _CLOSED_FORM = "residual_steps", "residual_more", "residual_stop", "polish", "polish_rate"
 _MASKS = "mask_ratio", "mask_kind", "masks"
 _POLISHING = "polish_rate", "stop_loss"
+# Settings of `wise merge` that only matrices are merged by.
+_OF_MATRICES = "method", "refit", "density", "scale", "weights", "pooling", "seed"
 
 
 def of_edit(given: Mapping[str, Any]) -> list[str]:
@@ -78,7 +80,7 @@ def of_merge(given: Mapping[str, Any]) -> list[str]:
     elif not given["history"]:
         rules = dict.fromkeys(("who", "reason"), "with --no-history")
     if given["mode"] == "lookup":
-        rules |= dict.fromkeys(("method", "refit", "density", "scale", "weights", "pooling"), "with --mode lookup")
+        rules |= dict.fromkeys(_OF_MATRICES, "with --mode lookup")
     elif given["mode"] is not None:
         rules |= dict.fromkeys(("subjects", "strength"), f"with --mode {given['mode']}")
     if given["mode"] == "retrieve":

@@ -2,6 +2,7 @@
 
 python benchmarks/questions.py asking memory z30.json --edits 30
 python benchmarks/questions.py unfamiliar memory z30.json --edits 10
+python benchmarks/questions.py near memory sample_edits/edits.jsonl
 python benchmarks/questions.py forms memory zsre_3k.json --asked 25
 python benchmarks/questions.py consequences --data ZsRE-test.json --model model --skip 100 --edits 40
 python benchmarks/questions.py dates --model model --data zsre_3k.json
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from opening import Prompts, shares
 from runner import Measures, Row, answers, edited_by, run, show
 
 from wisecli.config import EvalSettings, LoadOptions
@@ -30,53 +31,10 @@ from wisecli.edits.text import unmarked
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.models.prompts.prompt_forms import usable_forms
 from wisecli.models.prompts.prompt_kinds import Fact, Kind, kinds
-from wisecli.routing.deciding.decision import Decision
-from wisecli.routing.deciding.prompt_window import UNROUTED
 
-# Probabilities of asking from which an edit opens; at the last the gate has no say.
-ASK_PROBS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, -1.0)
-_BATCH, _LENGTH, _LENGTH_OF_DATES = 16, 24, 16  # of prompts; of answers, in tokens
-_UNFAMILIAR = Path(__file__).with_name("unfamiliar.json")
+_LENGTH, _LENGTH_OF_DATES = 24, 16  # of answers, in tokens
+_UNFAMILIAR, _NEAR = (Path(__file__).with_name(name) for name in ("unfamiliar.json", "near_questions.json"))
 CONSEQUENCES = ("Subject_Aliasing", "Reasoning", "Logical_Generalization")
-Prompts = list[tuple[str, int]]
-
-
-@torch.no_grad()
-def decided(edited: EditedModel, texts: Sequence[str]) -> list[Decision]:
-    """Return the decision on each prompt; prompts of like length are read together."""
-    decoder, device = edited.decoder, edited.model.device
-    rows = [edited.tokenizer(text)["input_ids"] for text in texts]
-    decisions: dict[int, Decision] = {}
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    for first in range(0, len(order), _BATCH):
-        batch = order[first : first + _BATCH]
-        ids = torch.zeros(len(batch), len(rows[batch[-1]]), dtype=torch.long, device=device)
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        for row, index in enumerate(batch):
-            ids[row, : len(rows[index])] = torch.tensor(rows[index])
-            mask[row, : len(rows[index])] = True
-        decision = decoder.decide(ids, mask, decoder.wise_marks.ends_in(ids, mask))
-        decisions |= {index: _row(decision, row) for row, index in enumerate(batch)}
-    return [decisions[index] for index in range(len(rows))]
-
-
-def _row(decision: Decision, row: int) -> Decision:
-    one = slice(row, row + 1)
-    ask_prob, second = (None if some is None else some[one] for some in (decision.ask_prob, decision.second))
-    memory, ratio, nearest = decision.memory[one], decision.score_ratio[one], decision.nearest[one]
-    return Decision(memory, ratio, nearest, decision.scores[one], ask_prob=ask_prob, second=second)
-
-
-def shares(edited: EditedModel, prompts: Prompts) -> dict[str, float]:
-    """Return the share of prompts that open their own edit, at each of ``ASK_PROBS``."""
-    opened = []
-    for one, (_, edit) in zip(decided(edited, [text for text, _ in prompts]), prompts, strict=True):
-        mentioned = int(one.nearest[0]) == edit and float(one.score_ratio[0]) > 1
-        if one.second is not None and int(one.second[0]) != UNROUTED:
-            mentioned = edit in (int(one.memory[0]), int(one.second[0]))
-        opened.append((mentioned, 1.0 if one.ask_prob is None else float(one.ask_prob[0])))
-    count = {least: sum(mentioned and prob > least for mentioned, prob in opened) for least in ASK_PROBS}
-    return {f"{least:g}" if least >= 0 else "no gate": count[least] / len(opened) for least in ASK_PROBS}
 
 
 def of_kind(
@@ -142,6 +100,20 @@ def unfamiliar(options: Namespace) -> None:
         for half, some in (("every second", own[::2]), ("the others", own[1::2])):
             prompts = [prompt for kind in some for prompt in of_kind(edited, kind, edits, rng)]
             rows.append({"prompts": group, "patterns": half, **shares(edited, prompts), "number": len(prompts)})
+    show(rows, options, digits=2, width=110)
+
+
+def near(options: Namespace) -> None:
+    """Share of prompts in much the words of an edit's own question that open it, though they want another answer."""
+    edited = attach(options.memory, model=options.model, load=LoadOptions(device=options.device))
+    edits = list(read_edits(options.records))[: options.edits]
+    known = json.loads(options.patterns.read_text(encoding="utf-8"))
+    bare = [(text, index) for index, edit in enumerate(edits) for text in known[edit.id]]
+    rows: list[Row] = []
+    for form in usable_forms(edited.tokenizer):
+        if form.name in ("bare", "chat"):
+            prompts = [(form.render(edited.tokenizer, text), index) for text, index in bare]
+            rows.append({"prompts": "near", "form": form.name, **shares(edited, prompts), "number": len(prompts)})
     show(rows, options, digits=2, width=110)
 
 
@@ -291,6 +263,7 @@ def model_options(parser: ArgumentParser, **numbers: int) -> None:
 MEASURES: Measures = {
     "asking": (asking, asking_options),
     "unfamiliar": (unfamiliar, partial(asking_options, patterns=_UNFAMILIAR)),
+    "near": (near, partial(asking_options, patterns=_NEAR)),
     "forms": (forms, asking_options),
     "consequences": (consequences, partial(model_options, edits=40, skip=0)),
     "dates": (dates, partial(model_options, first=400, last=1400)),

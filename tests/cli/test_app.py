@@ -120,6 +120,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "export onto another base": ("export --memory {memory} --model {other_model}", ("not the base model",)),
     "no prompt to answer": ("generate {model}", ("Missing argument 'prompts'",)),
     "no memory to answer from": ("generate {model} ba", ("memory",)),
+    "nowhere to inspect": ("inspect nowhere", ("nowhere does not exist", "wise merge")),
     "nothing to inspect": ("inspect {model}", ("neither shards.json nor router.json",)),
     "truncated shards inspected": ("inspect {cut_shards}", ("shard-00001.safetensors", "not a whole safetensors file")),
     "picture of shards": ("inspect {shards} --plot router.png", ("--plot", "merge")),

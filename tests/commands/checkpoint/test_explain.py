@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from wisecli.commands.checkpoint.explain import ExplainReport, Near, _reason, explain
 from wisecli.commands.edit.edit import edit as run_edit
 from wisecli.commands.memory.merge import merge
+from wisecli.commands.memory.remove import remove
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError, SettingsError
 from wisecli.evaluation.edited_model import attach
@@ -71,6 +73,15 @@ def test_it_says_whether_the_prompt_names_an_edits_subject(place: Path, tmp_path
         }
     merge([tmp_path / "s"], tmp_path / "t", MergeSettings(subjects="any"))
     assert {one.named for one in explain(tmp_path / "t", prompts[0], max_new_tokens=2, load=CPU).nearest} == {None}
+
+
+def test_to_an_emptied_memory_no_edit_is_near(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "lookup", tmp_path / "emptied")
+    remove(tmp_path / "emptied", [edit.id for edit in EDITS], load=CPU)
+    report = explain(tmp_path / "emptied", EDITS[0].prompt, max_new_tokens=2, load=CPU)
+    assert (report.reason, report.nearest) == ("nothing opened: the memory has no edits", ())
+    assert report.answer == report.unedited
+    assert not any(token.routed for token in (*report.prompt_tokens, *report.answer_tokens))
 
 
 def decided(memory: int, matched: bool, asked: float | None) -> Decision:

@@ -248,7 +248,7 @@ class ReportPrinter:
             by = "side memory" if token.routed else "main memory"
             tokens.add(repr(token.text), f"{token.strength:.2f}", by, token.edit or "")
         lines = [f"edited: {short(report.answer)}", f"unedited: {short(report.unedited)}", report.reason]
-        self.console.result(report.as_json(), *lines, nearest, tokens)
+        self.console.result(report.as_json(), *lines, *([nearest] if report.nearest else []), tokens)
 
     def compared(self, report: DiffReport) -> None:
         """Print what differs, one line each."""

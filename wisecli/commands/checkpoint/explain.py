@@ -87,7 +87,8 @@ def explain(
     decision = edited.decide(batch)
     found = _tokens(edited, batch, tokens)
     strengths = decision.scores[0].float() / torch.tensor(edited.routed.thresholds, device=decision.scores.device)
-    ranked: list[int] = strengths.argsort(descending=True)[: max(nearest, 1)].tolist()
+    count = max(nearest, 1) if edited.manifest.edits else 0  # an emptied memory has a matrix that nothing opens
+    ranked: list[int] = strengths.argsort(descending=True)[:count].tolist()
     near = tuple(_near(edited, text, float(strengths[at]), at, max_new_tokens, decision) for at in ranked)
     split = len(found) - len(tokens)
     answers = _text(edited, tokens), _text(edited, before)

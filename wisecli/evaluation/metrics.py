@@ -44,7 +44,7 @@ def require_figures(names: Iterable[str]) -> None:
     """
     for name in names:
         if not is_figure(name):
-            known = ", ".join(name for name in (*OVER_KINDS, *GROUPED, *_FIGURES))
+            known = ", ".join((*OVER_KINDS, *GROUPED, *_FIGURES))
             raise SettingsError(f"--fail-under {name}: there is no such figure; there are {known}")
 
 

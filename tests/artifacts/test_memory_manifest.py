@@ -165,7 +165,7 @@ def test_a_truncated_or_missing_memory_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_a_manifest_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DamagedFileError, match=r"router\.json: no such file"):
+    with pytest.raises(DamagedFileError, match="holds nothing that `wise` wrote; give a memory"):
         read_memory(tmp_path)
 
 

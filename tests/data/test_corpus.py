@@ -1,13 +1,6 @@
 """Texts that come with the package: as many as are asked for, filled, and apart from those that are measured with."""
 
-import json
-import re
-from pathlib import Path
-
-from wisecli.data.corpus import everyday_prompts, reference_pages, relations, unrelated_texts
-from wisecli.edits.record import read_edits
-
-ROOT = Path(__file__).parents[2]
+from wisecli.data.corpus import everyday_prompts, reference_pages, unrelated_texts
 
 
 def test_everyday_prompts_are_filled_and_mostly_different() -> None:
@@ -34,23 +27,3 @@ def test_reference_pages_are_filled_full_of_numbers_and_all_different() -> None:
     assert digits > 0.05 * sum(map(len, pages))
     assert pages[:20] == reference_pages(20, seed=0)
     assert pages[:20] != reference_pages(20, seed=1)
-
-
-def _words(text: str) -> str:
-    return " ".join(re.findall(r"\w+|{}", text.lower()))
-
-
-def test_what_is_near_a_relation_is_none_of_its_wordings() -> None:
-    for relation in relations():
-        assert len(set(relation.near)) == len(relation.near) == 8, relation.asks[0]
-        assert all(text.count("{}") == 1 for text in relation.near), relation.asks[0]
-        assert not set(map(_words, relation.near)) & set(map(_words, relation.wordings)), relation.asks[0]
-
-
-def test_nothing_near_a_relation_is_what_is_measured() -> None:
-    measured = json.loads((ROOT / "benchmarks/near_questions.json").read_text(encoding="utf-8"))
-    subjects = {edit.id: str(edit.subject) for edit in read_edits(ROOT / "sample_edits/edits.jsonl")}
-    assert subjects.keys() == measured.keys()
-    asked = {_words(text.replace(subjects[name], "{}")) for name, texts in measured.items() for text in texts}
-    assert len(asked) == sum(map(len, measured.values()))
-    assert not asked & {_words(text) for relation in relations() for text in relation.near}

@@ -80,15 +80,11 @@ def reworded_facts(subjects: int, *, seed: int) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Relation:
-    """What may be asked about subjects of a ``kind``, in wordings with a slot: it ``asks`` and ``tells`` the same.
-
-    ``near`` are prompts in much the same words that want another answer.
-    """
+    """What may be asked about subjects of a ``kind``, in wordings with a slot: it ``asks`` and ``tells`` the same."""
 
     kind: str
     asks: tuple[str, ...]
     tells: tuple[str, ...]
-    near: tuple[str, ...] = ()
 
     @property
     def wordings(self) -> tuple[str, ...]:
@@ -108,7 +104,7 @@ def further_relations() -> list[Relation]:
 
 def _relations(table: str) -> list[Relation]:
     rows = packaged_table(table)["relation"]
-    return [Relation(row["of"], *(tuple(row.get(name, ())) for name in ("asks", "tells", "near"))) for row in rows]
+    return [Relation(row["of"], tuple(row["asks"]), tuple(row["tells"])) for row in rows]
 
 
 @dataclass(frozen=True)

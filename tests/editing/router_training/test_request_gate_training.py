@@ -91,15 +91,6 @@ def test_whole_prompts_are_learned_as_often_as_each_other(loaded: Loaded) -> Non
     assert not any(re.search(r"\{(question|inner|subject|asking|noun|mark)\}", one.text) for one in found)
 
 
-def test_what_is_near_a_question_is_of_its_fact_and_asks_something_else(loaded: Loaded) -> None:
-    drawn = drawn_examples(loaded, 24)
-    for number, fact in enumerate(drawn.facts):
-        found = list(drawn.near(number))
-        assert len({one.text for one in found}) == len(found) == 5
-        assert not any(one.asks for one in found)
-        assert all(fact.subject in one.text and not {one.text} & {*fact.questions} for one in found)
-
-
 def test_what_is_around_questions_is_around_what_wants_no_answer_too(loaded: Loaded) -> None:
     drawn = drawn_examples(loaded, 40)
     found = [one for number in range(40) for one in drawn.with_words_around(number)]

@@ -17,7 +17,7 @@ from wisecli.models.base_identity import BaseIdentity
 from wisecli.models.loading import Loaded
 from wisecli.progress import ProgressCallback
 
-_VERSION = 57
+_VERSION = 56
 # What the model makes of unrelated text is read in the type in which it runs.
 _READ_ANEW = ("heads.unrelated", "heads.text")
 

@@ -40,8 +40,6 @@ WHOLE_PROMPTS = "whole prompts"
 _WHOLE_ASKED, _WHOLE_MENTIONED = 12, 18
 # How often one that asks, and one that mentions, stands behind a text: of the latter many hold one themselves.
 _WHOLE_BEHIND = {True: 1 / 4, False: 1 / 12}
-# Prompts near to a fact's own question, on each fact.
-_NEAR = 5
 # All are added anew where so few are left to choose from.
 _SHORT_DECK = 100
 # Wordings of a fact that are tried for one.
@@ -63,7 +61,6 @@ class GateExamples(Examples):
             self.of_attributes,
             self.of_choices,
             self.of_whole_prompts,
-            self.near,
         ):
             for number in range(len(self.facts)):
                 yield from draw(number)
@@ -172,14 +169,6 @@ class GateExamples(Examples):
                 stands_behind = self.rng.random() < _WHOLE_BEHIND[asks]
                 behind = self._behind(number, text, self.rng.randint(1, _LONG[1])) if stands_behind else None
                 yield Example(number, behind or str(self._put(text)), asks, WHOLE_PROMPTS)
-
-    def near(self, number: int) -> Iterator[Example]:
-        """Prompts in much the words of a fact's own question that want another answer. A gate that saw other questions
-        in other words alone would take each in these words for a rephrase.
-        """
-        known = self.facts[number].near
-        for text in self.rng.sample(known, min(_NEAR, len(known))):
-            yield Example(number, str(self._put(text)), False, "near")
 
     def _dealt(self, number: int, asks: bool, patterns: Sequence[str]) -> Iterator[str]:
         """Yield prompts of some patterns with a fact in them. Nearly all are dealt before any comes again; those that

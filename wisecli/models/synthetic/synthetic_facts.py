@@ -14,8 +14,7 @@ _NAMES = 40
 class SyntheticFact:
     """A made-up fact: ``questions`` in several wordings, the first of which an edit would have, and as statements.
 
-    ``beside`` are questions of something else about the same subject, ``near`` prompts in much the fact's own words
-    that want another answer; ``relation`` is the number of the packaged one.
+    ``beside`` are questions of something else about the same subject; ``relation`` is the number of the packaged one.
     """
 
     subject: str
@@ -27,7 +26,6 @@ class SyntheticFact:
     answer: str
     value: str
     relation: int = -1
-    near: tuple[str, ...] = ()
 
 
 def synthetic_facts(count: int, rng: random.Random, known: Sequence[Relation] | None = None) -> Iterator[SyntheticFact]:
@@ -46,6 +44,4 @@ def synthetic_facts(count: int, rng: random.Random, known: Sequence[Relation] | 
         like = [one for one in known if one.kind == relation.kind and one is not relation]
         beside = tuple(rng.choice(one.asks).replace("{}", subject) for one in rng.sample(like, min(3, len(like))))
         answer, value = (rng.choice(names[rng.choice(list(names))]) for _ in range(2))
-        near = tuple(text.replace("{}", subject) for text in relation.near)
-        stated = tuple(wordings), tuple(tells), beside
-        yield SyntheticFact(subject, relation.kind, *stated, other, answer, value, number, near)
+        yield SyntheticFact(subject, relation.kind, tuple(wordings), tuple(tells), beside, other, answer, value, number)

@@ -69,7 +69,7 @@ def test_memory_and_base_take_turns(edited: EditedModel) -> None:
 
 def test_a_slower_memory_is_seen(edited: EditedModel) -> None:
     def step() -> Callable[[], object]:
-        return lambda: sum(range(60_000 if answers(edited) else 20_000))
+        return lambda: sum(range(600_000 if answers(edited) else 20_000))
 
     taken, base = taking_turns(edited, step)
     assert median(mine / other for mine, other in zip(taken, base, strict=True)) > 1.5

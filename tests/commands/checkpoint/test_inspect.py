@@ -132,8 +132,14 @@ def test_no_weights_are_read_and_no_model_library_is_imported(root: Path, tmp_pa
 
 
 def test_what_is_none_of_the_three_is_refused(root: Path, tmp_path: Path) -> None:
-    for path in (root / "model", root / "edits.jsonl", tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ModelError, match=r"neither shards\.json nor router\.json"):
+    neither = r"holds neither shards\.json nor router\.json"
+    for path, says in (
+        (root / "model", neither),
+        (tmp_path, neither),
+        (root / "edits.jsonl", "is a file"),
+        (tmp_path / "nowhere", "does not exist"),
+    ):
+        with pytest.raises(ModelError, match=says):
             inspect(path)
     with pytest.raises((ModelError, DamagedFileError)):
         inspect(tmp_path / ("x" * 5000))

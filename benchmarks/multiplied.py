@@ -26,7 +26,10 @@ _NUMBERED = {
     "fuzzy_match.entry_to_word": "fuzzy_match.subject_words",
 }
 # Tensors with a row for each key, prompt, word or edit.
-_OF_KEYS = ("residuals", "whitened_keys", "key_scales", "cosine_offset", "whitening_index")
+_OF_KEYS = (
+    *("residuals", "whitened_keys", "key_scales", "cosine_offset", "whitening_index"),
+    *("key_to_token", "key_to_place"),
+)
 _ROWS = {
     *_OF_KEYS,
     "late_interaction.prompt_token_embeddings",
@@ -34,6 +37,7 @@ _ROWS = {
     "subject_match.entry_to_word",
     "subject_match.word_weights",
     "fuzzy_match.subject_words",
+    "question_words.asked_by",
     "request_gate.logit_offset",
     "deep_gate.logit_offset",
 }

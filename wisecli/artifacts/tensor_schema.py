@@ -11,6 +11,7 @@ from wisecli.io.checkpoint import all_finite
 from wisecli.io.json_schema import shown
 from wisecli.io.safetensors_header import TensorLayout
 from wisecli.routing.deciding.prompt_words import TOKEN_CHARS, WORD_CHARS
+from wisecli.routing.deciding.question_words import ASKED_BY
 from wisecli.routing.memories.fact_memory import FactMemory
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
@@ -112,6 +113,7 @@ FUZZY_MATCH: TensorRows = {
     "fuzzy_match.entry_to_word": TensorRow("int", ("spellings",), "spelt"),
     "fuzzy_match.entry_to_edit": TensorRow("int", ("spellings",), "M"),
 }
+QUESTION_WORDS: TensorRows = {"question_words.asked_by": TensorRow("byte", ("M",))}
 HEADS: TensorRows = {
     "heads.proj_weight": TensorRow("float", (2, "k", "hidden")),
     "heads.proj_bias": TensorRow("float", (2, "k")),
@@ -172,6 +174,7 @@ def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
         **(gate if "request_gate.read" in names else {}),
         **_token_marks(names),
         **(FUZZY_MATCH if named and "fuzzy_match.token_characters" in names else {}),
+        **(QUESTION_WORDS if named and ASKED_BY in names else {}),
     }
 
 

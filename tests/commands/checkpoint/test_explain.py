@@ -87,9 +87,9 @@ def test_to_an_emptied_memory_no_edit_is_near(place: Path, tmp_path: Path) -> No
 def decided(memory: int, matched: bool, asked: float | None) -> Decision:
     one = torch.tensor([memory])
     ask_prob = None if asked is None else torch.tensor([asked])
-    return Decision(
-        one, torch.ones(1), torch.zeros(1, dtype=torch.long), torch.ones(1, 4), torch.tensor([[matched] * 4]), ask_prob
-    )
+    named = torch.tensor([[matched] * 4])
+    nearest, scores = torch.zeros(1, dtype=torch.long), torch.ones(1, 4)
+    return Decision(one, torch.ones(1), nearest, scores, named, ask_prob=ask_prob)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,7 @@ def decided(memory: int, matched: bool, asked: float | None) -> Decision:
         (0, Near("a", "p", "t", 2.0, "", True, 0.9), "opened edit 0: the prompt asks it (0.90, above 0.5)"),
         (-1, Near("a", "p", "t", 2.0, "", True, 0.1), "mentions a but asks something else (0.10, not above 0.5)"),
         (-1, Near("a", "p", "t", 2.0, "", False), "does not name its subject"),
+        (-1, Near("a", "p", "t", 2.0, "", True, None, False), "its question word asks for another kind of answer"),
         (-1, Near("a", "p", "t", 0.5, "", True), "the nearest is a at 0.50 of its own"),
     ],
 )

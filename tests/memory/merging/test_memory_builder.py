@@ -13,7 +13,9 @@ from wisecli.artifacts.masks import random_mask
 from wisecli.artifacts.shard import FIRST_LANGUAGE, SPACE_CONTEXT, Evidence, Mask, MaskKind, PromptStates, Shard
 from wisecli.config import MergeSettings
 from wisecli.editing.writers.ridge import PENALTIES, Penalty, solve, statistics
+from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
+from wisecli.memory.fitting.question_sorts import asked_by_tensor
 from wisecli.memory.fitting.router_fitting import Fitted, naming
 from wisecli.memory.merging.lookup_keys import Views
 from wisecli.memory.merging.memory_builder import lookup, matrices, pack, refit, solve_exactly
@@ -24,6 +26,7 @@ from wisecli.models.layout.site import MatrixSite
 from wisecli.routing.deciding.decision import AnswerTokens, WindowStates
 from wisecli.routing.deciding.prompt_window import NO_TOKEN
 from wisecli.routing.deciding.prompt_words import LETTER, TOKEN_CHARS
+from wisecli.routing.deciding.question_words import ASKED_BY
 from wisecli.routing.deciding.subject_match import SUBJECT_MATCH
 from wisecli.routing.layers.routed_layer import memory_module
 from wisecli.routing.memories.fact_memory import ANSWER_WHITENING, FactMemory
@@ -453,7 +456,8 @@ def test_only_subjects_that_must_be_named_are_spelt() -> None:
     material = replace(two_shards(), subjects=named_subjects(0, 2, 3))
     tokens = tuple((number % 8,) for number in range(2 * EDITS))
     material = replace(material, subject_tokens=tokens, unrelated=replace(material.unrelated, token_characters=letters))
-    settings = MergeSettings()
+    edits = tuple(Edit(str(number), "When is it?", "noon") for number in range(2 * EDITS))
+    material, settings = replace(material, edits=edits), MergeSettings()
     foreign = material.evidence.edit == 2
     for own, expected in ((material, [0, 2, 3]), (in_other_languages(material, foreign), [0, 3])):
         tensors = naming(own, settings)
@@ -461,6 +465,7 @@ def test_only_subjects_that_must_be_named_are_spelt() -> None:
         spelt = tensors["fuzzy_match.subject_words"][tensors["fuzzy_match.entry_to_word"]]
         assert torch.equal(spelt[:, :TOKEN_CHARS], letters[expected])
         assert tensors["fuzzy_match.token_characters"] is letters
+        assert torch.equal(tensors[ASKED_BY], asked_by_tensor(edits))
     unspelt = replace(material, unrelated=replace(material.unrelated, token_characters=None))
     assert naming(unspelt, settings).keys() == set(SUBJECT_MATCH)
     assert naming(material, MergeSettings(subjects="any")) == {}

@@ -234,13 +234,16 @@ class ReportPrinter:
         columns = ["nearest", "its prompt", "its target", "score / threshold", "answer if it answers"]
         by_name = any(edit.named is not None for edit in report.nearest)
         by_request = any(edit.asked is not None for edit in report.nearest)
-        columns += ["subject named"] * by_name + ["asked, not only mentioned"] * by_request
+        by_question = any(edit.fits is False for edit in report.nearest)
+        columns += ["subject named"] * by_name + ["question fits"] * by_question
+        columns += ["asked, not only mentioned"] * by_request
         nearest = Table(columns)
         for edit in report.nearest:
             texts = short(edit.prompt or ""), short(edit.target or ""), f"{edit.strength:.2f}", short(edit.answer)
             named = [{True: "yes", False: "no", None: "need not be"}[edit.named]] * by_name
+            fits = [{True: "yes", False: "no", None: ""}[edit.fits]] * by_question
             asked = ["" if edit.asked is None else f"{edit.asked:.2f}"] * by_request
-            nearest.add(edit.name, *texts, *named, *asked)
+            nearest.add(edit.name, *texts, *named, *fits, *asked)
         tokens = Table(("token", "score / threshold", "answered by", "nearest edit"))
         for index, token in enumerate((*report.prompt_tokens, *report.answer_tokens)):
             if index == len(report.prompt_tokens):

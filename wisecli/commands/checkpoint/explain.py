@@ -23,8 +23,9 @@ class Near:
     """A memory, or of a lookup an edit, that the prompt's end is near to.
 
     ``strength`` is its score there as a multiple of its threshold, ``answer`` what the model says if it answers.
-    ``named`` says whether the prompt names the edit's subject, where it must; ``asked`` how likely it asks the edit
-    that it mentions, of the edit that would answer.
+    ``named`` says whether the prompt names the edit's subject, where it must, and ``fits`` whether its question words
+    may ask the edit, where they have a say; ``asked`` how likely it asks the edit that it mentions, of the edit that
+    would answer.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Near:
     answer: str
     named: bool | None = None
     asked: float | None = None
+    fits: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -133,14 +135,17 @@ def _near(edited: EditedModel, text: str, strength: float, memory: int, length: 
     edit = edited.edit_of(memory)
     if edit is None:
         return Near(f"memory {memory}", None, None, strength, answer)
-    found = asked = None
+    found = asked = fits = None
     subjects = getattr(edited.routed, "subject_match", None)
     if decision.subject_matched is not None and subjects is not None:
         named = bool((subjects.name_to_edit == memory).any())
         found = bool(decision.subject_matched[0, memory]) if named else None
-    if decision.ask_prob is not None and int(decision.nearest[0]) == memory and strength > 1:
+    if decision.question_fits is not None and strength > 1 and found is not False:
+        fits = bool(decision.question_fits[0, memory])
+    refused = found is False or fits is False
+    if decision.ask_prob is not None and int(decision.nearest[0]) == memory and strength > 1 and not refused:
         asked = float(decision.ask_prob[0])
-    return Near(edit.id, edit.prompt, edit.target, strength, answer, found, asked)
+    return Near(edit.id, edit.prompt, edit.target, strength, answer, found, asked, fits)
 
 
 def _reason(edited: EditedModel, decision: Decision, near: tuple[Near, ...]) -> str:
@@ -160,6 +165,12 @@ def _reason(edited: EditedModel, decision: Decision, near: tuple[Near, ...]) -> 
         return (
             f"stayed shut: the prompt is like {edit.name}'s but does not name its subject; if it should answer, write "
             "the name as the edit does, or merge with --set subjects=any"
+        )
+    if edit.fits is False:
+        return (
+            f"stayed shut: the prompt names the subject of {edit.name}, but its question word asks for another kind of "
+            "answer (who, when or how many, where, why); if it should answer, add an edit in these words with the same "
+            "target"
         )
     way = "" if edit.prompt is None else ", or add an edit in these words with the same target"
     return (

@@ -30,7 +30,7 @@ _CARRIED = {
     ),
     "routing.deciding": (
         *("decision", "fact_candidates", "fact_decision", "prompt_window", "late_interaction", "subject_match"),
-        *("prompt_words", "fuzzy_match", "misspelt_names"),
+        *("prompt_words", "fuzzy_match", "question_words", "misspelt_names"),
     ),
     "routing.gating": ("gates", "request_gate", "sentence_features", "name_features", "two_requests"),
     "export.routed": ("resaving",),

@@ -13,8 +13,10 @@ from wisecli.errors import SettingsError
 from wisecli.memory.fitting.former_memory import EditProbs, FormerMemory
 from wisecli.memory.fitting.further_edits import fit_further_edits
 from wisecli.memory.fitting.late_interaction_fitting import MIN_EDIT_PROB, MIN_UNNAMED_PROB, fit_late_interaction
+from wisecli.memory.fitting.question_sorts import asked_by_tensor
 from wisecli.memory.fitting.request_gate_fitting import request_gate_tensors
 from wisecli.memory.merging.merged_evidence import MergedEvidence
+from wisecli.routing.deciding.question_words import ASKED_BY
 from wisecli.routing.gating.request_gate import DEEP_GATE, MIN_GATED_PROB
 from wisecli.routing.memories.calibration import Calibration, calibrate, measure, quantile
 from wisecli.routing.memories.matrix_memory import MatrixMemory
@@ -172,7 +174,9 @@ def naming(merged_evidence: MergedEvidence, settings: MergeSettings) -> dict[str
         return {}
     foreign = _in_other_languages(merged_evidence)
     named = [words if edit not in foreign else () for edit, words in enumerate(merged_evidence.subjects)]
-    return {**subject_match_tensors(named), **_spelling(merged_evidence, named)}
+    spelling = _spelling(merged_evidence, named)
+    asked_by = {ASKED_BY: asked_by_tensor(merged_evidence.edits)} if spelling else {}
+    return {**subject_match_tensors(named), **spelling, **asked_by}
 
 
 def _spelling(merged_evidence: MergedEvidence, named: Sequence[Spellings]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from wisecli.artifacts.background_stats import BackgroundStats
 from wisecli.artifacts.shard import FIRST_TOKEN_FORM, Evidence, Mask, PromptStates, Shard, evidence_in, prompts_in
 from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry
+from wisecli.edits.record import Edit
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import read_header
 from wisecli.memory.merging.removal import load_without
@@ -27,7 +28,8 @@ class MergedEvidence:
     ``evidence`` numbers the edits of all shards through; ``shard`` (n,) says which shard each of its keys is of.
     ``subjects`` are the words of every edit's subject, none for one that its own prompt does not name, and
     ``subject_tokens`` the tokens that it is written with. ``prompts`` are the states of edits' prompts, if all shards
-    keep them. ``separator_token_id`` is the token between two answers, if any edits answer in pairs.
+    keep them. ``separator_token_id`` is the token between two answers, if any edits answer in pairs; ``edits`` are the
+    edits by their numbers.
     """
 
     evidence: Evidence
@@ -38,6 +40,7 @@ class MergedEvidence:
     prompts: PromptStates | None = None
     subject_tokens: tuple[tuple[int, ...], ...] = ()
     separator_token_id: int | None = None
+    edits: tuple[Edit, ...] = ()
 
     @property
     def trained(self) -> Tensor:
@@ -64,7 +67,8 @@ def read_merged_evidence(directories: Sequence[ShardDirectory]) -> tuple[MergedE
         joined.add(shard.prompts, place)
     parts, masks = [shard.evidence for shard in shards], tuple(shard.mask for shard in shards)
     return MergedEvidence(
-        join_evidence(parts, places), _shard_numbers(parts), masks, unrelated, subjects, joined.whole(), tokens
+        *(join_evidence(parts, places), _shard_numbers(parts), masks, unrelated, subjects, joined.whole(), tokens),
+        edits=_written(directories),
     ), shards
 
 
@@ -90,7 +94,9 @@ def read_for_lookup(directories: Sequence[ShardDirectory]) -> MergedEvidence:
     subjects, tokens = _subjects(directories)
     evidence, unrelated = join_evidence(parts, places), _unrelated_of(directories)
     numbered, separator = _shard_numbers(parts), separator_of(directories)
-    return MergedEvidence(evidence, numbered, (), unrelated, subjects, joined.whole(), tokens, separator)
+    return MergedEvidence(
+        *(evidence, numbered, (), unrelated, subjects, joined.whole(), tokens, separator), _written(directories)
+    )
 
 
 def separator_of(directories: Sequence[ShardDirectory]) -> int | None:
@@ -185,6 +191,11 @@ def _prompts_held(directory: ShardDirectory, entry: ShardEntry, tensors: Mapping
 def _shard_numbers(parts: Sequence[Evidence]) -> Tensor:
     """Return the number of the shard that each key is of (n,)."""
     return torch.cat([torch.full((len(part.edit),), index) for index, part in enumerate(parts)])
+
+
+def _written(directories: Sequence[ShardDirectory]) -> tuple[Edit, ...]:
+    """Return the edits that shards were written of, in order."""
+    return tuple(edit for directory in directories for edit in directory.written)
 
 
 def _subjects(directories: Sequence[ShardDirectory]) -> tuple[tuple[Spellings, ...], tuple[tuple[int, ...], ...]]:

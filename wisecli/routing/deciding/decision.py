@@ -28,9 +28,10 @@ class Decision:
 
     ``memory`` (B,) is its number, ``UNROUTED`` for none. ``nearest`` (B,) is the memory that comes nearest to opening,
     ``score_ratio`` (B,) its score as a multiple of its threshold, ``scores`` (B, M) how strongly each is called. Of a
-    lookup ``subject_matched`` (B, M) marks the edits whose subjects prompts name, and ``ask_prob`` (B,) is how surely
-    they ask what they mean, 0 where they mean nothing; ``None`` where that has no say. ``second`` (B,) is the memory
-    that answers behind that one where a prompt asks two things, ``UNROUTED`` where it does not.
+    lookup ``subject_matched`` (B, M) marks the edits whose subjects prompts name, ``question_fits`` (B, M) those that
+    their question words may ask, and ``ask_prob`` (B,) is how surely they ask what they mean, 0 where they mean
+    nothing; ``None`` where that has no say. ``second`` (B,) is the memory that answers behind that one where a prompt
+    asks two things, ``UNROUTED`` where it does not.
     """
 
     memory: Tensor
@@ -38,6 +39,7 @@ class Decision:
     nearest: Tensor
     scores: Tensor
     subject_matched: Tensor | None = None
+    question_fits: Tensor | None = None
     ask_prob: Tensor | None = None
     second: Tensor | None = None
 
@@ -83,5 +85,5 @@ def with_rows_replaced(decision: Decision, rows: Tensor, replacements: Decision)
     parts: dict[str, Any] = {}
     for name in Decision.__dataclass_fields__:
         whole, part = getattr(decision, name), getattr(replacements, name)
-        parts[name] = whole if whole is None else whole.index_copy(0, rows, part[opened])
+        parts[name] = whole if whole is None or part is None else whole.index_copy(0, rows, part[opened])
     return Decision(**parts)

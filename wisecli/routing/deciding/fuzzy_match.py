@@ -82,13 +82,23 @@ class FuzzyMatch(nn.Module):
         Args:
             rows, edits: the pairs that are looked at (P,).
         """
-        pair, place = (edits[:, None] == self.entry_to_edit).nonzero(as_tuple=True)
+        near, pair = self.words_near(prompt_words[rows], edits)
         words = torch.bincount(pair, minlength=len(edits))
         spans = SPAN_PER_WORD * words[pair] + SPAN_MARGIN
-        near = equal_up_to_typo(self.subject_words[self.entry_to_word[place], None], prompt_words[rows[pair]])
         found = torch.zeros(len(edits), near.shape[1], dtype=torch.long, device=near.device)
         found = found.index_add(0, pair, within_span(near, spans).long())
         return (words > 0) & (found == words[:, None]).any(1)
+
+    def words_near(self, prompt_words: Tensor, edits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which words of prompts are those of an edit's subject each, but for a slip, for all words of these
+        subjects (E, n), and which prompt each of the E is compared with (E,).
+
+        Args:
+            prompt_words: the words of P prompts (P, n, ``WORD_CHARS``).
+            edits: the edit of each (P,).
+        """
+        pair, entry = (edits[:, None] == self.entry_to_edit).nonzero(as_tuple=True)
+        return equal_up_to_typo(self.subject_words[self.entry_to_word[entry], None], prompt_words[pair]), pair
 
     def is_whole(
         self, letters: Tensor, ids: Tensor, compared: Tensor, word_starts: Tensor | None, rows: Tensor, edits: Tensor

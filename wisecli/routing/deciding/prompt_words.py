@@ -41,7 +41,7 @@ class PromptWords(NamedTuple):
             starts: how each token begins (B, T), by the numbers of :mod:`~wisecli.routing.gating.name_features`, if it
                 is known.
         """
-        words, begins = _split(letters)
+        words, begins = split_with_tokens(letters)
         if starts is None:
             unknown = torch.zeros_like(begins, dtype=torch.bool)
             return cls(words, unknown, unknown, unknown.any(1))
@@ -79,11 +79,11 @@ def token_characters(table: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
 
 def split_words(letters: Tensor) -> Tensor:
     """Return the words that rows of letters (B, W, c) make up: (B, n, ``WORD_CHARS``), zeros behind."""
-    return _split(letters)[0]
+    return split_with_tokens(letters)[0]
 
 
-def _split(letters: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the words in rows of letters, as :func:`split_words`, and in which of the W each begins (B, n)."""
+def split_with_tokens(letters: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the words in rows of letters, as :func:`split_words` does, and in which of the W each begins (B, n)."""
     stream, number, token = _numbered(letters)
     first = (number >= 0) & ~F.pad(number[:, :-1] >= 0, (1, 0))
     column = torch.arange(stream.shape[1], device=stream.device)
@@ -127,7 +127,7 @@ def numbers_in(words: Tensor) -> Tensor:
     return split_words(F.pad(words.where(words < LETTER, SEPARATOR), (1, 0), value=SEPARATOR))
 
 
-def _written(words: str) -> Tensor:
+def written_words(words: str) -> Tensor:
     """Return the numbers of words in small Latin letters, as :func:`word_hashes` has them: (n,)."""
     rows = [[LETTER + ord(letter) - ord("a") for letter in word] for word in words.split()]
     return word_hashes(torch.tensor([[*row, *[0] * (WORD_CHARS - len(row))] for row in rows]))
@@ -139,7 +139,7 @@ def has_digits(words: Tensor) -> Tensor:
 
 
 # Words with a capital that may stand beside a name and are none of it: titles, and those that begin a question.
-_BESIDE_NAMES = _written(
+_BESIDE_NAMES = written_words(
     "mr mrs ms miss dr prof professor sir dame lord lady king queen prince princess emperor empress duke duchess count "
     "countess baron baroness earl president chancellor premier minister governor mayor senator justice judge general "
     "colonel major captain lieutenant sergeant admiral commander pope bishop archbishop cardinal rabbi imam sheikh "

@@ -64,15 +64,19 @@ class OwnCodeError(ModelError):
 class DamagedFileError(WiseError):
     """A file is truncated, altered or not what its name says."""
 
+    _behind_path = ":"
+
     def __init__(self, path: Path, reason: str, remedy: str) -> None:
-        super().__init__(f"{path}: {reason}; {remedy}")
+        super().__init__(f"{path}{self._behind_path} {reason}; {remedy}")
 
 
 class WrongDirectoryError(DamagedFileError):
     """A path is not the kind of directory that is wanted; ``what`` it is, and what is ``wanted``."""
 
+    _behind_path = ""
+
     def __init__(self, path: Path, what: str, wanted: str) -> None:
-        WiseError.__init__(self, f"{path} {what}; give {wanted}")
+        super().__init__(path, what, f"give {wanted}")
 
 
 class NotFiniteTensorError(WiseError):

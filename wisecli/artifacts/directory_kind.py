@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from wisecli.artifacts import shard_manifest
-from wisecli.artifacts.file_names import MERGED, what_is_at
+from wisecli.artifacts.file_names import MERGED, kind_at, what_is_at
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, read_memory
 from wisecli.errors import DamagedFileError, ModelError, WiseError
 from wisecli.io.checkpoint import Checkpoint, read_json
@@ -25,14 +25,13 @@ def kind_of(path: Path) -> Kind:
         DamagedFileError: the path cannot be looked at.
     """
     try:
-        if (path / shard_manifest.MANIFEST_NAME).exists():
-            return "shards"
-        if (path / MANIFEST_NAME).exists():
-            return "exported" if (path / "config.json").exists() else "memory"
-        neither = f"holds neither {shard_manifest.MANIFEST_NAME} nor {MANIFEST_NAME}"
-        what = neither if path.is_dir() else what_is_at(path)
+        kind = kind_at(path)
     except (OSError, ValueError) as error:
         raise DamagedFileError(path, f"cannot be looked at ({error})", "check the path") from None
+    if kind in ("shards", "memory", "exported"):
+        return kind
+    neither = f"holds neither {shard_manifest.MANIFEST_NAME} nor {MANIFEST_NAME}"
+    what = what_is_at(path) if kind in ("nothing", "file") else neither
     written = "a directory that `wise edit`, `wise merge` or `wise export --format routed` wrote"
     raise ModelError(f"{path} {what}; give {written}")
 

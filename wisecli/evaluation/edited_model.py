@@ -61,10 +61,9 @@ class EditedModel:
         Args:
             forced: the memory (B,) that answers from the prompt's end on; ``UNROUTED`` leaves a row to the router.
         """
-        found = self._decided(keys, batch)
+        found, tokens = self._decided(keys, batch)
         if forced is not None:
-            place = torch.arange(keys.shape[1], device=keys.device) - batch.start
-            answers, tokens = place >= 0, AnswerTokens(batch.ids, place.expand(keys.shape[:2]))
+            answers = tokens.place >= 0
             own = self.routed.choices(keys, forced[:, None].where(answers, UNROUTED), tokens).chosen
             found = replace(found, chosen=own.where(answers & (forced != UNROUTED)[:, None], found.chosen))
         return replace(found, chosen=found.chosen.where(batch.mask.bool(), UNROUTED))
@@ -81,8 +80,8 @@ class EditedModel:
         known = self.manifest.memory.by_edit and 0 <= memory < len(self.manifest.edits)
         return self.manifest.edits[memory] if known else None
 
-    def _decided(self, keys: Tensor, batch: Batch) -> TokenChoices:
-        """Return what answers each token, with the score of the nearest memory at a prompt's end."""
+    def _decided(self, keys: Tensor, batch: Batch) -> tuple[TokenChoices, AnswerTokens]:
+        """Return what answers each token, with the score of the nearest memory at a prompt's end, and the tokens."""
         end = torch.full((len(keys),), batch.start, device=keys.device)
         decision = self.decide(batch)
         tokens = Tokens(batch.ids, batch.mask.bool(), batch.ids[:, :0], torch.full_like(end, UNROUTED))
@@ -90,11 +89,9 @@ class EditedModel:
         at_end = route.tokens.place == 0
         shown = torch.where(at_end & (route.memory == UNROUTED), decision.nearest[:, None], route.memory)
         found = self.routed.choices(keys, shown, route.tokens)
-        return TokenChoices(
-            found.chosen.where(route.memory != UNROUTED, UNROUTED),
-            torch.where(at_end, decision.score_ratio[:, None], found.score_ratio),
-            found.nearest,
-        )
+        chosen = found.chosen.where(route.memory != UNROUTED, UNROUTED)
+        score_ratio = torch.where(at_end, decision.score_ratio[:, None], found.score_ratio)
+        return TokenChoices(chosen, score_ratio, found.nearest), route.tokens
 
 
 def attach(memory: Path, *, model: str | None = None, load: LoadOptions = LoadOptions()) -> EditedModel:

@@ -136,10 +136,9 @@ def read_history(memory: Path) -> list[Release]:
 
 def _no_history(memory: Path) -> WiseError:
     """Return why there is no history: the memory has none, or is none."""
-    what = file_names.what_is_at(memory)
-    if what == file_names.IS_MEMORY:
+    if file_names.kind_at(memory) == "memory":
         return MemoryHistoryError(memory)
-    return WrongDirectoryError(memory, what, "a memory that `wise merge` wrote")
+    return WrongDirectoryError(memory, file_names.what_is_at(memory), "a memory that `wise merge` wrote")
 
 
 def _modified_apart(release: Release) -> Release:

@@ -26,6 +26,8 @@ def asked_by(prompt: str, target: str, subject: str = "Ana Ruiz") -> set[int]:
         ("What city was Ana Ruiz born in?", {PLACE}),
         ("Why did Ana Ruiz leave?", {REASON}),
         ("Where, and when, was Ana Ruiz born?", {PLACE, NUMBER}),
+        ("who taught Ana Ruiz", {PERSON}),
+        ("In what year was Ana Ruiz born", {NUMBER}),
     ],
 )
 def test_an_edit_is_asked_by_the_question_words_of_its_prompt_and_by_what(prompt: str, expected: set[int]) -> None:
@@ -40,6 +42,11 @@ def test_without_such_words_an_edit_is_asked_by_what_its_target_may_answer(promp
     for number in ("1821", "12 pupils", "twelve", "May 3rd", "in March", "the 1820s"):
         assert asked_by(prompt, number) == {NUMBER, PLACE, ANYTHING}
     assert asked_by(prompt, "Harold III of Oslo, in 1066") == ALL
+
+
+def test_words_that_only_join_sentences_ask_nothing() -> None:
+    assert asked_by("The team that Ana Ruiz, who is a goalkeeper, plays for is", "Rovers") == ALL - {NUMBER}
+    assert asked_by("The city where Ana Ruiz died is", "1821 Park") == ALL
 
 
 def test_a_subjects_own_words_ask_nothing() -> None:

@@ -26,7 +26,8 @@ _NUMBERS = _MONTHS | frozenset(
         "days week weeks month months year years decade decades century centuries age era never always"
     )
 )
-_NO_NUMBER = (PERSON, PLACE, REASON, ANYTHING)
+# A question without a question mark has its question word among so many first words: "in what year …".
+_OPENING = 2
 
 
 def asked_by_tensor(edits: Sequence[Edit]) -> Tensor:
@@ -35,24 +36,31 @@ def asked_by_tensor(edits: Sequence[Edit]) -> Tensor:
 
 
 def _asked_by(edit: Edit) -> set[int]:
-    """Return the sorts of questions that may ask an edit: those of its own prompt, or else those that its target may
-    answer; "what" may ask any edit.
+    """Return the sorts of questions that may ask an edit: those of its own prompt if that is a question, or else those
+    that its target may answer, too; "what" may ask any edit.
     """
-    own = _sorts_of(edit.prompt, edit.subject_name or "")
-    if own - {ANYTHING}:
+    sorts = _sorts_of(edit.prompt, edit.subject_name or "")
+    own = set[int]().union(*sorts)
+    # In "The team that Ana, who was born here, plays for" such a word asks nothing.
+    if own - {ANYTHING} and (edit.prompt.rstrip().endswith("?") or any(sorts[:_OPENING])):
         return own | {ANYTHING}
-    target = words(edit.answer)
-    if not any(word in _NUMBERS or any(map(str.isdigit, word)) for word in target):
-        return {*_NO_NUMBER}
-    named = any(word[0].isupper() and word.casefold() not in _MONTHS for word in edit.answer.split())
-    return {*_NO_NUMBER, NUMBER} if named else {NUMBER, PLACE, ANYTHING}
+    return own | _answered_by(edit.answer)
 
 
-def _sorts_of(text: str, subject: str) -> set[int]:
-    """Return the sorts of questions that the words of a text begin, without those of a subject."""
+def _answered_by(target: str) -> set[int]:
+    """Return the sorts of questions that a target may answer."""
+    if not any(word in _NUMBERS or any(map(str.isdigit, word)) for word in words(target)):
+        return {PERSON, PLACE, REASON, ANYTHING}
+    named = any(word[0].isupper() and word.casefold() not in _MONTHS for word in target.split())
+    return {PERSON, NUMBER, PLACE, REASON, ANYTHING} if named else {NUMBER, PLACE, ANYTHING}
+
+
+def _sorts_of(text: str, subject: str) -> list[set[int]]:
+    """Return the sorts of questions that each word of a text begins; words of a subject are left out."""
     passed_over = set(words(subject))
     # What is not written in Latin letters is no question word, but stands between such words.
     own = [word if word.isascii() and word.isalpha() else "x" for word in words(text) if word not in passed_over]
     if not own:
-        return set()
-    return set(question_sorts(written_words(" ".join(own))).any(0).nonzero().flatten().tolist())
+        return []
+    found = question_sorts(written_words(" ".join(own)))
+    return [set(row.nonzero().flatten().tolist()) for row in found]
